@@ -1,0 +1,75 @@
+"""FocusLLM: let any decoder-only language model read very long text (arXiv 2408.11745)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from focusllm.adapter import AdapterConfig, inject, load_adapter, push_adapter, remove, save_adapter
+    from focusllm.config import FocusConfig
+    from focusllm.errors import (
+        AdapterError,
+        ConfigError,
+        DocumentError,
+        FocusError,
+        MemoryLimitError,
+        ModelError,
+    )
+    from focusllm.llm import Answer, AnswerStream, Citation, Document, FocusLLM
+    from focusllm.modeling import FocusForCausalLM, FocusState
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterConfig": "adapter",
+    "inject": "adapter",
+    "load_adapter": "adapter",
+    "push_adapter": "adapter",
+    "remove": "adapter",
+    "save_adapter": "adapter",
+    "FocusConfig": "config",
+    "AdapterError": "errors",
+    "ConfigError": "errors",
+    "DocumentError": "errors",
+    "FocusError": "errors",
+    "MemoryLimitError": "errors",
+    "ModelError": "errors",
+    "Answer": "llm",
+    "AnswerStream": "llm",
+    "Citation": "llm",
+    "Document": "llm",
+    "FocusLLM": "llm",
+    "FocusForCausalLM": "modeling",
+    "FocusState": "modeling",
+}
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "Answer",
+    "AnswerStream",
+    "Citation",
+    "ConfigError",
+    "Document",
+    "DocumentError",
+    "FocusConfig",
+    "FocusError",
+    "FocusForCausalLM",
+    "FocusLLM",
+    "FocusState",
+    "MemoryLimitError",
+    "ModelError",
+    "inject",
+    "load_adapter",
+    "push_adapter",
+    "remove",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import focusllm` and the command line's help do not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'focusllm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"focusllm.{_HOMES[name]}"), name)

@@ -1,0 +1,393 @@
+"""Candidate projections: the trainable q, k, v, o that a candidate token uses instead of the base model's.
+
+    ordinary tokens ---> base projection ------------------------> output
+    candidate tokens --> a full copy of it (the paper), or base + low rank (LoRA, arXiv 2106.09685) --> output
+
+`inject` wraps the base model's projections, `remove` puts the very same modules back. Untrained, a candidate gets what
+the base gives. Low-rank projections are stored in PEFT's LoRA layout, full copies under the base's own names; both with
+`adapter_config.json`, `focus_config.json` (what they belong to) and a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from focusllm.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
+from focusllm.errors import AdapterError, ConfigError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_CONFIG_NAME = "adapter_config.json"
+FOCUS_CONFIG_NAME = "focus_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which projections are trainable, and how.
+
+    Raises:
+        ConfigError: letters other than q, k, v, o, or a rank below 1.
+    """
+
+    projections: str = "qkvo"
+    """Any subset of the letters q, k, v, o."""
+    rank: int | None = None
+    """Rank of low-rank projections; None: full copies, as in the paper."""
+    alpha: float | None = None
+    """Low-rank updates are scaled by alpha / rank. None: the rank, so by 1."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """What the adapter was trained with (lengths, steps, data), for the reader; has no effect."""
+
+    def __post_init__(self) -> None:
+        if not self.projections or set(self.projections) - set("qkvo"):
+            raise ConfigError(f"projections is {self.projections!r}; it must be one or more of the letters q, k, v, o.")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}; it must be at least 1, or none for full copies.")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank update."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+
+class CandidateLinear(nn.Module):
+    """A base projection, and beside it the trainable one for the candidates of a pass.
+
+    Args:
+        base: the projection that is wrapped; its own forward is called, so a quantised one works.
+        config: full copy or low rank.
+        trainable_rows: of a fused projection, the output rows that belong to the chosen letters; None: all.
+    """
+
+    trainable_rows: Tensor | None
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig, trainable_rows: Tensor | None = None):
+        super().__init__()
+        self.base = base
+        self.scale = config.scale
+        self.register_buffer("trainable_rows", trainable_rows, persistent=False)
+        place: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
+        if config.rank is None:
+            self.weight = nn.Parameter(base.weight.detach().clone())
+            self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone())
+        else:
+            self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **place))
+            self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **place))
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether this is base + low rank rather than a full copy."""
+        return hasattr(self, "lora_A")
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by name (`weight`, `bias`, or `lora_A`, `lora_B`)."""
+        return dict(self.named_parameters(recurse=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, in] -> [B, T, out]; the pass says which tokens are candidates."""
+        out: Tensor = self.base(x)
+        chosen = candidate_tokens()
+        if chosen == NO_TOKENS:
+            return out
+        candidates, base_out = x[:, chosen], out[:, chosen]
+        if self.is_low_rank:
+            update = F.linear(F.linear(candidates.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+            if self.scale != 1:
+                update = update * self.scale
+            if self.trainable_rows is not None:
+                update = update * self.trainable_rows
+            projected = base_out + update.to(out.dtype)
+        else:
+            projected = F.linear(candidates.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)
+            if self.trainable_rows is not None:
+                projected = torch.where(self.trainable_rows, projected, base_out)
+        if candidates.shape == x.shape:
+            return projected
+        out[:, chosen] = projected
+        return out
+
+
+def inject(model: nn.Module, config: AdapterConfig) -> dict[str, CandidateLinear]:
+    """Give a base model candidate projections; a call with other settings replaces earlier ones.
+
+    Returns:
+        The new modules by the path of the projection that they wrap.
+
+    Raises:
+        ModelError: the model is not supported.
+    """
+    remove(model)
+    found = layout(model)
+    injected = {}
+    for layer in found.layers:
+        for letters, name in layer.projections.items():
+            chosen = [letter for letter in letters if letter in config.projections]
+            if chosen:
+                wrapper = CandidateLinear(
+                    getattr(layer.module, name), config, _rows_of(found, letters, chosen, layer, name)
+                )
+                setattr(layer.module, name, wrapper)
+                injected[f"{layer.path}.{name}"] = wrapper
+    return injected
+
+
+def remove(model: nn.Module) -> None:
+    """Put the base model's own projections back: afterwards it is the base, bit for bit."""
+    for path, wrapper in injected(model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, wrapper.base)
+
+
+def injected(model: nn.Module) -> dict[str, CandidateLinear]:
+    """The candidate projections of a model by path, empty if it has none."""
+    return {
+        f"{layer.path}.{name}": module
+        for layer in layout(model).layers
+        for name in layer.projections.values()
+        if isinstance(module := getattr(layer.module, name), CandidateLinear)
+    }
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training can change, by path.
+
+    The last layer's q and o are left out: of its candidates only the key and the value are read, so they never get a
+    gradient.
+    """
+    last = layout(model).layers[-1]
+    without_gradient = {f"{last.path}.{last.projections[letter]}" for letter in "qo" if letter in last.projections}
+    return {
+        f"{path}.{name}": parameter
+        for path, wrapper in injected(model).items()
+        if path not in without_gradient
+        for name, parameter in wrapper.own_parameters().items()
+    }
+
+
+def _rows_of(
+    found: Layout, letters: str, chosen: list[str], layer: AttentionLayer, name: str
+) -> Tensor | None:
+    """Of a fused projection, a mask over its output rows: True for the chosen letters. None: all of them."""
+    if len(chosen) == len(letters):
+        return None
+    width = {"q": found.num_heads, "k": found.num_kv_heads, "v": found.num_kv_heads}
+    base: nn.Linear = getattr(layer.module, name)
+    rows = torch.cat([torch.full((width[x] * found.head_dim,), x in chosen) for x in letters])
+    return rows.to(base.weight.device)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """The shape of a base model: an adapter fits a model with the same one."""
+    found, config = layout(model), model.config
+    return {
+        "model_type": config.model_type,  # type: ignore[union-attr]
+        "num_hidden_layers": len(found.layers),
+        "hidden_size": config.hidden_size,  # type: ignore[union-attr]
+        "num_attention_heads": found.num_heads,
+        "num_key_value_heads": found.num_kv_heads,
+        "head_dim": found.head_dim,
+    }
+
+
+def save_adapter(model: nn.Module, folder: str | Path, config: AdapterConfig, base_name: str = "") -> None:
+    """Write the candidate projections of a model; files are replaced one by one, each whole or not at all.
+
+    Raises:
+        AdapterError: the model has none.
+    """
+    wrappers = injected(model)
+    if not wrappers:
+        raise AdapterError("the model has no candidate projections to save; inject an adapter first.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    low_rank = config.rank is not None
+    tensors = {
+        f"{PEFT_PREFIX if low_rank else ''}{path}.{name}{'.weight' if low_rank else ''}": tensor.detach().contiguous()
+        for path, wrapper in wrappers.items()
+        for name, tensor in wrapper.own_parameters().items()
+    }
+    with _whole_file(folder / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    targets = sorted({path.rpartition(".")[2] for path in wrappers})
+    peft_config: dict[str, Any] = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM"}
+    if low_rank:
+        peft_config |= {
+            "peft_type": "LORA",
+            "r": config.rank,
+            "lora_alpha": config.alpha if config.alpha is not None else config.rank,
+            "target_modules": targets,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+        }
+    else:
+        peft_config |= {"candidate_projections": "full", "target_modules": targets}
+    focus_config = {"format": 1, "adapter": asdict(config), "base": fingerprint(model)}
+    for name, content in ((PEFT_CONFIG_NAME, peft_config), (FOCUS_CONFIG_NAME, focus_config)):
+        with _whole_file(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    if not (folder / "README.md").exists():
+        with _whole_file(folder / "README.md") as temporary:
+            temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in tensors.values())))
+
+
+def load_adapter(model: nn.Module, source: str | Path) -> AdapterConfig:
+    """Inject candidate projections from a folder or a hub repository; nothing is changed if they do not fit.
+
+    A folder that PEFT wrote (LoRA on any of q, k, v, o) loads as well.
+
+    Raises:
+        AdapterError: no such folder, damaged files, or another model's projections.
+    """
+    folder = _find(source)
+    config, base = _read_config(folder)
+    own = fingerprint(model)
+    odd = [f"{name} {base[name]} instead of {own[name]}" for name in own if name in base and base[name] != own[name]]
+    if odd:
+        raise AdapterError(f"the adapter {source} belongs to another model ({', '.join(odd)}); use one for this model.")
+    try:
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except FileNotFoundError as error:
+        raise AdapterError(f"the adapter {source} has no {WEIGHTS_NAME}; save or download it again.") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder / WEIGHTS_NAME} is damaged ({error}); save or download it again.") from error
+    expected = _expected_shapes(model, config)
+    problems = [
+        f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'} instead of {shape}"
+        for name, shape in expected.items()
+        if name not in tensors or tuple(tensors[name].shape) != shape
+    ] + [f"{name} has no place in the model" for name in sorted(set(tensors) - set(expected))]
+    if problems:
+        raise AdapterError(
+            f"the adapter {source} does not fit the model: {problems[0]}"
+            f"{f' (and {len(problems) - 1} more)' if problems[1:] else ''}; use an adapter for this model."
+        )
+    with torch.no_grad():
+        for path, wrapper in inject(model, config).items():
+            for name, parameter in wrapper.own_parameters().items():
+                key = f"{PEFT_PREFIX}{path}.{name}.weight" if wrapper.is_low_rank else f"{path}.{name}"
+                parameter.copy_(tensors[key])
+    return config
+
+
+def push_adapter(folder: str | Path, repo_id: str, private: bool = False) -> str:
+    """Upload an adapter folder to the hub and return its address (needs a hub token, see `hf auth login`)."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that an adapter with this config has for this model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in layout(model).layers:
+        for letters, name in layer.projections.items():
+            if set(letters) & set(config.projections):
+                module = getattr(layer.module, name)
+                base: nn.Linear = module.base if isinstance(module, CandidateLinear) else module
+                path = f"{layer.path}.{name}"
+                if config.rank is not None:
+                    shapes[f"{PEFT_PREFIX}{path}.lora_A.weight"] = (config.rank, base.in_features)
+                    shapes[f"{PEFT_PREFIX}{path}.lora_B.weight"] = (base.out_features, config.rank)
+                else:
+                    shapes[f"{path}.weight"] = (base.out_features, base.in_features)
+                    if base.bias is not None:
+                        shapes[f"{path}.bias"] = (base.out_features,)
+    return shapes
+
+
+def _find(source: str | Path) -> Path:
+    """A folder as it is, anything else as a hub repository."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        raise AdapterError(f"there is no adapter folder {source}; give a folder or a hub repository (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "README.md"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"the adapter {source} is neither a folder nor can it be fetched from the hub ({_first_line(error)})."
+        ) from error
+
+
+def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
+    """An adapter's own settings and the base model's shape, from our file or from PEFT's."""
+    try:
+        if (folder / FOCUS_CONFIG_NAME).exists():
+            content = json.loads((folder / FOCUS_CONFIG_NAME).read_text())
+            return AdapterConfig(**content["adapter"]), content["base"]
+        content = json.loads((folder / PEFT_CONFIG_NAME).read_text())
+        letters = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "dense": "o", "qkv_proj": "qkv"}
+        if content.get("peft_type") != "LORA" or set(content["target_modules"]) - set(letters):
+            raise AdapterError(
+                f"{folder / PEFT_CONFIG_NAME} is not LoRA on attention projections; train one with q, k, v, o."
+            )
+        projections = "".join(sorted(letters[name] for name in content["target_modules"]))
+        return AdapterConfig(projections=projections, rank=content["r"], alpha=content["lora_alpha"]), {}
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{folder} is not an adapter: it has neither {FOCUS_CONFIG_NAME} nor {PEFT_CONFIG_NAME}."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"the settings of the adapter in {folder} are damaged ({error!r}).") from error
+
+
+class _whole_file:
+    """`with _whole_file(path) as temporary`: write to `temporary`; `path` is replaced when all went well."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> Path:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.temporary.chmod(0o644)
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _model_card(config: AdapterConfig, base_name: str, num_parameters: int) -> str:
+    kind = "full copies" if config.rank is None else f"low rank ({config.rank}, alpha {config.alpha or config.rank})"
+    letters = ", ".join(config.projections)
+    trained = "\n".join(f"| {name} | {value} |" for name, value in config.trained.items())
+    front = f"---\nlibrary_name: focusllm\ntags:\n- focusllm\n- long-context\n{f'base_model: {base_name}' if base_name else ''}"
+    return (
+        f"{front.rstrip()}\n---\n\n# FocusLLM candidate projections\n\n"
+        f"Trainable {letters} projections for the candidate tokens of FocusLLM (arXiv 2408.11745), {kind}, "
+        f"{num_parameters:,} parameters, for the base model {base_name or '(not named)'}.\n\n"
+        f'```python\nfrom focusllm import FocusLLM\n\nllm = FocusLLM.from_pretrained("{base_name}", adapter="this folder")\n```\n'
+        + (f"\n| trained with | |\n|---|---|\n{trained}\n" if trained else "")
+        + "\nApplied as an ordinary LoRA it changes every token, which is not what it was trained for.\n"
+    )

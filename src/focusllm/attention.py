@@ -1,0 +1,198 @@
+"""Attention over segments: earlier tokens that lie in several places, read where they lie.
+
+    query of new tokens  --->  [ segment 1 | segment 2 | ... | the new tokens themselves ]
+
+Keys and values are neither joined nor copied, and key-value heads are not repeated for the query heads that share them.
+Few queries (decoding): scores of all segments under one softmax, by batched matrix products that run at the speed of
+memory. Many queries (reading): a flash kernel a segment, results merged exactly through the logarithms of their softmax
+sums (as flash attention joins its tiles, arXiv 2205.14135). With gradients: joined, one differentiable call.
+
+Pure functions over tensors. Letters: B rows, H query heads, K key-value heads, T new tokens, S earlier ones, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Block = tuple[Tensor, Tensor, int]
+"""Keys and values [rows, K, room, D], and how many of their tokens count; the room behind them holds finite numbers."""
+LayerSegment = tuple[Sequence[Block], Tensor | None]
+"""One layer of a `Segment`: blocks along the rows, and a mask [T, S] or [rows, T, S] (True: visible)."""
+
+FEW_QUERIES = 16
+"""Up to so many queries a key-value head, scores are computed by plain products."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[LayerSegment],
+    mask: Tensor | None,
+    scale: float,
+    watch: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Attention of new tokens to segments of earlier ones and to themselves.
+
+    Args:
+        query: [B, H, T, D]. key, value: [B, K, T, D], of the same new tokens.
+        segments: earlier tokens; all segments are cut into blocks at the same rows.
+        mask: [T, T], True where a new token sees a new token; None: causal.
+        scale: factor of the scores.
+        watch: report what the newest token pays to the first segment.
+
+    Returns:
+        The result [B, H, T, D]; and if watched, one [rows, S] a block of the first segment, a mean over heads
+        (the sum over S is the share of its attention that the segment got).
+    """
+    earlier = [tensor for blocks, _ in segments for block in blocks for tensor in block[:2]]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, *earlier)):
+        return _attend_joined(query, key, value, segments, mask, scale), []
+    if not segments:
+        return _partial(query, key, value, mask, mask is None, scale)[0], []
+    outs, paid, start = [], [], 0
+    for first_block in segments[0][0]:
+        rows = slice(start, start + first_block[0].shape[0])
+        index = len(outs)
+        past = [(*blocks[index], segment_mask) for blocks, segment_mask in segments]
+        past = [(k, v, n, m if m is None or m.dim() == 2 else m[rows]) for k, v, n, m in past]
+        few = query.shape[1] // key.shape[1] * query.shape[2] <= FEW_QUERIES and all(m is None for *_, m in past)
+        function = _attend_few if few and mask is None else _attend_many
+        out, share = function(query[rows], key[rows], value[rows], past, mask, scale, watch)
+        outs.append(out)
+        paid.append(share)
+        start = rows.stop
+    return torch.cat(outs) if outs[1:] else outs[0], [share for share in paid if share is not None]
+
+
+Past = Sequence[tuple[Tensor, Tensor, int, Tensor | None]]
+"""Keys, values, length and mask of each segment, for one block of rows."""
+
+
+def _attend_few(
+    query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One softmax over the scores of all segments; causal among the new tokens."""
+    rows, heads, length, _ = query.shape
+    packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
+    values = [v.flatten(0, 1) for _, v, *_ in past] + [value.flatten(0, 1)]
+    scores = []
+    for past_key, _, count, _ in past:
+        # Over the whole room, for a batched product would copy a part of it.
+        scores.append(torch.bmm(packed, past_key.flatten(0, 1).transpose(1, 2)))
+        if count < past_key.shape[2]:
+            scores[-1][..., count:] = -torch.inf
+    scores.append(torch.bmm(packed, key.flatten(0, 1).transpose(1, 2)))
+    if length > 1:
+        scores[-1].masked_fill_(_later_tokens(length, heads // key.shape[1], query.device), -torch.inf)
+    weights = torch.cat(scores, -1).softmax(-1)
+    share = weights.view(rows, heads, length, -1)[:, :, -1, : past[0][2]].float().mean(1) if watch else None
+    out, start = None, 0
+    for part in values:
+        product = torch.bmm(weights[..., start : start + part.shape[1]], part)
+        out, start = product if out is None else out + product, start + part.shape[1]
+    assert out is not None
+    return out.view(rows, heads, length, -1), share
+
+
+def _attend_many(
+    query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A partial result a segment, merged by their softmax sums."""
+    parts = [_partial(query, k[:, :, :n], v[:, :, :n], m, False, scale) for k, v, n, m in past if n]
+    parts.append(_partial(query, key, value, mask, mask is None, scale))
+    lse = torch.logsumexp(torch.stack([part_lse for _, part_lse in parts]), 0)
+    merged = parts[0][0] * (parts[0][1] - lse).exp()[..., None]
+    for out, part_lse in parts[1:]:
+        merged = merged + out * (part_lse - lse).exp()[..., None]
+    share = None
+    if watch:
+        first_key = past[0][0][:, :, : past[0][2]]
+        newest = _packed(query[:, :, -1:].to(lse.dtype), key.shape[1])  # [B, K, G, D]
+        weights = (newest @ first_key.to(lse.dtype).transpose(-1, -2) * scale).flatten(1, 2) - lse[:, :, -1:]
+        share = weights.exp().mean(1)
+    return merged.to(query.dtype), share
+
+
+@lru_cache(maxsize=32)
+def _later_tokens(length: int, num_groups: int, device: torch.device) -> Tensor:
+    """[G * T, T]: True where a key is later than the query."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1).repeat(num_groups, 1)
+
+
+def _packed(query: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, H, T, D] -> [B, K, H / K * T, D]: the query heads that share a key-value head, one after another."""
+    rows, heads, length, width = query.shape
+    return query.reshape(rows, num_kv_heads, heads // num_kv_heads * length, width)
+
+
+def _partial(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to one run of tokens, [B, H, T, D], and its logarithm of softmax sums [B, H, T]."""
+    rows, heads, length, _ = query.shape
+    if not causal and mask is None:  # grouped heads share a pass over their keys
+        query = _packed(query, key.shape[1])
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+            bias = bias[None, None] if bias.dim() == 2 else bias[:, None]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+        )
+    else:
+        out, lse = _partial_by_formula(query, key, value, mask, causal, scale)
+    return out.reshape(rows, heads, length, -1), lse.reshape(rows, heads, length)
+
+
+def _partial_by_formula(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same by the formula, for devices without a kernel that returns the softmax sums."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows, heads, length, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, length, width)
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).to(wide) * scale  # [B, K, G, T, S]
+    if causal:
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        mask = mask if mask.dim() == 2 else mask[:, None, None]
+        scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+    lse = torch.logsumexp(scores, -1)
+    out = (scores - lse[..., None]).exp().to(value.dtype) @ value[:, :, None]
+    return out.reshape(rows, heads, length, -1), lse.reshape(rows, heads, length)
+
+
+def _attend_joined(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None, scale: float
+) -> Tensor:
+    """Everything joined along the tokens and one call of scaled dot product attention, for gradients."""
+    length = query.shape[2]
+    keys, values, masks = [], [], []
+    for blocks, segment_mask in segments:
+        if len(blocks) != 1:
+            raise ValueError(f"a segment has {len(blocks)} blocks; with gradients it must have one.")
+        past_key, past_value, count = blocks[0]
+        keys.append(past_key[:, :, :count])
+        values.append(past_value[:, :, :count])
+        seen = torch.ones(length, keys[-1].shape[2], dtype=torch.bool, device=query.device)
+        masks.append(seen if segment_mask is None else segment_mask)
+    causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    masks.append(causal if mask is None else mask)
+    if any(m.dim() == 3 for m in masks):
+        masks = [m.expand(query.shape[0], -1, -1) for m in masks]
+    joined = torch.cat(masks, -1)
+    return F.scaled_dot_product_attention(
+        query,
+        torch.cat([*keys, key], 2),
+        torch.cat([*values, value], 2),
+        attn_mask=joined if joined.dim() == 2 else joined[:, None],
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

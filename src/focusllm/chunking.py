@@ -1,0 +1,37 @@
+"""Cutting token ids: every token exactly once, either in a chunk or in the local context. Pure functions over lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from focusllm.config import FocusConfig
+
+
+def cut(num_tokens: int, chunk_length: int) -> list[tuple[int, int]]:
+    """Bounds of chunks cut from the left; the last one may be shorter (paper section 3.1)."""
+    return [(start, min(start + chunk_length, num_tokens)) for start in range(0, num_tokens, chunk_length)]
+
+
+def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], list[int]]:
+    """Split a text into far context and local context.
+
+    Returns:
+        The far context (empty if the text goes to the base model alone) and the local context.
+    """
+    ids = list(token_ids)
+    if config.is_plain(len(ids)):
+        return [], ids
+    return ids[: -config.local_length], ids[-config.local_length :]
+
+
+def num_local_chunks(chunk_lengths: Sequence[int], num_other_tokens: int, config: FocusConfig) -> int:
+    """How many chunks at the end of a document fit into the local context beside `num_other_tokens` tokens.
+
+    They are decoded from directly, not condensed; a document that fits as a whole is the base model's alone.
+    """
+    room, count = config.local_length - num_other_tokens, 0
+    for length in reversed(chunk_lengths):
+        if length > room:
+            break
+        room, count = room - length, count + 1
+    return count

@@ -1,0 +1,130 @@
+"""The lengths and options of the method, checked once. Knows numbers only: no torch, no model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from focusllm.errors import ConfigError
+
+Decoding = Literal["cached", "exact"]
+
+
+@dataclass(frozen=True)
+class FocusConfig:
+    """How a text is cut and how it is decoded. All lengths are in tokens.
+
+    Raises:
+        ConfigError: a length below 1, or an unknown decoding mode.
+    """
+
+    chunk_length: int = 1024
+    """Length of one chunk of the far context (paper section 3.1; the released code calls it stride)."""
+    local_length: int = 512
+    """Most tokens that the local context holds when decoding starts; a shorter text is the base model's alone."""
+    prompt_length: int = 64
+    """Most tokens of the dynamic prompt: the tail of the local context that is read behind every chunk."""
+    chunks_per_batch: int = 8
+    """Chunks read in one forward pass: bounds the scratch memory, does not change the result."""
+    decoding: Decoding = "cached"
+    """`cached` keeps the local context's keys and values; `exact` encodes it anew for every token (the paper)."""
+
+    # What the authors' released code does besides. Off by default; `paper()` switches them on.
+    rechunk: bool = True
+    """Turn the oldest local tokens into a new chunk when the local context is full (the paper lets it grow)."""
+    plain_below: int | None = None
+    """Texts with fewer tokens go to the base model alone. None: those that fit into the local context."""
+    bos_token_id: int | None = None
+    """Put this token in front of the dynamic prompt and of the local context unless it is there. None: do not."""
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_length", "local_length", "prompt_length", "chunks_per_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.decoding not in ("cached", "exact"):
+            raise ConfigError(f"decoding is {self.decoding!r}; it must be 'cached' or 'exact'.")
+
+    @classmethod
+    def paper(
+        cls, chunk_length: int = 2048, local_length: int = 2048, plain_below: int = 4096, bos_token_id: int | None = 1
+    ) -> FocusConfig:
+        """The settings of the paper (section 4.1) with the habits of its released code.
+
+        They are: a dynamic prompt of 512 tokens, texts below a literal 4096 tokens left to the base model, the token
+        1 put in front of the dynamic prompt and of the local context, and a local context that only grows.
+        """
+        return cls(
+            chunk_length=chunk_length,
+            local_length=local_length,
+            prompt_length=512,
+            decoding="exact",
+            rechunk=False,
+            plain_below=plain_below,
+            bos_token_id=bos_token_id,
+        )
+
+    @property
+    def rechunk_length(self) -> int:
+        """How many local tokens become a chunk at once when the local context is full."""
+        return min(self.chunk_length, self.local_length)
+
+    @property
+    def max_local_length(self) -> int:
+        """Most tokens that the local context ever holds (given tokens and generated ones)."""
+        return self.local_length + self.rechunk_length
+
+    @property
+    def max_row_length(self) -> int:
+        """Most positions that a row takes: the chunk, then the dynamic prompt and what is generated, all of it local."""
+        return self.chunk_length + self.max_local_length
+
+    def is_plain(self, num_tokens: int) -> bool:
+        """Whether a text of `num_tokens` tokens goes to the base model alone."""
+        limit = self.local_length + 1 if self.plain_below is None else self.plain_below
+        return num_tokens < limit
+
+    def check_positions(self, max_positions: int) -> None:
+        """Check that rows and local context stay inside a base model's positions.
+
+        Raises:
+            ConfigError: naming the setting, its value and the largest value that works.
+        """
+        if self.chunk_length >= max_positions:
+            raise ConfigError(
+                f"chunk_length is {self.chunk_length} tokens, but the base model has {max_positions} positions; "
+                f"use a chunk_length of at most {max_positions // 2}."
+            )
+        if self.rechunk and self.max_row_length > max_positions:
+            raise ConfigError(
+                f"a row of chunk_length {self.chunk_length} and up to {self.max_local_length} local tokens takes "
+                f"{self.max_row_length} positions, but the base model has {max_positions}; use a smaller chunk_length "
+                f"or local_length."
+            )
+
+    def check_num_chunks(self, num_chunks: int, max_positions: int) -> None:
+        """Check that all candidates and the local context fit into the base model's positions.
+
+        Raises:
+            ConfigError: too many chunks; names the chunk length that would do.
+        """
+        room = max_positions - self.max_local_length
+        if num_chunks > room:
+            needed = -(-num_chunks * self.chunk_length // max(room, 1))
+            raise ConfigError(
+                f"{num_chunks} chunks need {num_chunks} positions beside {self.max_local_length} for the local "
+                f"context, but the base model has {max_positions}; use a chunk_length of at least {needed}."
+            )
+
+    def replace(self, **changes: Any) -> FocusConfig:
+        """A copy with some fields changed, checked again."""
+        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
+        if unknown:
+            known = ", ".join(field.name for field in dataclasses.fields(self))
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {known}.")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them."""
+        return dataclasses.asdict(self)

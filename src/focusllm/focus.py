@@ -1,0 +1,243 @@
+"""FocusLLM in one file (arXiv 2408.11745): read chunks side by side, condense each into a candidate, decode.
+
+     far context                                        local context           next token
+    +---------+---------+ ... +---------+   +--------------------------------+
+    | chunk 1 | chunk 2 |     | chunk R |   |          ... | dynamic prompt  |---> ?
+    +---------+---------+     +---------+   +--------------------------------+
+        |          |               |            |
+        v          v               v            |
+    encode_chunks: each chunk alone, all at once, by the frozen base  ->  chunk KV [R, K, C, D] a layer
+        |          |               |            |
+        v          v               v            |
+    candidate_pass: behind every chunk  [ chunk i | dynamic prompt ]
+                    the last token of the prompt is the candidate: it alone is projected by the trainable
+                    q, k, v, o. Its key and value, at every layer, are chunk i condensed for this very moment.
+        |          |               |            |
+        v          v               v            v
+    to_slots:   [ cand 1 | cand 2 | ... | cand R ]   keys moved from their positions in the rows to slots 0..R-1
+        |
+        v
+    local_pass (frozen):  [ cand 1 .. cand R | local context at positions R, R+1, ... ]  ->  logits
+
+A decode step repeats the candidate pass with two tokens a row, [previous token, newest token]: the previous one is an
+ordinary token now and stays in the row; the newest one is the new candidate and does not. Then the local pass gives the
+next token: over the whole local context again (`exact`, the paper), or over the newest token alone, attending to the
+kept keys and values of the local context (`cached`). Cached, both passes are short, and `decode_pass` runs them as one:
+layer by layer, the rows make their candidates and the newest local token attends to them.
+
+Pure functions over (model, tensors). No tokenizer, no files, no state. Differentiable in the candidate projections:
+ordinary tokens never see them, so chunks are encoded without a graph and gradients flow through the candidates and
+the local pass only.
+
+Letters: R chunks (rows), C tokens of a chunk, P of the dynamic prompt, W of the local context, K key-value heads,
+D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from focusllm.attention import attend
+from focusllm.base import layout, run
+from focusllm.kv import KV, Segment, concat
+from focusllm.rope import move_keys
+
+
+class _Over:
+    """Attention of a pass to segments of earlier tokens and to itself; keeps the new keys and values."""
+
+    def __init__(self, segments: Sequence[Segment] = (), watch: bool = False):
+        self.segments, self.watch = segments, watch
+        self.kv = KV([], [])
+        self.paid: list[Tensor] = []
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.kv.keys.append(key)
+        self.kv.values.append(value)
+        past = [segment.layer(layer) for segment in self.segments]
+        out, paid = attend(query, key, value, past, None, scale, self.watch)
+        self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
+        return out
+
+
+@torch.no_grad()
+def encode_chunks(model: nn.Module, chunk_ids: Tensor) -> KV:
+    """Read R chunks of equal length by the base model, each as if it were the whole text (paper section 3.1).
+
+    The result depends on a chunk's own tokens only: not on other chunks, not on a question, not on the adapter.
+
+    Args:
+        chunk_ids: [R, C].
+
+    Returns:
+        [R, K, C, D] a layer, keys at positions 0..C-1.
+    """
+    attention = _Over()
+    run(model, chunk_ids, torch.arange(chunk_ids.shape[1], device=chunk_ids.device)[None], attention)
+    return attention.kv
+
+
+def candidate_pass(model: nn.Module, tokens: Tensor, start: Tensor, row: Sequence[Segment]) -> tuple[KV, KV]:
+    """Continue R rows by the same few tokens; the last one becomes each row's candidate (paper section 3.2).
+
+    Args:
+        tokens: [R, T], the dynamic prompt at first, then [previous token, newest token].
+        start: [R], position of the first of these tokens in each row.
+        row: what the rows hold already, as segments: chunk, then earlier prompt and generated tokens.
+
+    Returns:
+        Keys and values of the T - 1 ordinary tokens, to be kept in the rows; and of the candidates [R, K, 1, D],
+        keys at the candidates' positions in the rows, start + T - 1.
+    """
+    attention = _Over(row)
+    positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    run(model, tokens, positions, attention, candidates=slice(tokens.shape[1] - 1, tokens.shape[1]))
+    return attention.kv.tokens(0, -1), attention.kv.tokens(-1)
+
+
+def to_slots(model: nn.Module, candidates: KV, positions: Tensor, first_slot: int = 0) -> KV:
+    """Line candidates up for the local pass: row i's key goes from its position in the row to slot first_slot + i.
+
+    Args:
+        candidates: [R, K, 1, D] a layer.
+        positions: [R], where the candidate keys are.
+
+    Returns:
+        [1, K, R, D] a layer, in the order of the rows.
+    """
+    delta = first_slot + torch.arange(candidates.num_rows, device=positions.device) - positions
+    lined_up = candidates.map(lambda tensor: tensor.transpose(0, 2))
+    return KV([_moved(model, i, key, delta[None]) for i, key in enumerate(lined_up.keys)], lined_up.values)
+
+
+def _moved(model: nn.Module, layer: int, keys: Tensor, delta: Tensor) -> Tensor:
+    found = layout(model)
+    if not found.layers[layer].rotary:
+        return keys
+    return move_keys(keys, delta, found.inv_freq.to(keys.device), found.interleaved)
+
+
+def local_pass(
+    model: nn.Module, tokens: Tensor, start: Tensor, segments: Sequence[Segment], logits_to_keep: int = 1
+) -> tuple[Tensor, KV, list[Tensor]]:
+    """Decode from the candidates and the local context, by the base model (paper section 3.3).
+
+    Args:
+        tokens: [B, T], the whole local context, or the newest tokens when the earlier ones are among the segments.
+        start: [B], position of the first of them: the number of candidates plus the local tokens before it.
+        segments: the candidates first, then (cached decoding) the local context's kept keys and values.
+        logits_to_keep: how many of the last tokens get logits; 0: all.
+
+    Returns:
+        Logits [B, n, V]; keys and values of these tokens; and what the newest paid to the candidates, one [rows, R] a
+        block, summed over layers (empty while gradients are recorded).
+    """
+    attention = _Over(segments, watch=bool(segments))
+    positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
+    assert logits is not None
+    return logits, attention.kv, attention.paid
+
+
+def decode_pass(
+    model: nn.Module,
+    pairs: Tensor,
+    start: Tensor,
+    row: Sequence[Segment],
+    newest: Tensor,
+    local_start: Tensor,
+    local: Segment,
+    num_chunks: Sequence[int],
+) -> tuple[Tensor, KV, list[KV], KV, list[Tensor]]:
+    """A cached decode step of B requests in one forward pass: `candidate_pass`, `to_slots` and `local_pass` at once.
+
+    The weights are read once instead of twice. All tokens travel as one sequence, [previous, newest] of every row and
+    then the B newest local tokens, and are told apart in the attention only.
+
+    Args:
+        pairs, start, row: as `candidate_pass` takes them, T = 2, the rows of all requests one after another.
+        newest: [B], the requests' newest tokens. local_start: [B], their positions in the local pass.
+        local: the local contexts' kept keys and values, a block a request.
+        num_chunks: how many rows each request has.
+
+    Returns:
+        Logits [B, V]; the rows' ordinary tokens [R, K, 1, D]; each request's candidates [1, K, R_b, D] at their slots;
+        the newest local tokens [B, K, 1, D]; and what each paid to its candidates [1, R_b], summed over layers.
+    """
+    rows, counts = pairs.shape[0], list(num_chunks)
+    slots = torch.cat([torch.arange(count, device=start.device) for count in counts])
+    delta = (slots - (start + 1))[None]
+    over_rows, local_kv = _Over(row), KV([], [])
+    candidates = [KV([], []) for _ in counts]
+    totals: list[Tensor] = []
+
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        of_rows = [x[0, :, : 2 * rows].unflatten(1, (rows, 2)).transpose(0, 1) for x in (query, key, value)]
+        q, k, v = (x[0, :, 2 * rows :].transpose(0, 1)[:, :, None] for x in (query, key, value))  # [B, heads, 1, D]
+        out_rows = over_rows(layer, *of_rows, scale)  # [R, H, 2, D]
+        lined_up = _moved(model, layer, key[:, :, 1 : 2 * rows : 2], delta)  # [1, K, R, D]
+        pieces = zip(lined_up.split(counts, 2), value[:, :, 1 : 2 * rows : 2].split(counts, 2), strict=True)
+        for kv, (piece_key, piece_value) in zip(candidates, pieces, strict=True):
+            kv.keys.append(piece_key)
+            kv.values.append(piece_value)
+        local_kv.keys.append(k)
+        local_kv.values.append(v)
+        out_local, paid = attend(q, k, v, [Segment(candidates).layer(layer), local.layer(layer)], None, scale, True)
+        totals[:] = [a + b for a, b in zip(totals, paid, strict=True)] if totals else paid
+        flat = [out_rows.transpose(0, 1).flatten(1, 2), out_local[:, :, 0].transpose(0, 1)]
+        return torch.cat(flat, 1)[None]
+
+    tokens = torch.cat([pairs.flatten(), newest])[None]
+    positions = torch.cat([torch.stack([start, start + 1], 1).flatten(), local_start])[None]
+    keep = torch.arange(2 * rows, 2 * rows + len(newest), device=tokens.device)
+    logits = run(model, tokens, positions, attention, candidates=slice(1, 2 * rows, 2), logits_to_keep=keep)
+    assert logits is not None
+    return logits[0], over_rows.kv.tokens(0, 1), candidates, local_kv, totals
+
+
+def read_prompt(model: nn.Module, chunk_kv: KV, prompt: Tensor, first_slot: int = 0) -> tuple[KV, KV]:
+    """The first candidate pass: put the dynamic prompt behind R chunks and line their candidates up.
+
+    Args:
+        chunk_kv: [R, K, C, D] a layer, from `encode_chunks`.
+        prompt: [P].
+
+    Returns:
+        Keys and values of the P - 1 ordinary prompt tokens [R, K, P - 1, D], and the candidates [1, K, R, D].
+    """
+    start = torch.full((chunk_kv.num_rows,), chunk_kv.length, device=prompt.device)
+    ordinary, candidates = candidate_pass(
+        model, prompt.expand(chunk_kv.num_rows, -1), start, [Segment([chunk_kv])]
+    )
+    return ordinary, to_slots(model, candidates, start + len(prompt) - 1, first_slot)
+
+
+def focus_logits(
+    model: nn.Module, chunks: Sequence[Tensor], prompt: Tensor, local: Tensor, logits_to_keep: int = 1
+) -> Tensor:
+    """The whole method once, from nothing: the definition that every faster path is compared with.
+
+    Args:
+        chunks: R tensors [C_i] of token ids, in order; lengths may differ.
+        prompt: [P], the dynamic prompt. local: [W], the local context.
+
+    Returns:
+        Logits [n, V] of the last tokens of the local context; differentiable in the candidate projections.
+    """
+    groups: list[list[Tensor]] = []
+    for chunk in chunks:  # neighbours of equal length are read together
+        if groups and len(groups[-1][0]) == len(chunk):
+            groups[-1].append(chunk)
+        else:
+            groups.append([chunk])
+    candidates: list[KV] = []
+    first_slot = 0
+    for group in groups:
+        candidates.append(read_prompt(model, encode_chunks(model, torch.stack(group)), prompt, first_slot)[1])
+        first_slot += len(group)
+    segments = [Segment([concat(candidates, dim=2)])] if candidates else []
+    start = torch.tensor([len(chunks)], device=local.device)
+    return local_pass(model, local[None], start, segments, logits_to_keep)[0][0]

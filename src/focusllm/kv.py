@@ -1,0 +1,145 @@
+"""Keys and values as plain tensors, and the containers that the passes hand each other.
+
+Letters: L layers, B batch (rows), H query heads, K key-value heads, T tokens, D head dimension.
+Knows tensors only: no model, no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class KV:
+    """Keys (rotated) and values of a run of tokens: per layer one tensor each, [B, K, T, D]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def length(self) -> int:
+        """T, in tokens."""
+        return self.keys[0].shape[2]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.keys[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> KV:
+        """The same function on every tensor."""
+        return KV([function(key) for key in self.keys], [function(value) for value in self.values])
+
+    def rows(self, start: int, stop: int) -> KV:
+        """Rows start..stop, as views."""
+        return self.map(lambda tensor: tensor[start:stop])
+
+    def tokens(self, start: int, stop: int | None = None) -> KV:
+        """Tokens start..stop of every row, as views."""
+        return self.map(lambda tensor: tensor[:, :, start:stop])
+
+    def empty_like(self, num_rows: int, length: int) -> KV:
+        """Uninitialised tensors of the same layers, heads, type and device."""
+        return self.map(lambda t: t.new_empty(num_rows, t.shape[1], length, t.shape[3]))
+
+    def write(self, row: int, token: int, source: KV) -> None:
+        """Copy `source` in place, its first row and token going to `row` and `token`."""
+        for target, given in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
+            target[row : row + given.shape[0], :, token : token + given.shape[2]] = given
+
+
+def concat(parts: Sequence[KV], dim: int) -> KV:
+    """Join along rows (dim 0) or tokens (dim 2)."""
+    layers = range(len(parts[0].keys))
+    return KV(
+        [torch.cat([part.keys[i] for part in parts], dim) for i in layers],
+        [torch.cat([part.values[i] for part in parts], dim) for i in layers],
+    )
+
+
+class GrowingKV:
+    """Preallocated keys and values that tokens are appended to in place, all rows alike.
+
+    `keys` and `values` are the whole room, [B, K, room, D] a layer; the first `length` tokens count, the rest is zero.
+    The room grows by `STEP` tokens at a time: attention runs over all of it, so little of it may be idle, and copying
+    once in `STEP` tokens costs little beside reading it for each.
+    """
+
+    STEP = 64
+
+    def __init__(self, like: KV, num_rows: int, num_tokens: int = 0):
+        self._kv = KV([], [])
+        self.length = 0
+        self._allocate(like, num_rows, num_tokens)
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Keys of the whole room."""
+        return self._kv.keys
+
+    @property
+    def values(self) -> list[Tensor]:
+        """Values of the whole room."""
+        return self._kv.values
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self._kv.num_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the idle room included."""
+        return self._kv.nbytes
+
+    def append(self, tokens: KV) -> None:
+        """Append the same number of tokens to all rows."""
+        if self.length + tokens.length > self._kv.length:
+            filled = self.filled()
+            self._allocate(filled, self.num_rows, self.length + tokens.length)
+            self._kv.write(0, 0, filled)
+        self._kv.write(0, self.length, tokens)
+        self.length += tokens.length
+
+    def fill_rows(self, row: int, tokens: KV) -> None:
+        """Write the first tokens of some rows; they count when all rows are written and `length` is set."""
+        self._kv.write(row, 0, tokens)
+
+    def filled(self) -> KV:
+        """What counts, as views [B, K, length, D]."""
+        return self._kv.tokens(0, self.length)
+
+    def copy(self) -> GrowingKV:
+        """An independent copy."""
+        twin = GrowingKV(self._kv, self.num_rows, self.length)
+        twin.append(self.filled())
+        return twin
+
+    def _allocate(self, like: KV, num_rows: int, num_tokens: int) -> None:
+        room = (num_tokens // self.STEP + 1) * self.STEP
+        self._kv = like.map(lambda t: t.new_zeros(num_rows, t.shape[1], room, t.shape[3]))
+
+
+@dataclass
+class Segment:
+    """A run of earlier tokens that a pass attends to: blocks that lie one after another along the batch.
+
+    Block sizes along the batch add up to B; their lengths may differ, and a block may be empty (no tokens).
+    `mask` ([T, S] or [B, T, S], True where a query sees a key) needs a single block; without it all is visible.
+    """
+
+    blocks: Sequence[KV | GrowingKV]
+    mask: Tensor | None = None
+
+    def layer(self, index: int) -> tuple[list[tuple[Tensor, Tensor, int]], Tensor | None]:
+        """Keys, values and length of one layer, block by block, and the mask."""
+        return [(block.keys[index], block.values[index], block.length) for block in self.blocks], self.mask

@@ -1,0 +1,462 @@
+"""The library's front: read documents once, ask them many times.
+
+    llm = FocusLLM.from_pretrained("smollm2-135m")
+    book = llm.read(Path("book.txt"), progress=True)
+    for piece in llm.stream(book, "Who is Ishmael?"):
+        print(piece, end="")
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from focusllm.adapter import fingerprint
+from focusllm.base import layout
+from focusllm.chunking import cut, num_local_chunks
+from focusllm.config import FocusConfig
+from focusllm.cost import check_memory, peak_memory
+from focusllm.embedded import resolve_model
+from focusllm.engine import ChunkBlock, Progress, encode
+from focusllm.errors import ConfigError, DocumentError, ModelError
+from focusllm.modeling import FocusForCausalLM, FocusState
+from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
+from focusllm.text import decode_ids, encode_text, frame_question
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Where a chunk lies in its document: characters and tokens, half-open."""
+
+    start: int
+    end: int
+    first_token: int
+    last_token: int
+
+
+@dataclass(frozen=True, repr=False)
+class Document:
+    """A text that was read once: its chunks' keys and values, and where each chunk is in the text.
+
+    It belongs to the model that read it, and is never changed: any number of questions may share it.
+    """
+
+    name: str
+    text: str
+    token_ids: list[int]
+    chunks: list[Chunk]
+    blocks: list[ChunkBlock]
+    chunk_length: int
+    read_seconds: float
+    reader: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length in tokens."""
+        return len(self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return sum(block.kv.nbytes for block in self.blocks)
+
+    def first_blocks(self, num_chunks: int) -> list[ChunkBlock]:
+        """The first chunks, as blocks."""
+        blocks = []
+        for block in self.blocks:
+            if num_chunks > 0:
+                blocks.append(block.rows(0, min(num_chunks, block.num_chunks)))
+            num_chunks -= block.num_chunks
+        return blocks
+
+    def __repr__(self) -> str:
+        return f"Document({self.name!r}, {self.num_tokens:,} tokens, {len(self.chunks)} chunks)"
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A chunk and how much of the attention to chunks it got while the answer was decoded."""
+
+    document: str
+    chunk: int
+    start: int
+    end: int
+    weight: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with its origin and its cost."""
+
+    text: str
+    citations: list[Citation]
+    """All chunks of the far context, the most attended first; weights add up to 1."""
+    num_document_tokens: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    time_to_first_token: float
+    """Seconds from the question to the first token, reading the documents not included."""
+    tokens_per_second: float
+    """Of the tokens after the first."""
+    seconds: float
+    peak_memory: int
+    """Most bytes that the process has held so far."""
+
+    def to_dict(self, num_citations: int = 5) -> dict[str, Any]:
+        """All fields, as JSON takes them, with the first citations."""
+        return {**asdict(self), "citations": [asdict(citation) for citation in self.citations[:num_citations]]}
+
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer as they are decoded; `answer` is the whole when they are through.
+
+    `close()` stops decoding after the token under way; leaving it to the garbage collector does the same.
+    """
+
+    def __init__(self, generate: Callable[..., Any], tokenizer: Any, finish: Callable[..., Answer]):
+        self._finish = finish
+        self._streamer = _TimedStreamer(tokenizer)
+        self._closed = threading.Event()
+        self._error: BaseException | None = None
+        self._pieces: list[str] = []
+        self._answer: Answer | None = None
+        self._thread = threading.Thread(target=self._run, args=(generate,), daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> str:
+        if self._answer is not None or self._closed.is_set():
+            raise StopIteration
+        try:
+            piece = next(self._streamer)
+        except StopIteration:
+            self._thread.join()
+            if self._error is not None:
+                raise self._error from None
+            self._answer = self._finish("".join(self._pieces), self._streamer)
+            raise
+        self._pieces.append(piece)
+        return piece
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; decodes what is left of it."""
+        for _ in self:
+            pass
+        if self._answer is None:
+            raise RuntimeError("the stream was closed before the answer was complete.")
+        return self._answer
+
+    def close(self) -> None:
+        """Stop decoding."""
+        self._closed.set()
+        self._thread.join()
+
+    def __del__(self) -> None:
+        self._closed.set()
+
+    def _run(self, generate: Callable[..., Any]) -> None:
+        try:
+            generate(streamer=self._streamer, stopping_criteria=_WhenSet(self._closed))
+        except BaseException as error:  # handed to the reader of the stream
+            self._error = error
+        finally:
+            self._streamer.end()
+
+
+class _TimedStreamer(TextIteratorStreamer):
+    """transformers' streamer, with the time of every token."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.token_times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.token_times.append(time.perf_counter())
+        super().put(value)  # type: ignore[no-untyped-call]
+
+
+class _WhenSet(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@dataclass
+class FocusLLM:
+    """A model that reads long documents.
+
+    Args:
+        model: the model with `generate()`, for use in the ecosystem's own ways.
+        tokenizer: its tokenizer.
+    """
+
+    model: FocusForCausalLM
+    tokenizer: Any
+    name: str = ""
+    _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "smollm2-135m",
+        *,
+        adapter: str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        config: FocusConfig | None = None,
+        notify: Callable[[str], None] = lambda _: None,
+        **settings: Any,
+    ) -> FocusLLM:
+        """Load a model with its tokenizer and candidate projections.
+
+        Args:
+            model: `smollm2-135m`, a folder, or a hub id.
+            adapter: folder or hub id of candidate projections; None: those saved with the model, else untrained ones.
+            dtype: `auto` (the checkpoint's own), or a type of torch or its name.
+            device: where to compute; None: a GPU if there is one, else the CPU.
+            config: lengths and options; None: the defaults.
+            notify: called with a sentence when something takes long (a download).
+            settings: single fields of the config, by name.
+
+        Raises:
+            ConfigError, ModelError, AdapterError: with the value, the limit and the remedy.
+        """
+        path = resolve_model(model, notify)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"device is {device!r}; it must be cpu, cuda, cuda:0, ...") from error
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigError(f"dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16.")
+        loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=adapter, dtype=dtype)
+        loaded.focus_config = loaded.focus_config.replace(**settings)
+        loaded.focus_config.check_positions(layout(loaded.base).max_positions)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"the tokenizer of {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return cls(loaded.to(device), tokenizer, str(model))  # type: ignore[arg-type]
+
+    @property
+    def config(self) -> FocusConfig:
+        """Lengths and options."""
+        return self.model.focus_config
+
+    @property
+    def has_trained_candidates(self) -> bool:
+        """Whether candidate projections are loaded; without them the far context is of little use."""
+        return self.model.adapter_config is not None
+
+    def read(
+        self,
+        source: str | Path | Sequence[int],
+        *,
+        name: str | None = None,
+        encoding: str = "utf-8",
+        progress: bool | Progress = False,
+    ) -> Document:
+        """Read a document once, to be asked many times.
+
+        Args:
+            source: a file (a `Path`, or a string that names one), a text, or token ids.
+            name: how citations call it; None: the file's name, or "text".
+            encoding: of a text file.
+            progress: True for a progress bar, or a function of (tokens done, tokens in all).
+
+        Raises:
+            DocumentError: a missing file, one that is not text, or one without text.
+            MemoryLimitError: it would not fit; raised before anything is computed.
+        """
+        text, ids, spans = self._tokens(source, encoding)
+        if name is None:
+            name = Path(source).name if self._is_file(source) else "text"  # type: ignore[arg-type]
+        if not ids:
+            raise DocumentError(f"{name} gives no tokens; give a document with text.")
+        check_memory(self.model.base, self.config, len(ids))
+        start = time.perf_counter()
+        with self._reading, _progress(progress, len(ids)) as report:
+            blocks = encode(self.model.base, ids, self.config, report)
+        chunks = [
+            Chunk(spans[first][0], spans[stop - 1][1], first, stop)
+            for first, stop in cut(len(ids), self.config.chunk_length)
+        ]
+        seconds = time.perf_counter() - start
+        return Document(name, text, ids, chunks, blocks, self.config.chunk_length, seconds, self._reader())
+
+    def stream(self, documents: Document | Sequence[Document], question: str, **generate: Any) -> AnswerStream:
+        """Ask a question about one or several documents and stream the answer.
+
+        Args:
+            documents: in the order in which they should be read; nothing is read again.
+            question: put behind them, in the model's chat template.
+            generate: arguments of transformers' `generate()` (max_new_tokens, do_sample, temperature, stop_strings,
+                ...). By default at most 256 tokens, greedy.
+
+        Raises:
+            DocumentError: an empty question, or one longer than the local context.
+            ConfigError: no documents, or one that another model or chunk length has read.
+        """
+        given = [documents] if isinstance(documents, Document) else list(documents)
+        for document in given:
+            self._check(document)
+        if not given:
+            raise ConfigError("there are no documents; read at least one.")
+        before, after = frame_question(self.tokenizer, question)
+        num_own = len(before) + len(after)
+        if num_own > self.config.local_length:
+            raise DocumentError(
+                f"the question takes {num_own} tokens with the chat template, but the local context holds "
+                f"{self.config.local_length}; ask a shorter one, or set local_length to at least {num_own}."
+            )
+        lengths = [chunk.last_token - chunk.first_token for document in given for chunk in document.chunks]
+        num_far = len(lengths) - num_local_chunks(lengths, num_own, self.config)
+        blocks, tail, places = _divide(given, num_far)
+        local_ids = [*before, *tail, *after]
+        state = FocusState(blocks, prompt_length=len(after))
+        input_ids = torch.tensor([local_ids], device=self.model.device)
+        arguments: dict[str, Any] = {"max_new_tokens": 256, "do_sample": False, **generate}
+        criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
+        if "stop_strings" in arguments:
+            arguments["tokenizer"] = self.tokenizer
+        if self.model.generation_config.pad_token_id is None and "pad_token_id" not in arguments:
+            arguments["pad_token_id"] = self.tokenizer.eos_token_id
+        start = time.perf_counter()
+
+        def run(streamer: Any, stopping_criteria: StoppingCriteria) -> None:
+            self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=state,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([*criteria, stopping_criteria]),
+                **arguments,
+            )
+
+        def finish(text: str, streamer: _TimedStreamer) -> Answer:
+            times = streamer.token_times
+            decoding = times[-1] - times[0] if len(times) > 1 else 0.0
+            return Answer(
+                text=text.strip(),
+                citations=_citations(given, places, state.requests[0].paid),
+                num_document_tokens=sum(document.num_tokens for document in given),
+                num_prompt_tokens=len(local_ids),
+                num_generated_tokens=len(times),
+                time_to_first_token=times[0] - start if times else 0.0,
+                tokens_per_second=(len(times) - 1) / decoding if decoding else 0.0,
+                seconds=time.perf_counter() - start,
+                peak_memory=peak_memory(self.model.device),
+            )
+
+        return AnswerStream(run, self.tokenizer, finish)
+
+    def ask(self, documents: Document | Sequence[Document], question: str, **generate: Any) -> Answer:
+        """Ask a question about one or several documents; arguments and errors are those of `stream`."""
+        return self.stream(documents, question, **generate).answer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write base model, candidate projections, settings and tokenizer into a folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _tokens(self, source: str | Path | Sequence[int], encoding: str) -> tuple[str, list[int], list[tuple[int, int]]]:
+        if isinstance(source, str | Path):
+            if self._is_file(source):
+                text = read_text(source, encoding)
+            else:
+                text = check_text(str(source), "the text")
+            encoded = encode_text(self.tokenizer, text)
+            return text, encoded.token_ids, encoded.spans
+        ids = [int(token) for token in source]
+        size = self.model.base.config.vocab_size  # type: ignore[union-attr]
+        odd = [token for token in ids if not 0 <= token < size]
+        if odd:
+            raise DocumentError(f"token id {odd[0]} is not in the vocabulary of {size} tokens; use this model's ids.")
+        text, spans = decode_ids(self.tokenizer, ids)
+        return text, ids, spans
+
+    @staticmethod
+    def _is_file(source: str | Path | Sequence[int]) -> bool:
+        """A path, a string that names a file, or one that looks as if it should."""
+        if isinstance(source, Path):
+            return True
+        if not isinstance(source, str) or len(source) > 1000 or "\n" in source:
+            return False
+        looks_like_one = Path(source).suffix.lower() in DOCUMENT_SUFFIXES and " " not in source.strip()
+        return os.path.isfile(source) or looks_like_one
+
+    def _reader(self) -> dict[str, Any]:
+        return {**fingerprint(self.model.base), "model": self.name, "dtype": str(self.model.dtype)}
+
+    def _check(self, document: Document) -> None:
+        if document.reader != self._reader() or document.chunk_length != self.config.chunk_length:
+            raise ConfigError(
+                f"{document!r} was read by {document.reader['model']} ({document.reader['dtype']}, chunk_length "
+                f"{document.chunk_length}), not by {self.name} ({self.model.dtype}, chunk_length "
+                f"{self.config.chunk_length}); read it again."
+            )
+
+
+def _divide(documents: Sequence[Document], num_far: int) -> tuple[list[ChunkBlock], list[int], list[tuple[int, int]]]:
+    """The first `num_far` chunks of all documents as blocks, the tokens behind them, and (document, chunk) of each."""
+    blocks: list[ChunkBlock] = []
+    tail: list[int] = []
+    places: list[tuple[int, int]] = []
+    for number, document in enumerate(documents):
+        count = min(num_far - len(places), len(document.chunks))
+        blocks += document.first_blocks(count)
+        if count < len(document.chunks):
+            tail += document.token_ids[document.chunks[count].first_token :]
+        places += [(number, chunk) for chunk in range(count)]
+    return blocks, tail, places
+
+
+def _citations(documents: Sequence[Document], places: Sequence[tuple[int, int]], paid: torch.Tensor | None) -> list[Citation]:
+    if paid is None or not places:
+        return []
+    shares = (paid / paid.sum()).tolist()[: len(places)]  # chunks that generated text became come after
+    found = []
+    for (number, index), share in zip(places, shares, strict=True):
+        document = documents[number]
+        chunk = document.chunks[index]
+        text = document.text[chunk.start : chunk.end]
+        found.append(Citation(document.name, index, chunk.start, chunk.end, share, text))
+    return sorted(found, key=lambda citation: -citation.weight)
+
+
+class _progress:
+    """`with _progress(wanted, total) as report`: a tqdm bar, the caller's own function, or nothing."""
+
+    def __init__(self, wanted: bool | Progress, total: int):
+        self.wanted, self.total, self.bar = wanted, total, None
+
+    def __enter__(self) -> Progress | None:
+        if callable(self.wanted):
+            return self.wanted
+        if not self.wanted:
+            return None
+        from tqdm.auto import tqdm
+
+        self.bar = bar = tqdm(total=self.total, unit="token", unit_scale=True, desc="Reading")
+
+        def report(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        return report
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()  # type: ignore[unreachable]

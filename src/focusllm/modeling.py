@@ -1,0 +1,260 @@
+"""The method behind Hugging Face's own interface: `generate()`, `pipeline`, `save_pretrained`, `from_pretrained`.
+
+Sampling, logits processors, stopping criteria, stop strings and streamers are transformers' own. What they call is
+`forward`, and what they carry from step to step is a `FocusState` in the place of a KV cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from focusllm.adapter import AdapterConfig, injected, load_adapter, remove, save_adapter
+from focusllm.base import layout
+from focusllm.chunking import split
+from focusllm.config import FocusConfig
+from focusllm.engine import ChunkBlock, Request, decode, encode, prefill, start_request
+from focusllm.errors import ConfigError, ModelError
+
+ADAPTER_FOLDER = "candidate_projections"
+SETTINGS_NAME = "focus_settings.json"
+
+
+class FocusState(Cache):
+    """What generation carries from step to step: one `Request` for every sequence of the batch.
+
+    Args:
+        blocks: chunks that are far context already (documents that were read); the input ids are then the local
+            context. None: the far context is cut off the input ids.
+        prompt_length: most tokens of the dynamic prompt; None: as configured.
+    """
+
+    def __init__(self, blocks: Sequence[ChunkBlock] | None = None, prompt_length: int | None = None):
+        super().__init__(layers=[])
+        self.blocks = blocks
+        self.prompt_length = prompt_length
+        self.requests: list[Request] = []
+        self.num_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, the far context's included, padding too."""
+        return self.num_tokens
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Steps differ in shape."""
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams: sequence i goes on from what sequence beam_idx[i] was."""
+        taken: set[int] = set()
+        kept = []
+        for i in beam_idx.tolist():
+            kept.append(self.requests[i].fork() if i in taken else self.requests[i])
+            taken.add(i)
+        self.requests = kept
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times."""
+        self.reorder_cache(torch.arange(len(self.requests)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self.reorder_cache(indices)
+
+    def crop(self, max_length: int) -> None:
+        """Refused: rows cannot forget tokens (assisted generation needs this)."""
+        raise ConfigError("assisted generation is not supported: rows cannot take tokens back; generate without it.")
+
+
+class FocusForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose far context is read by FocusLLM.
+
+    Args:
+        base: a causal language model of transformers; candidate projections are injected into it by `load_adapter`
+            or `inject`, and it is otherwise left as it is.
+        focus_config: lengths and options.
+
+    Raises:
+        ModelError: the method cannot work with this model.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, base: nn.Module, focus_config: FocusConfig | None = None):
+        layout(base)
+        config: Any = base.config
+        super().__init__(config)
+        self.base = base
+        self.focus_config = focus_config or FocusConfig()
+        self.adapter_config: AdapterConfig | None = None
+        self.generation_config: GenerationConfig = base.generation_config  # type: ignore[assignment]
+        self.eval()
+
+    def load_candidates(self, source: str | Path) -> AdapterConfig:
+        """Load candidate projections from a folder or the hub (see `focusllm.adapter.load_adapter`)."""
+        self.adapter_config = load_adapter(self.base, source)
+        return self.adapter_config
+
+    def unload(self) -> nn.Module:
+        """Remove the candidate projections and return the base model, bit for bit what it was."""
+        remove(self.base)
+        return self.base
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 1,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """Prefill with a whole text, or one decode step.
+
+        Args:
+            input_ids: [B, T]. Without a state (or with an empty one): texts, cut into far and local context each.
+                With a state: the newest token of every sequence.
+            attention_mask: [B, >= T], 0 for padding on either side.
+            past_key_values: a `FocusState`, changed in place; None: a new one.
+            logits_to_keep: for a single sequence, how many of its last local tokens get logits (0: all); a batch
+                gets the last one's.
+
+        Returns:
+            Logits [B, n, V] and the state.
+
+        Raises:
+            ConfigError: a sequence without tokens, another kind of cache, or lengths beyond the model's positions.
+        """
+        if past_key_values is not None and not isinstance(past_key_values, FocusState):
+            if past_key_values.get_seq_length() > 0:
+                raise ConfigError(
+                    f"past_key_values is a {type(past_key_values).__name__} with tokens in it; pass a FocusState."
+                )
+            past_key_values = None
+        state = past_key_values if past_key_values is not None else FocusState()
+        state.num_tokens += input_ids.shape[1]
+        if not state.requests:
+            logits = self._read(input_ids, attention_mask, state, logits_to_keep)
+        else:
+            for column in input_ids.T.tolist():
+                logits = decode(self.base, state.requests, column, self.focus_config)[:, None]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=state)  # type: ignore[arg-type]
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None, state: FocusState, logits_to_keep: int) -> Tensor:
+        """Start a request for every sequence; equal ones (beams, return sequences) are read once."""
+        config = self.focus_config
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
+        texts = [tuple(row[mask].tolist()) for row, mask in zip(input_ids, seen.bool(), strict=True)]
+        logits: dict[tuple[int, ...], Tensor] = {}
+        first: dict[tuple[int, ...], Request] = {}
+        for text in texts:
+            if text in first:
+                state.requests.append(first[text].fork())
+                continue
+            far, local = split(text, config) if state.blocks is None else ([], list(text))
+            blocks = encode(self.base, far, config) if state.blocks is None else state.blocks
+            first[text] = start_request(self.base, blocks, local, config, state.prompt_length)
+            logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
+            state.requests.append(first[text])
+        return torch.stack([logits[text] for text in texts])
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """transformers' `generate()` with all its arguments; see its documentation.
+
+        `past_key_values` may be a `FocusState` that holds documents (then the input ids are the local context).
+        """
+        kwargs.setdefault("past_key_values", FocusState())
+        return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The newest token once the state has seen the rest."""
+        state = kwargs.get("past_key_values")
+        seen = state.get_seq_length() if state is not None else 0
+        return {
+            "input_ids": input_ids[:, seen:] if seen else input_ids,
+            "attention_mask": kwargs.get("attention_mask"),
+            "past_key_values": state,
+        }
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's."""
+        embeddings: nn.Module = self.base.get_input_embeddings()  # type: ignore[operator]
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base model's."""
+        embeddings: nn.Module = self.base.get_output_embeddings()  # type: ignore[operator]
+        return embeddings
+
+    def get_decoder(self) -> nn.Module:
+        """The base model's."""
+        decoder: nn.Module = self.base.get_decoder()  # type: ignore[operator]
+        return decoder
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write a folder that any tool reads as the base model, with the candidate projections in a folder below.
+
+        Raises:
+            AdapterError: never for a model without candidate projections; they are just not written.
+        """
+        folder = Path(save_directory)
+        wrappers = injected(self.base)
+        if wrappers:
+            adapter_config = self.adapter_config or AdapterConfig()
+            save_adapter(self.base, folder / ADAPTER_FOLDER, adapter_config, str(self.config.name_or_path))
+        base_only = {
+            name.replace(".base.", "."): tensor
+            for name, tensor in self.base.state_dict().items()
+            if not any(name.startswith(f"{path}.") and not name.startswith(f"{path}.base.") for path in wrappers)
+        }
+        self.base.save_pretrained(folder, state_dict=base_only, **kwargs)  # type: ignore[operator]
+        (folder / SETTINGS_NAME).write_text(json.dumps(self.focus_config.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        focus_config: FocusConfig | None = None,
+        adapter: str | Path | None = None,
+        **kwargs: Any,
+    ) -> FocusForCausalLM:
+        """Load a base model from a folder or the hub, with the settings and candidate projections saved beside it.
+
+        Args:
+            pretrained_model_name_or_path: what `AutoModelForCausalLM.from_pretrained` takes.
+            focus_config: lengths and options; None: those saved in the folder, else the defaults.
+            adapter: folder or hub repository of candidate projections; None: those saved in the folder, if any.
+            kwargs: passed on (dtype, device_map, revision, ...).
+
+        Raises:
+            ModelError: the model cannot be loaded, or the method cannot work with it.
+            AdapterError: the candidate projections do not fit.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if focus_config is None and (folder / SETTINGS_NAME).exists():
+            try:
+                focus_config = FocusConfig().replace(**json.loads((folder / SETTINGS_NAME).read_text()))
+            except ValueError as error:
+                raise ModelError(f"{folder / SETTINGS_NAME} is damaged ({error}); save the model again.") from error
+        if adapter is None and (folder / ADAPTER_FOLDER).is_dir():
+            adapter = folder / ADAPTER_FOLDER
+        try:
+            base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"the model {pretrained_model_name_or_path} cannot be loaded: {reason}") from error
+        model = cls(base, focus_config)
+        if adapter is not None:
+            model.load_candidates(adapter)
+        return model

@@ -1,0 +1,97 @@
+"""Files to text: plain text, Markdown and source code as they are, HTML and PDF through their parsers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from focusllm.errors import DocumentError
+
+HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
+DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".tex", ".json", ".csv", ".py", ".pdf", *HTML_SUFFIXES}
+
+
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """The text of a file; `-` reads standard input.
+
+    Raises:
+        DocumentError: a missing or unreadable file, one that is not text, bytes that are not in the encoding, or a
+            file without any text.
+    """
+    name = str(path)
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DocumentError(f"there is no file {name}; check the path.") from error
+    except IsADirectoryError as error:
+        raise DocumentError(f"{name} is a folder; name the files in it.") from error
+    except OSError as error:
+        raise DocumentError(f"{name} cannot be read ({error.strerror or error}); check its permissions.") from error
+    suffix = Path(name).suffix.lower()
+    if suffix == ".pdf" or data.startswith(b"%PDF-"):
+        text = _from_pdf(name, data)
+    else:
+        text = decode_text(data, name, encoding)
+        if suffix in HTML_SUFFIXES:
+            text = _from_html(text)
+    return check_text(text, name)
+
+
+def check_text(text: str, name: str) -> str:
+    """The text itself, if there is any.
+
+    Raises:
+        DocumentError: it is empty or white space only.
+    """
+    if not text.strip():
+        raise DocumentError(f"{name} has no text in it ({len(text)} characters of white space); give one with text.")
+    return text
+
+
+def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
+    """Bytes to text, with a byte order mark removed.
+
+    Raises:
+        DocumentError: binary data, an unknown encoding, or bytes that are not in it.
+    """
+    if b"\0" in data[:65536] and not encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32")):
+        raise DocumentError(
+            f"{name} is not text (it has NUL bytes); give a text, Markdown, HTML, PDF or source file, or an encoding."
+        )
+    try:
+        return data.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+    except LookupError as error:
+        raise DocumentError(f"{encoding!r} is not a known encoding; try utf-8 or latin-1.") from error
+    except UnicodeDecodeError as error:
+        raise DocumentError(
+            f"{name} is not {encoding}: byte 0x{data[error.start]:02x} at position {error.start:,}; name its encoding "
+            f"(for example latin-1)."
+        ) from error
+
+
+def _from_html(markup: str) -> str:
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(markup, "html.parser")
+    for element in soup(["script", "style", "template", "noscript"]):
+        element.decompose()
+    lines = (line.strip() for line in soup.get_text("\n").splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def _from_pdf(name: str, data: bytes) -> str:
+    import io
+
+    from pypdf import PdfReader
+    from pypdf.errors import PyPdfError
+
+    try:
+        reader = PdfReader(io.BytesIO(data))
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise DocumentError(f"{name} is protected by a password; save it without one.")
+        text = "\n\n".join(page.extract_text() for page in reader.pages)
+    except (PyPdfError, ValueError, KeyError, OSError) as error:
+        raise DocumentError(f"{name} is not a PDF that can be read ({error}).") from error
+    if not text.strip():
+        raise DocumentError(f"{name} has {len(reader.pages)} pages but no text in them (scans?); run OCR on it first.")
+    return text

@@ -1,0 +1,70 @@
+"""Text to tokens and back; the only user of the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from focusllm.errors import DocumentError
+
+PLACE_OF_DOCUMENT = "[[document]]"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a text, and where each token lies in it: (first character, behind the last)."""
+
+    token_ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def encode_text(tokenizer: Any, text: str) -> Encoded:
+    """Tokenize a text that may hold anything: strings that look like control tokens stay plain text."""
+    arguments: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    if not getattr(tokenizer, "is_fast", False):
+        ids = list(tokenizer(text, **arguments).input_ids)
+        return Encoded(ids, _spans_by_decoding(tokenizer, ids))
+    encoding = tokenizer(text, return_offsets_mapping=True, **arguments)
+    return Encoded(list(encoding.input_ids), [tuple(span) for span in encoding.offset_mapping])
+
+
+def decode_ids(tokenizer: Any, token_ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    """A text from token ids, with the place of each."""
+    spans = _spans_by_decoding(tokenizer, token_ids)
+    return "".join(tokenizer.decode([token]) for token in token_ids), spans
+
+
+def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
+    """The tokens before and after the document in the model's chat template (or a plain question without one).
+
+    Raises:
+        DocumentError: an empty question.
+    """
+    if not question.strip():
+        raise DocumentError("the question is empty; ask something.")
+    before, after = _chat_frame(tokenizer)
+    arguments: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    if before is None:
+        bos = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+        return bos, encode_text(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:").token_ids
+    asked = encode_text(tokenizer, f"\n\n{question.strip()}").token_ids
+    return list(tokenizer(before, **arguments).input_ids), asked + list(tokenizer(after, **arguments).input_ids)
+
+
+def _chat_frame(tokenizer: Any) -> tuple[str | None, str]:
+    """What the chat template writes around a user's message; None if there is no usable template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None, ""
+    message = [{"role": "user", "content": PLACE_OF_DOCUMENT}]
+    rendered: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, found, after = rendered.partition(PLACE_OF_DOCUMENT)
+    return (before, after) if found else (None, "")
+
+
+def _spans_by_decoding(tokenizer: Any, token_ids: list[int]) -> list[tuple[int, int]]:
+    spans, position = [], 0
+    for token in token_ids:
+        stop = position + len(tokenizer.decode([token]))
+        spans.append((position, stop))
+        position = stop
+    return spans
