@@ -286,6 +286,15 @@ def load_adapter(model: nn.Module, source: str | Path) -> AdapterConfig:
     return config
 
 
+def read_adapter_config(source: str | Path) -> AdapterConfig:
+    """The settings of candidate projections in a folder or a hub repository, without their weights.
+
+    Raises:
+        AdapterError: no such folder, or damaged settings.
+    """
+    return _read_config(_find(source))[0]
+
+
 def push_adapter(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload an adapter folder to the hub and return its address (needs a hub token, see `hf auth login`)."""
     from huggingface_hub import HfApi

@@ -199,6 +199,13 @@ def _inspect(model: nn.Module) -> Layout:
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise refuse("its attention scores are soft-capped (attn_logit_softcapping)")
 
+    rotary: Any = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    if len(rotary) != 1:
+        raise refuse(
+            "it has no rotary positions (absolute, ALiBi or learned ones cannot be moved)"
+            if not rotary
+            else f"it has {len(rotary)} sets of rotary frequencies"
+        )
     layers = []
     for path, module in model.named_modules():
         names = {
@@ -217,13 +224,6 @@ def _inspect(model: nn.Module) -> Layout:
         )
     if any(hasattr(layer.module, "sinks") for layer in layers):
         raise refuse("its attention has learned sinks")
-    rotary: Any = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
-    if len(rotary) != 1:
-        raise refuse(
-            "it has no rotary positions (absolute, ALiBi or learned ones cannot be moved)"
-            if not rotary
-            else f"it has {len(rotary)} sets of rotary frequencies"
-        )
     return Layout(
         layers=layers,
         inv_freq=rotary[0].inv_freq,

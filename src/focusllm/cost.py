@@ -68,8 +68,8 @@ def estimate(model: nn.Module, config: FocusConfig, num_tokens: int, num_new_tok
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device without swapping."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available()):
+        return int(torch.cuda.mem_get_info()[0] if device.type == "meta" else torch.cuda.mem_get_info(device)[0])
     import psutil
 
     return int(psutil.virtual_memory().available)

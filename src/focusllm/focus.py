@@ -46,7 +46,7 @@ from focusllm.kv import KV, Segment, concat
 from focusllm.rope import move_keys
 
 
-class _Over:
+class Over:
     """Attention of a pass to segments of earlier tokens and to itself; keeps the new keys and values."""
 
     def __init__(self, segments: Sequence[Segment] = (), watch: bool = False):
@@ -75,7 +75,7 @@ def encode_chunks(model: nn.Module, chunk_ids: Tensor) -> KV:
     Returns:
         [R, K, C, D] a layer, keys at positions 0..C-1.
     """
-    attention = _Over()
+    attention = Over()
     run(model, chunk_ids, torch.arange(chunk_ids.shape[1], device=chunk_ids.device)[None], attention)
     return attention.kv
 
@@ -92,7 +92,7 @@ def candidate_pass(model: nn.Module, tokens: Tensor, start: Tensor, row: Sequenc
         Keys and values of the T - 1 ordinary tokens, to be kept in the rows; and of the candidates [R, K, 1, D],
         keys at the candidates' positions in the rows, start + T - 1.
     """
-    attention = _Over(row)
+    attention = Over(row)
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     run(model, tokens, positions, attention, candidates=slice(tokens.shape[1] - 1, tokens.shape[1]))
     return attention.kv.tokens(0, -1), attention.kv.tokens(-1)
@@ -135,7 +135,7 @@ def local_pass(
         Logits [B, n, V]; keys and values of these tokens; and what the newest paid to the candidates, one [rows, R] a
         block, summed over layers (empty while gradients are recorded).
     """
-    attention = _Over(segments, watch=bool(segments))
+    attention = Over(segments, watch=bool(segments))
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None
@@ -170,7 +170,7 @@ def decode_pass(
     rows, counts = pairs.shape[0], list(num_chunks)
     slots = torch.cat([torch.arange(count, device=start.device) for count in counts])
     delta = (slots - (start + 1))[None]
-    over_rows, local_kv = _Over(row), KV([], [])
+    over_rows, local_kv = Over(row), KV([], [])
     candidates = [KV([], []) for _ in counts]
     totals: list[Tensor] = []
 

@@ -325,21 +325,45 @@ class FocusLLM:
         lengths = [chunk.last_token - chunk.first_token for document in given for chunk in document.chunks]
         num_far = len(lengths) - num_local_chunks(lengths, num_own, self.config)
         blocks, tail, places = _divide(given, num_far)
-        local_ids = [*before, *tail, *after]
         state = FocusState(blocks, prompt_length=len(after))
-        input_ids = torch.tensor([local_ids], device=self.model.device)
+        num_tokens = sum(document.num_tokens for document in given)
+        return self._decode([*before, *tail, *after], state, generate, num_tokens, given, places)
+
+    def continue_text(self, text: str, **generate: Any) -> AnswerStream:
+        """Go on from a text of any length, without a chat template; arguments are those of `stream`.
+
+        Raises:
+            DocumentError: an empty text. MemoryLimitError: it would not fit.
+        """
+        ids = encode_text(self.tokenizer, check_text(text, "the text")).token_ids
+        if getattr(self.tokenizer, "add_bos_token", False):
+            ids = [self.tokenizer.bos_token_id, *ids]
+        check_memory(self.model.base, self.config, len(ids))
+        return self._decode(ids, FocusState(), generate, len(ids))
+
+    def _decode(
+        self,
+        input_ids: list[int],
+        state: FocusState,
+        generate: dict[str, Any],
+        num_document_tokens: int,
+        documents: Sequence[Document] = (),
+        places: Sequence[tuple[int, int]] = (),
+    ) -> AnswerStream:
+        """Generate from a state that may hold documents; `places` says what its chunks are."""
+        inputs = torch.tensor([input_ids], device=self.model.device)
         arguments: dict[str, Any] = {"max_new_tokens": 256, "do_sample": False, **generate}
         criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
         if "stop_strings" in arguments:
             arguments["tokenizer"] = self.tokenizer
-        if self.model.generation_config.pad_token_id is None and "pad_token_id" not in arguments:
-            arguments["pad_token_id"] = self.tokenizer.eos_token_id
+        if self.model.generation_config.pad_token_id is None:
+            arguments.setdefault("pad_token_id", self.tokenizer.eos_token_id)
         start = time.perf_counter()
 
         def run(streamer: Any, stopping_criteria: StoppingCriteria) -> None:
             self.model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
+                inputs,
+                attention_mask=torch.ones_like(inputs),
                 past_key_values=state,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([*criteria, stopping_criteria]),
@@ -351,9 +375,9 @@ class FocusLLM:
             decoding = times[-1] - times[0] if len(times) > 1 else 0.0
             return Answer(
                 text=text.strip(),
-                citations=_citations(given, places, state.requests[0].paid),
-                num_document_tokens=sum(document.num_tokens for document in given),
-                num_prompt_tokens=len(local_ids),
+                citations=_citations(documents, places, state.requests[0].paid),
+                num_document_tokens=num_document_tokens,
+                num_prompt_tokens=len(input_ids),
                 num_generated_tokens=len(times),
                 time_to_first_token=times[0] - start if times else 0.0,
                 tokens_per_second=(len(times) - 1) / decoding if decoding else 0.0,

@@ -242,13 +242,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             AdapterError: the candidate projections do not fit.
         """
         folder = Path(pretrained_model_name_or_path)
-        if focus_config is None and (folder / SETTINGS_NAME).exists():
-            try:
-                focus_config = FocusConfig().replace(**json.loads((folder / SETTINGS_NAME).read_text()))
-            except ValueError as error:
-                raise ModelError(f"{folder / SETTINGS_NAME} is damaged ({error}); save the model again.") from error
-        if adapter is None and (folder / ADAPTER_FOLDER).is_dir():
-            adapter = folder / ADAPTER_FOLDER
+        adapter = adapter or saved_adapter(folder)
+        focus_config = focus_config or saved_settings(folder)
         try:
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError, KeyError) as error:
@@ -258,3 +253,24 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         if adapter is not None:
             model.load_candidates(adapter)
         return model
+
+
+def saved_settings(folder: str | Path) -> FocusConfig | None:
+    """The lengths and options that were saved with a model, if any.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    path = Path(folder) / SETTINGS_NAME
+    if not path.exists():
+        return None
+    try:
+        return FocusConfig().replace(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error}); save the model again.") from error
+
+
+def saved_adapter(folder: str | Path) -> Path | None:
+    """The candidate projections that were saved with a model, if any."""
+    path = Path(folder) / ADAPTER_FOLDER
+    return path if path.is_dir() else None

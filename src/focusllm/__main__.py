@@ -1,0 +1,5 @@
+"""`python -m focusllm`."""
+
+from focusllm.cli import main
+
+main()

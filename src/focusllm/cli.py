@@ -1,0 +1,380 @@
+"""The command line: a thin shell over the library. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from focusllm import __version__
+from focusllm.errors import FocusError
+
+if TYPE_CHECKING:
+    from focusllm.llm import Answer, Document, FocusLLM
+
+app = typer.Typer(
+    help="Let any decoder-only language model read very long text.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")]
+Adapter = Annotated[str | None, typer.Option(help="Candidate projections: a folder or a hub id.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
+ChunkLength = Annotated[int | None, typer.Option(help="Tokens of a chunk.")]
+LocalLength = Annotated[int | None, typer.Option(help="Tokens of the local context.")]
+PromptLength = Annotated[int | None, typer.Option(help="Most tokens of the dynamic prompt.")]
+ChunksPerBatch = Annotated[int | None, typer.Option(help="Chunks read at once: bounds the scratch memory.")]
+Decoding = Annotated[str | None, typer.Option(help="cached, or exact (the paper, slow).")]
+Encoding = Annotated[str, typer.Option(help="Encoding of text files.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this share.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+EXIT_BAD_INPUT = 2
+
+
+def main() -> None:
+    """Run the command line; a `FocusError` becomes one line and exit code 2."""
+    try:
+        app()
+    except FocusError as error:
+        _fail(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
+
+
+def _fail(error: Exception) -> None:
+    print(f"focusllm: {error}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def ask(
+    documents: Annotated[list[str], typer.Argument(help="Text, Markdown, HTML, PDF or source files; - for stdin.")],
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", help="Ask this; may be repeated. Without: ask at a prompt.")
+    ] = None,
+    model: Model = "smollm2-135m",
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    chunk_length: ChunkLength = None,
+    local_length: LocalLength = None,
+    prompt_length: PromptLength = None,
+    chunks_per_batch: ChunksPerBatch = None,
+    decoding: Decoding = None,
+    encoding: Encoding = "utf-8",
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    num_citations: Annotated[int, typer.Option("--citations", min=0, help="How many passages to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Read documents once and answer questions about them."""
+    from focusllm.readers import read_text
+
+    if question is None and "-" in documents:
+        _fail(FocusError("standard input is the document, so questions cannot be typed; give them with -q."))
+    for text in question or []:
+        if not text.strip():
+            _fail(FocusError("the question is empty; ask something."))
+    texts = [(("stdin" if path == "-" else Path(path).name), read_text(path, encoding)) for path in documents]
+    settings = _settings(locals())
+    llm = _load(model, adapter, dtype, device, settings, quiet=as_json)
+    read = [_read(llm, name, text, quiet=as_json) for name, text in texts]
+    sampling = _sampling(max_new_tokens, temperature, top_p, seed)
+    answers = []
+    for number, text in enumerate(question if question is not None else _typed_questions()):
+        if number and not as_json:
+            print()
+        answer = _answer(llm, read, text, sampling, quiet=as_json)
+        if as_json:
+            answers.append({"question": text, **answer.to_dict(num_citations)})
+        else:
+            _show_origin(answer, num_citations)
+    if as_json:
+        described = [
+            {"name": d.name, "num_tokens": d.num_tokens, "num_chunks": len(d.chunks), "read_seconds": d.read_seconds}
+            for d in read
+        ]
+        print(json.dumps({"model": model, "documents": described, "answers": answers}, indent=2))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="File with the text to go on from; - for stdin.")],
+    model: Model = "smollm2-135m",
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    chunk_length: ChunkLength = None,
+    local_length: LocalLength = None,
+    prompt_length: PromptLength = None,
+    chunks_per_batch: ChunksPerBatch = None,
+    decoding: Decoding = None,
+    encoding: Encoding = "utf-8",
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text of any length."""
+    from focusllm.readers import read_text
+
+    text = read_text(prompt, encoding)
+    llm = _load(model, adapter, dtype, device, _settings(locals()), quiet=as_json)
+    stream = llm.continue_text(text, **_sampling(max_new_tokens, temperature, top_p, seed))
+    for piece in stream:
+        if not as_json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    if as_json:
+        print(json.dumps({"model": model, **answer.to_dict()}, indent=2))
+    else:
+        print()
+        _show_speed(answer)
+
+
+@app.command()
+def verify(
+    model: Annotated[str | None, typer.Argument(help="smollm2-135m, a folder, or a hub id.")] = None,
+    cases: Annotated[Path | None, typer.Option(help="Run the golden cases in this folder.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Check that the method computes on a model what it should, or replay golden cases."""
+    if model is None and cases is None:
+        _fail(FocusError("there is nothing to verify; name a model, or a folder with --cases."))
+    results: list[dict[str, Any]] = []
+    if cases is not None:
+        results += _verify_cases(cases, quiet=as_json)
+    if model is not None:
+        results += _verify_model(model, dtype, device, quiet=as_json)
+    failed = [result for result in results if not result["passed"]]
+    if as_json:
+        print(json.dumps({"passed": not failed, "results": results}, indent=2))
+    else:
+        print(f"{len(results) - len(failed)} of {len(results)} passed")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    model: Model = "smollm2-135m",
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    chunk_length: ChunkLength = None,
+    local_length: LocalLength = None,
+    prompt_length: PromptLength = None,
+    chunks_per_batch: ChunksPerBatch = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", "-n", min=1, help="Lengths to estimate; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model, its candidate projections, and what lengths will cost in memory; loads no weights."""
+    from focusllm.cost import GIB, estimate
+    from focusllm.info import describe
+
+    lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
+    found, skeleton, config = describe(model, adapter, dtype, _settings(locals()), _notify)
+    costs = [(length, estimate(skeleton, config, length)) for length in lengths]
+    if as_json:
+        rows = [{"tokens": length, **cost.to_dict()} for length, cost in costs]
+        print(json.dumps({**found, "costs": rows}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    about = Table(show_header=False, box=None)
+    for name, value in found.items():
+        about.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    console.print(about)
+    table = Table(title=f"Memory in GiB, one question; {costs[0][1].free / GIB:.1f} are free")
+    for title in ("tokens", "chunks", "weights", "chunk KV", "rows", "scratch", "total"):
+        table.add_column(title, justify="right")
+    for length, cost in costs:
+        parts = (cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
+        fits = "" if cost.total - cost.weights <= cost.free else " [red]too much[/red]"
+        num_chunks = -(-length // config.chunk_length)
+        table.add_row(f"{length:,}", f"{num_chunks:,}", *(f"{part / GIB:.2f}" for part in parts[:-1]), f"{parts[-1] / GIB:.2f}{fits}")
+    console.print(table)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    names = ("chunk_length", "local_length", "prompt_length", "chunks_per_batch", "decoding")
+    return {name: given[name] for name in names if given.get(name) is not None}
+
+
+def _sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    if temperature == 0:
+        return {"max_new_tokens": max_new_tokens}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p}
+
+
+def _notify(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _load(
+    model: str, adapter: str | None, dtype: str, device: str | None, settings: dict[str, Any], quiet: bool
+) -> FocusLLM:
+    with _calm_libraries(), _status("Loading the model", quiet):
+        from focusllm.llm import FocusLLM
+
+        llm = FocusLLM.from_pretrained(
+            model, adapter=adapter, dtype=dtype, device=device, notify=_notify, **settings
+        )
+    if not llm.has_trained_candidates:
+        _notify(
+            "Note: no trained candidate projections are loaded, so little of the text beyond the local context will "
+            "reach the answer (--adapter loads some)."
+        )
+    return llm
+
+
+def _read(llm: FocusLLM, name: str, text: str, quiet: bool) -> Document:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Reading {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task(name, total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return llm.read(text, name=name, progress=report)
+
+
+def _typed_questions() -> Iterator[str]:
+    """Questions from the terminal until an empty one or the end of input."""
+    while True:
+        try:
+            text = input("\nQuestion (empty to leave): ")
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        yield text
+
+
+def _answer(llm: FocusLLM, documents: list[Document], question: str, sampling: dict[str, Any], quiet: bool) -> Answer:
+    stream = llm.stream(documents, question, **sampling)
+    first = True
+    for piece in stream:
+        if not quiet:
+            print(piece.lstrip() if first else piece, end="", flush=True)
+        first = first and not piece.strip()
+    if not quiet:
+        print()
+    return stream.answer
+
+
+def _show_origin(answer: Answer, count: int) -> None:
+    if answer.citations and count:
+        print("\nLooked for in:")
+        for citation in answer.citations[:count]:
+            start = " ".join(citation.text.split())[:90]
+            place = f"{citation.document}, characters {citation.start:,}-{citation.end:,}"
+            print(f"  {citation.weight:6.1%}  {place}: {start}...")
+    _show_speed(answer)
+
+
+def _show_speed(answer: Answer) -> None:
+    print(
+        f"\n{answer.num_generated_tokens} tokens; first after {answer.time_to_first_token:.2f} s, then "
+        f"{answer.tokens_per_second:.1f} tokens/s; peak memory {answer.peak_memory / 2**30:.2f} GiB"
+    )
+
+
+def _verify_cases(folder: Path, quiet: bool) -> list[dict[str, Any]]:
+    from focusllm.conformance import find_cases, run_case
+
+    results = []
+    for case in find_cases(folder):
+        result = run_case(case)
+        results.append({"name": result.name, "passed": result.passed, "errors": result.errors, "failures": result.failures})
+        if not quiet:
+            errors = ", ".join(f"{name} {error:.1e}" for name, error in result.errors.items())
+            print(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {errors}", *result.failures, sep="; ")
+    return results
+
+
+def _verify_model(model: str, dtype: str, device: str | None, quiet: bool) -> list[dict[str, Any]]:
+    llm_model = _load_base(model, dtype, device, quiet)
+    from focusllm.verify import verify as run_checks
+
+    results = []
+    for check in run_checks(llm_model):
+        results.append({"name": check.name, "passed": check.passed, "error": check.error, "limit": check.limit})
+        if not quiet:
+            print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: error {check.error:.1e}, limit {check.limit:.1e}")
+    return results
+
+
+def _load_base(model: str, dtype: str, device: str | None, quiet: bool) -> Any:
+    with _calm_libraries(), _status("Loading the model", quiet):
+        from focusllm.llm import FocusLLM
+
+        return FocusLLM.from_pretrained(model, dtype=dtype, device=device, notify=_notify).model.base
+
+
+@contextmanager
+def _status(text: str, quiet: bool) -> Iterator[None]:
+    if quiet:
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def _calm_libraries() -> Iterator[None]:
+    """Keep transformers' own loading bars and remarks off the terminal."""
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What a model is, without loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from focusllm.adapter import AdapterConfig, inject, read_adapter_config
+from focusllm.base import layout
+from focusllm.config import FocusConfig
+from focusllm.embedded import resolve_model
+from focusllm.errors import ConfigError, ModelError
+from focusllm.modeling import saved_adapter, saved_settings
+
+
+def describe(
+    model: str | Path,
+    adapter: str | Path | None,
+    dtype: str,
+    settings: dict[str, Any],
+    notify: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Any], nn.Module, FocusConfig]:
+    """A model's facts, its skeleton on the meta device (shapes only), and the settings that it would be used with.
+
+    Raises:
+        ModelError, AdapterError, ConfigError: as loading the model would.
+    """
+    path = resolve_model(model, notify)
+    config = (saved_settings(path) or FocusConfig()).replace(**settings)
+    try:
+        base_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    chosen = (getattr(base_config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype):
+        raise ConfigError(f"dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16.")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(base_config, dtype=chosen)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{base_config.model_type} is not a causal language model that transformers knows.") from error
+    found = layout(skeleton)
+    config.check_positions(found.max_positions)
+    source = adapter or saved_adapter(path)
+    adapter_config: AdapterConfig | None = None
+    weights = sum(parameter.nbytes for parameter in skeleton.parameters())
+    if source is not None:
+        adapter_config = read_adapter_config(source)
+        inject(skeleton, adapter_config)
+    facts: dict[str, Any] = {
+        "model": str(model),
+        "model_type": base_config.model_type,
+        "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
+        "dtype": str(chosen).removeprefix("torch."),
+        "weights_bytes": weights,
+        "layers": len(found.layers),
+        "positions": found.max_positions,
+        "kv_bytes_per_token": found.kv_bytes_per_token * chosen.itemsize,
+        "adapter": "none (untrained)" if adapter_config is None else str(source),
+        "adapter_rank": "" if adapter_config is None else adapter_config.rank or "full copies",
+        **{name: value for name, value in config.to_dict().items() if value is not None},
+    }
+    return facts, skeleton, config
