@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,10 +107,11 @@ def ask(
     for number, text in enumerate(question if question is not None else _typed_questions()):
         if number and not as_json:
             print()
-        answer = _answer(llm, read, text, sampling, quiet=as_json)
+        answer = llm.ask(read, text, on_text=_printer(as_json), **sampling)
         if as_json:
             answers.append({"question": text, **answer.to_dict(num_citations)})
         else:
+            print()
             _show_origin(answer, num_citations)
     if as_json:
         described = [
@@ -144,11 +145,8 @@ def generate(
 
     text = read_text(prompt, encoding)
     llm = _load(model, adapter, dtype, device, _settings(locals()), quiet=as_json)
-    stream = llm.continue_text(text, **_sampling(max_new_tokens, temperature, top_p, seed))
-    for piece in stream:
-        if not as_json:
-            print(piece, end="", flush=True)
-    answer = stream.answer
+    sampling = _sampling(max_new_tokens, temperature, top_p, seed)
+    answer = llm.continue_text(text, on_text=_printer(as_json), **sampling)
     if as_json:
         print(json.dumps({"model": model, **answer.to_dict()}, indent=2))
     else:
@@ -290,16 +288,8 @@ def _typed_questions() -> Iterator[str]:
         yield text
 
 
-def _answer(llm: FocusLLM, documents: list[Document], question: str, sampling: dict[str, Any], quiet: bool) -> Answer:
-    stream = llm.stream(documents, question, **sampling)
-    first = True
-    for piece in stream:
-        if not quiet:
-            print(piece.lstrip() if first else piece, end="", flush=True)
-        first = first and not piece.strip()
-    if not quiet:
-        print()
-    return stream.answer
+def _printer(quiet: bool) -> Callable[[str], None]:
+    return (lambda _: None) if quiet else (lambda piece: print(piece, end="", flush=True))
 
 
 def _show_origin(answer: Answer, count: int) -> None:

@@ -135,7 +135,7 @@ def local_pass(
         Logits [B, n, V]; keys and values of these tokens; and what the newest paid to the candidates, one [rows, R] a
         block, summed over layers (empty while gradients are recorded).
     """
-    attention = Over(segments, watch=bool(segments))
+    attention = Over(segments, watch=bool(segments) and not torch.is_grad_enabled())
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None

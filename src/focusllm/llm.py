@@ -2,13 +2,14 @@
 
     llm = FocusLLM.from_pretrained("smollm2-135m")
     book = llm.read(Path("book.txt"), progress=True)
-    for piece in llm.stream(book, "Who is Ishmael?"):
-        print(piece, end="")
+    answer = llm.ask(book, "Who is Ishmael?", on_text=lambda piece: print(piece, end=""))
+    print(answer.citations[0].text)
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from focusllm.adapter import fingerprint
 from focusllm.base import layout
@@ -117,43 +118,36 @@ class Answer:
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of an answer as they are decoded; `answer` is the whole when they are through.
+    """The pieces of an answer as they are decoded, by a thread of their own; `answer` is the whole afterwards.
 
-    `close()` stops decoding after the token under way; leaving it to the garbage collector does the same.
+    `close()` stops decoding after the token under way; so does dropping the stream.
     """
 
-    def __init__(self, generate: Callable[..., Any], tokenizer: Any, finish: Callable[..., Answer]):
-        self._finish = finish
-        self._streamer = _TimedStreamer(tokenizer)
+    def __init__(self, decode: Callable[..., Answer]):
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._closed = threading.Event()
-        self._error: BaseException | None = None
-        self._pieces: list[str] = []
-        self._answer: Answer | None = None
-        self._thread = threading.Thread(target=self._run, args=(generate,), daemon=True)
+        self._outcome: Answer | BaseException | None = None
+        arguments = (decode, self._pieces, self._closed)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
 
     def __next__(self) -> str:
-        if self._answer is not None or self._closed.is_set():
-            raise StopIteration
-        try:
-            piece = next(self._streamer)
-        except StopIteration:
-            self._thread.join()
-            if self._error is not None:
-                raise self._error from None
-            self._answer = self._finish("".join(self._pieces), self._streamer)
-            raise
-        self._pieces.append(piece)
-        return piece
+        piece = None if self._closed.is_set() else self._pieces.get()
+        if piece is not None:
+            return piece
+        self._closed.set()
+        self._thread.join()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        raise StopIteration
 
     @property
     def answer(self) -> Answer:
-        """The whole answer; decodes what is left of it."""
+        """The answer; decodes what is left of it. After `close()`, what had been decoded by then."""
         for _ in self:
             pass
-        if self._answer is None:
-            raise RuntimeError("the stream was closed before the answer was complete.")
-        return self._answer
+        assert isinstance(self._outcome, Answer)
+        return self._outcome
 
     def close(self) -> None:
         """Stop decoding."""
@@ -163,26 +157,35 @@ class AnswerStream(Iterator[str]):
     def __del__(self) -> None:
         self._closed.set()
 
-    def _run(self, generate: Callable[..., Any]) -> None:
+    def _run(
+        self, decode: Callable[..., Answer], pieces: queue.SimpleQueue[str | None], closed: threading.Event
+    ) -> None:
         try:
-            generate(streamer=self._streamer, stopping_criteria=_WhenSet(self._closed))
-        except BaseException as error:  # handed to the reader of the stream
-            self._error = error
+            self._outcome = decode(pieces.put, _WhenSet(closed))
+        except BaseException as error:  # raised again where the stream is read
+            self._outcome = error
         finally:
-            self._streamer.end()
+            pieces.put(None)
 
 
-class _TimedStreamer(TextIteratorStreamer):
-    """transformers' streamer, with the time of every token."""
+class _TimedStreamer(TextStreamer):
+    """transformers' streamer: hands pieces of text on as they become final, and keeps the time of every token."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
         self.token_times: list[float] = []
+        self.text = ""
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.token_times.append(time.perf_counter())
         super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.text += text
+            self.on_text(text)
 
 
 class _WhenSet(StoppingCriteria):
@@ -297,12 +300,20 @@ class FocusLLM:
         seconds = time.perf_counter() - start
         return Document(name, text, ids, chunks, blocks, self.config.chunk_length, seconds, self._reader())
 
-    def stream(self, documents: Document | Sequence[Document], question: str, **generate: Any) -> AnswerStream:
-        """Ask a question about one or several documents and stream the answer.
+    def ask(
+        self,
+        documents: Document | Sequence[Document],
+        question: str,
+        *,
+        on_text: Callable[[str], None] = lambda _: None,
+        **generate: Any,
+    ) -> Answer:
+        """Ask a question about one or several documents.
 
         Args:
             documents: in the order in which they should be read; nothing is read again.
             question: put behind them, in the model's chat template.
+            on_text: called with pieces of the answer as they become final.
             generate: arguments of transformers' `generate()` (max_new_tokens, do_sample, temperature, stop_strings,
                 ...). By default at most 256 tokens, greedy.
 
@@ -310,6 +321,33 @@ class FocusLLM:
             DocumentError: an empty question, or one longer than the local context.
             ConfigError: no documents, or one that another model or chunk length has read.
         """
+        return self._question(documents, question, generate)(on_text)
+
+    def stream(self, documents: Document | Sequence[Document], question: str, **generate: Any) -> AnswerStream:
+        """`ask` as an iterator over the pieces of the answer.
+
+        It decodes in a thread, which on the CPU is slower than `ask(..., on_text=...)` in one's own: two threads that
+        compute share the cores badly even if one is idle.
+        """
+        return AnswerStream(self._question(documents, question, generate))
+
+    def continue_text(
+        self, text: str, *, on_text: Callable[[str], None] = lambda _: None, **generate: Any
+    ) -> Answer:
+        """Go on from a text of any length, without a chat template; arguments are those of `ask`.
+
+        Raises:
+            DocumentError: an empty text. MemoryLimitError: it would not fit.
+        """
+        ids = encode_text(self.tokenizer, check_text(text, "the text")).token_ids
+        if getattr(self.tokenizer, "add_bos_token", False):
+            ids = [self.tokenizer.bos_token_id, *ids]
+        check_memory(self.model.base, self.config, len(ids))
+        return self._decoder(ids, FocusState(), generate, len(ids))(on_text)
+
+    def _question(
+        self, documents: Document | Sequence[Document], question: str, generate: dict[str, Any]
+    ) -> Callable[..., Answer]:
         given = [documents] if isinstance(documents, Document) else list(documents)
         for document in given:
             self._check(document)
@@ -327,21 +365,9 @@ class FocusLLM:
         blocks, tail, places = _divide(given, num_far)
         state = FocusState(blocks, prompt_length=len(after))
         num_tokens = sum(document.num_tokens for document in given)
-        return self._decode([*before, *tail, *after], state, generate, num_tokens, given, places)
+        return self._decoder([*before, *tail, *after], state, generate, num_tokens, given, places)
 
-    def continue_text(self, text: str, **generate: Any) -> AnswerStream:
-        """Go on from a text of any length, without a chat template; arguments are those of `stream`.
-
-        Raises:
-            DocumentError: an empty text. MemoryLimitError: it would not fit.
-        """
-        ids = encode_text(self.tokenizer, check_text(text, "the text")).token_ids
-        if getattr(self.tokenizer, "add_bos_token", False):
-            ids = [self.tokenizer.bos_token_id, *ids]
-        check_memory(self.model.base, self.config, len(ids))
-        return self._decode(ids, FocusState(), generate, len(ids))
-
-    def _decode(
+    def _decoder(
         self,
         input_ids: list[int],
         state: FocusState,
@@ -349,8 +375,8 @@ class FocusLLM:
         num_document_tokens: int,
         documents: Sequence[Document] = (),
         places: Sequence[tuple[int, int]] = (),
-    ) -> AnswerStream:
-        """Generate from a state that may hold documents; `places` says what its chunks are."""
+    ) -> Callable[..., Answer]:
+        """A function that decodes from a state, which may hold documents; `places` says what its chunks are."""
         inputs = torch.tensor([input_ids], device=self.model.device)
         arguments: dict[str, Any] = {"max_new_tokens": 256, "do_sample": False, **generate}
         criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
@@ -360,36 +386,31 @@ class FocusLLM:
             arguments.setdefault("pad_token_id", self.tokenizer.eos_token_id)
         start = time.perf_counter()
 
-        def run(streamer: Any, stopping_criteria: StoppingCriteria) -> None:
+        def decode(on_text: Callable[[str], None], *more_criteria: StoppingCriteria) -> Answer:
+            streamer = _TimedStreamer(self.tokenizer, on_text)
             self.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 past_key_values=state,
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([*criteria, stopping_criteria]),
+                stopping_criteria=StoppingCriteriaList([*criteria, *more_criteria]),
                 **arguments,
             )
-
-        def finish(text: str, streamer: _TimedStreamer) -> Answer:
             times = streamer.token_times
-            decoding = times[-1] - times[0] if len(times) > 1 else 0.0
+            decoding = times[-1] - times[0]
             return Answer(
-                text=text.strip(),
+                text=streamer.text.strip(),
                 citations=_citations(documents, places, state.requests[0].paid),
                 num_document_tokens=num_document_tokens,
                 num_prompt_tokens=len(input_ids),
                 num_generated_tokens=len(times),
-                time_to_first_token=times[0] - start if times else 0.0,
+                time_to_first_token=times[0] - start,
                 tokens_per_second=(len(times) - 1) / decoding if decoding else 0.0,
                 seconds=time.perf_counter() - start,
                 peak_memory=peak_memory(self.model.device),
             )
 
-        return AnswerStream(run, self.tokenizer, finish)
-
-    def ask(self, documents: Document | Sequence[Document], question: str, **generate: Any) -> Answer:
-        """Ask a question about one or several documents; arguments and errors are those of `stream`."""
-        return self.stream(documents, question, **generate).answer
+        return decode
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write base model, candidate projections, settings and tokenizer into a folder."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -246,7 +247,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         focus_config = focus_config or saved_settings(folder)
         try:
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"the model {pretrained_model_name_or_path} cannot be loaded: {reason}") from error
         model = cls(base, focus_config)

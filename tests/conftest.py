@@ -1,0 +1,141 @@
+"""Tiny random models and a byte tokenizer: no network, no weights. The embedded model only where it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, inject
+from focusllm.adapter import injected
+
+torch.set_num_threads(2)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+GOLDEN = Path(__file__).parent / "golden"
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _rope(kind: str, **extra: Any) -> dict[str, Any]:
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64, **extra}
+    return {"rope_parameters": parameters}
+
+
+# The families that the README lists: configuration class and what it needs beyond the common sizes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-bias": ("LlamaConfig", {"attention_bias": True}),
+    "llama-llama3-rope": (
+        "LlamaConfig",
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    ),
+    "llama-yarn": ("LlamaConfig", _rope("yarn", factor=4.0)),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "olmo2": ("Olmo2Config", {}),
+    "phi3": ("Phi3Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.3, "residual_multiplier": 0.8, "logits_scaling": 2.0}),
+    "stablelm": ("StableLmConfig", {"partial_rotary_factor": 0.25}),
+    "phi": ("PhiConfig", {"partial_rotary_factor": 0.5}),
+    "cohere": ("CohereConfig", {}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 2, "sliding_window": None}),
+    "nemotron": ("NemotronConfig", {"head_dim": 16}),
+}
+
+SMALL = FocusConfig(chunk_length=24, local_length=20, prompt_length=6, chunks_per_batch=2)
+
+
+def build(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A tiny random model of a family."""
+    name, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**SIZES, **extra, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def with_candidates(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
+    """Inject candidate projections that differ clearly from the base's."""
+    inject(model, config or AdapterConfig())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for wrapper in injected(model).values():
+            for parameter in wrapper.own_parameters().values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
+
+
+def random_ids(count: int, seed: int = 0, vocab: int = 250) -> list[int]:
+    """Token ids without the special ones."""
+    return torch.randint(3, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """One token a byte, three control tokens, a small chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {name: i for i, name in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+    if chat:
+        fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
+    return fast
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    """A tiny Llama with candidate projections that differ from the base's."""
+    return with_candidates(build())
+
+
+@pytest.fixture
+def tiny_llm() -> FocusLLM:
+    """A tiny model with the byte tokenizer, as the library's front sees it."""
+    model = FocusForCausalLM(with_candidates(build(max_position_embeddings=512)), SMALL.replace(local_length=64))
+    model.adapter_config = AdapterConfig()
+    return FocusLLM(model, byte_tokenizer(), "tiny")
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tiny_llm: FocusLLM) -> Path:
+    """A saved tiny model."""
+    tiny_llm.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture(scope="session")
+def embedded() -> FocusLLM:
+    """The embedded model (fetched and converted once, into the user's cache)."""
+    return FocusLLM.from_pretrained("smollm2-135m")
+
+
+@pytest.fixture
+def settings() -> Callable[..., FocusConfig]:
+    """Small lengths, changed as needed."""
+    return SMALL.replace

@@ -1,0 +1,118 @@
+"""The paper's loop in plain torch: one chunk at a time, no cache, nothing shared with the package but the weights.
+
+A Llama only. Every fast path is compared with this. `exact_logits` is the paper's computation; `cached_logits` is the
+definition of cached decoding (every local token sees the candidates that were made when it was the newest),
+recomputed from scratch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focusllm.adapter import CandidateLinear
+
+
+def _rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    width = x.shape[-1]
+    angle = positions[:, None] * theta ** (-torch.arange(0, width, 2) / width)
+    angle = torch.cat([angle, angle], -1)
+    a, b = x.chunk(2, -1)
+    return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+
+
+def _project(wrapper: nn.Module, x: Tensor, candidates: Tensor) -> Tensor:
+    assert isinstance(wrapper, CandidateLinear)
+    ordinary = wrapper.base(x)
+    trained = (
+        ordinary + wrapper.scale * x @ wrapper.lora_A.T @ wrapper.lora_B.T
+        if wrapper.is_low_rank
+        else F.linear(x, wrapper.weight, wrapper.bias)
+    )
+    return torch.where(candidates[:, None], trained, ordinary)
+
+
+def forward(
+    model: nn.Module,
+    ids: list[int],
+    candidates: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    earlier: list[tuple[Tensor, Tensor]] | None = None,
+    earlier_positions: Tensor | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """One text through the layers.
+
+    Args:
+        ids: T tokens. candidates: [T], True where the candidate projections are used. positions: [T].
+        mask: [T, S + T], what sees what; the S earlier tokens come first.
+        earlier: per layer, unrotated keys and values [K, S, D] of earlier tokens; earlier_positions: [S].
+
+    Returns:
+        Unrotated keys and values [K, T, D] a layer, and logits [T, V].
+    """
+    config = model.config
+    theta, width = config.rope_parameters["rope_theta"], config.hidden_size // config.num_attention_heads
+    x = model.model.embed_tokens(torch.tensor(ids))
+    kept = []
+    for i, layer in enumerate(model.model.layers):
+        h = layer.input_layernorm(x)
+        attention = layer.self_attn
+        q, k, v = (
+            _project(getattr(attention, f"{name}_proj"), h, candidates).view(len(ids), -1, width).transpose(0, 1)
+            for name in "qkv"
+        )
+        kept.append((k, v))
+        at = positions
+        if earlier is not None:
+            k, v = torch.cat([earlier[i][0], k], 1), torch.cat([earlier[i][1], v], 1)
+            at = torch.cat([earlier_positions, positions])
+        groups = q.shape[0] // k.shape[0]
+        keys, values = _rope(k, at, theta).repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+        scores = _rope(q, positions, theta) @ keys.transpose(1, 2) / width**0.5
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+        x = x + _project(attention.o_proj, out.transpose(0, 1).flatten(1), candidates)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return kept, model.lm_head(model.model.norm(x))
+
+
+def candidates_of(model: nn.Module, chunks: list[list[int]], prompt: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Chunk by chunk, the last prompt token as the candidate: unrotated keys and values [K, R, D] a layer."""
+    made = []
+    for chunk in chunks:
+        ids = chunk + prompt
+        last = torch.arange(len(ids)) == len(ids) - 1
+        causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        kept, _ = forward(model, ids, last, torch.arange(len(ids)), causal)
+        made.append([(k[:, -1:], v[:, -1:]) for k, v in kept])
+    layers = range(len(made[0]))
+    return [tuple(torch.cat([one[i][part] for one in made], 1) for part in (0, 1)) for i in layers]
+
+
+def exact_logits(model: nn.Module, chunks: list[list[int]], prompt: list[int], local: list[int]) -> Tensor:
+    """The paper: logits [W, V] of the local context."""
+    count, length = len(chunks), len(local)
+    mask = torch.cat([torch.ones(length, count, dtype=torch.bool), torch.ones(length, length, dtype=torch.bool).tril()], 1)
+    none = torch.zeros(length, dtype=torch.bool)
+    positions = torch.arange(count, count + length)
+    made = candidates_of(model, chunks, prompt)
+    return forward(model, local, none, positions, mask, made, torch.arange(count))[1]
+
+
+def cached_logits(
+    model: nn.Module, chunks: list[list[int]], prompt: list[int], local: list[int], generated: list[int]
+) -> Tensor:
+    """Cached decoding from scratch: logits [V] after the local context and the generated tokens.
+
+    The given local tokens see the first candidate set; generated token t sees the set that was made with it.
+    """
+    sets = [candidates_of(model, chunks, prompt + generated[:step]) for step in range(len(generated) + 1)]
+    count, length = len(chunks), len(local) + len(generated)
+    of_token = (torch.arange(length) - (len(local) - 1)).clamp(min=0)
+    of_key = torch.arange(len(sets)).repeat_interleave(count)
+    mask = torch.cat([of_token[:, None] == of_key[None], torch.ones(length, length, dtype=torch.bool).tril()], 1)
+    earlier = [tuple(torch.cat([one[i][part] for one in sets], 1) for part in (0, 1)) for i in range(len(sets[0]))]
+    none = torch.zeros(length, dtype=torch.bool)
+    slots = torch.arange(count).repeat(len(sets))
+    return forward(model, local + generated, none, torch.arange(count, count + length), mask, earlier, slots)[1][-1]

@@ -1,0 +1,185 @@
+"""The engine: cutting, state, batches, generation past the local context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SMALL, build, random_ids, with_candidates
+from torch import nn
+
+from focusllm import ConfigError, FocusConfig
+from focusllm.chunking import cut, num_local_chunks, split
+from focusllm.engine import Request, decode, encode, prefill, start_request
+from focusllm.kv import KV, GrowingKV
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def begin(model: nn.Module, ids: list[int], config: FocusConfig) -> tuple[Request, torch.Tensor]:
+    far, local = split(ids, config)
+    request = start_request(model, encode(model, far, config), local, config)
+    return request, prefill(model, request, config)[-1]
+
+
+@pytest.mark.parametrize("length", [0, 1, 23, 24, 25, 48, 100])
+def test_cut_covers_every_token_once(length: int) -> None:
+    bounds = cut(length, 24)
+    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(length))
+    assert all(stop - start == 24 for start, stop in bounds[:-1])
+
+
+@pytest.mark.parametrize("length", [1, 19, 20, 21, 44, 100])
+def test_split_restores_the_text(length: int) -> None:
+    ids = random_ids(length)
+    far, local = split(ids, SMALL)
+    assert far + local == ids
+    assert len(local) == min(length, SMALL.local_length)
+    assert (far == []) == (length <= SMALL.local_length)
+
+
+def test_split_below_a_literal_limit() -> None:
+    config = FocusConfig.paper(chunk_length=24, local_length=20, plain_below=50)
+    assert split(random_ids(49), config) == ([], random_ids(49))
+    assert len(split(random_ids(50), config)[0]) == 30
+
+
+@pytest.mark.parametrize(("lengths", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)])
+def test_last_chunks_that_fit_stay_local(lengths: list[int], others: int, expected: int) -> None:
+    assert num_local_chunks(lengths, others, SMALL) == expected
+
+
+@pytest.mark.parametrize("decoding", ["cached", "exact"])
+def test_requests_of_unequal_length_equal_their_single_runs(llama: nn.Module, decoding: str) -> None:
+    """Long, ragged, short (base model alone) and one that overflows its local context, side by side."""
+    config = SMALL.replace(decoding=decoding)
+    texts = [random_ids(n, seed=n) for n in (120, 61, 9, 20)]
+    forced = random_ids(len(texts) * 45, seed=3)
+    together = [begin(llama, ids, config) for ids in texts]
+    logits = [torch.stack([first for _, first in together])]
+    steps = [forced[i : i + len(texts)] for i in range(0, len(forced), len(texts))]
+    logits += [decode(llama, [request for request, _ in together], step, config) for step in steps]
+    for number, ids in enumerate(texts):
+        request, first = begin(llama, ids, config)
+        torch.testing.assert_close(logits[0][number], first, rtol=0, atol=0)
+        for step, all_logits in zip(steps, logits[1:], strict=True):
+            torch.testing.assert_close(all_logits[number], decode(llama, [request], [step[number]], config)[0], **CLOSE)
+    assert together[0][0].num_chunks > 5  # it did overflow
+
+
+def test_text_within_the_local_context_is_the_base_model_bit_for_bit() -> None:
+    model = build()
+    ids, forced = random_ids(20), random_ids(15, seed=1)
+    whole = model(torch.tensor([ids])).logits[0]
+    plain = [model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)]
+    for token in forced:
+        plain.append(model(torch.tensor([[token]]), past_key_values=plain[-1].past_key_values))
+    with_candidates(model)
+    request, first = begin(model, ids, SMALL)
+    assert torch.equal(first, plain[0].logits[0, -1])
+    assert torch.equal(prefill(model, request.fork(), SMALL, logits_to_keep=0), whole)
+    for token, expected in zip(forced, plain[1:], strict=True):
+        assert torch.equal(decode(model, [request], [token], SMALL)[0], expected.logits[0, -1])
+
+
+def test_generation_past_the_positions_of_the_base_model(llama: nn.Module) -> None:
+    """400 tokens on a model of 256 positions: the oldest local tokens become chunks, every token is somewhere once."""
+    ids = random_ids(90)
+    request, logits = begin(llama, ids, SMALL)
+    for _ in range(400):
+        ids.append(int(logits.argmax()))
+        logits = decode(llama, [request], ids[-1:], SMALL)[0]
+        assert torch.isfinite(logits).all()
+        assert len(request.local_ids) <= SMALL.max_local_length
+    chunked = [token for block in request.blocks for row in block.token_ids.tolist() for token in row]
+    assert chunked + request.local_ids == ids
+    assert max(block.length for block in request.blocks) <= SMALL.chunk_length
+
+
+def test_overflow_equals_a_new_request_with_these_chunks(llama: nn.Module) -> None:
+    request, _ = begin(llama, random_ids(90), SMALL)
+    forced = random_ids(60, seed=2)
+    overflows = 0
+    for token in forced:
+        before = request.num_chunks
+        logits = decode(llama, [request], [token], SMALL)[0]
+        if request.num_chunks > before:
+            overflows += 1
+            fresh = start_request(llama, request.blocks, request.local_ids, SMALL)
+            torch.testing.assert_close(logits, prefill(llama, fresh, SMALL)[-1], rtol=0, atol=0)
+    assert overflows >= 2
+
+
+def test_the_paper_lets_the_local_context_grow_until_the_positions_end(llama: nn.Module) -> None:
+    config = FocusConfig.paper(chunk_length=24, local_length=200, plain_below=1, bos_token_id=None)
+    request, _ = begin(llama, random_ids(250), config)
+    with pytest.raises(ConfigError, match="needs position 257"):
+        for token in random_ids(100):
+            decode(llama, [request], [token], config)
+    assert request.num_chunks == 3
+    assert len(request.local_ids) == 253
+
+
+def test_rows_are_written_in_place(llama: nn.Module) -> None:
+    """No copy of whole rows a step: the tensors stay where they are until their room is used up."""
+    request, _ = begin(llama, random_ids(120), SMALL)
+    places = [tensor.data_ptr() for tail in request.tails for tensor in tail.keys + tail.values]
+    chunks = [tensor.data_ptr() for block in request.blocks for tensor in block.kv.keys]
+    for token in random_ids(15):
+        decode(llama, [request], [token], SMALL)
+    assert [tensor.data_ptr() for tail in request.tails for tensor in tail.keys + tail.values] == places
+    assert [tensor.data_ptr() for block in request.blocks for tensor in block.kv.keys] == chunks
+    assert request.tails[0].length == 5 + 15
+
+
+def test_growing_keeps_what_is_there() -> None:
+    like = KV([torch.zeros(2, 3, 1, 4)], [torch.zeros(2, 3, 1, 4)])
+    grown, tokens = GrowingKV(like, 2), []
+    for _ in range(150):
+        tokens.append(torch.randn(2, 3, 1, 4))
+        grown.append(KV([tokens[-1]], [-tokens[-1]]))
+    assert torch.equal(grown.filled().keys[0], torch.cat(tokens, 2))
+    assert torch.equal(grown.filled().values[0], -torch.cat(tokens, 2))
+    assert grown.nbytes == 2 * 2 * 3 * 192 * 4 * 4
+    assert grown.keys[0][:, :, 150:].abs().max() == 0
+
+
+def test_fork_is_independent(llama: nn.Module) -> None:
+    request, _ = begin(llama, random_ids(120), SMALL)
+    twin = request.fork()
+    expected = decode(llama, [request], [7], SMALL)[0]
+    decode(llama, [request], [8], SMALL)
+    assert torch.equal(decode(llama, [twin], [7], SMALL)[0], expected)
+    assert twin.blocks[0].kv is request.blocks[0].kv
+
+
+def test_progress_counts_every_token(llama: nn.Module) -> None:
+    calls: list[tuple[int, int]] = []
+    encode(llama, random_ids(24 * 5 + 3), SMALL, lambda done, total: calls.append((done, total)))
+    assert calls == [(48, 123), (96, 123), (120, 123), (123, 123)]
+
+
+def test_shorter_prompt_of_a_request(llama: nn.Module) -> None:
+    blocks = encode(llama, random_ids(48), SMALL)
+    request = start_request(llama, blocks, random_ids(20, seed=1), SMALL, prompt_length=2)
+    prefill(llama, request, SMALL)
+    assert request.tails[0].length == 1
+
+
+def test_attention_paid_to_candidates_is_a_share(llama: nn.Module) -> None:
+    request, _ = begin(llama, random_ids(120), SMALL)
+    assert request.paid is not None
+    assert request.paid.shape == (request.num_chunks,)
+    assert 0 < request.paid.sum() <= 3  # at most 1 a layer
+    before = request.paid.clone()
+    decode(llama, [request], [5], SMALL)
+    assert (request.paid > before).all()
+
+
+def test_empty_local_context(llama: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="local context is empty"):
+        start_request(llama, [], [], SMALL)
+
+
+def test_local_context_beyond_the_positions(llama: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="local context of 300 tokens"):
+        start_request(llama, [], random_ids(300), SMALL.replace(local_length=300))

@@ -1,0 +1,225 @@
+"""The method against the slow reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SMALL, build, random_ids, with_candidates
+from reference import cached_logits, candidates_of, exact_logits
+from torch import nn
+
+from focusllm import AdapterConfig
+from focusllm.adapter import injected, trainable_parameters
+from focusllm.attention import _partial, _partial_by_formula, attend
+from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.focus import encode_chunks, focus_logits, read_prompt
+from focusllm.kv import KV
+from focusllm.rope import move_keys
+
+TEXT = random_ids(24 * 3 + 7 + 20)
+FAR, LOCAL = TEXT[:-20], TEXT[-20:]
+CHUNKS = [FAR[i : i + 24] for i in range(0, len(FAR), 24)]
+FORCED = random_ids(12, seed=5)
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def tensors(lists: list[list[int]]) -> list[torch.Tensor]:
+    return [torch.tensor(ids) for ids in lists]
+
+
+@pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig(rank=4, alpha=8), AdapterConfig("kv"), AdapterConfig("qo")])
+def test_whole_method_equals_reference(adapter: AdapterConfig) -> None:
+    model = build()
+    with_candidates(model, adapter)
+    _wrap_all(model)
+    expected = exact_logits(model, CHUNKS, LOCAL[-6:], LOCAL)
+    actual = focus_logits(model, tensors(CHUNKS), torch.tensor(LOCAL[-6:]), torch.tensor(LOCAL), 0)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def _wrap_all(model: nn.Module) -> None:
+    """Put untrained wrappers on the projections that have none, for the reference."""
+    from focusllm.adapter import CandidateLinear
+
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            projection = getattr(layer.self_attn, name)
+            if not isinstance(projection, CandidateLinear):
+                setattr(layer.self_attn, name, CandidateLinear(projection, AdapterConfig()))
+
+
+def test_candidates_equal_reference(llama: nn.Module) -> None:
+    prompt = LOCAL[-6:]
+    full = encode_chunks(llama, torch.tensor(CHUNKS[:3]))
+    _, candidates = read_prompt(llama, full, torch.tensor(prompt))
+    inv_freq = llama.model.rotary_emb.inv_freq
+    for (keys, values), got_keys, got_values in zip(
+        candidates_of(llama, CHUNKS[:3], prompt), candidates.keys, candidates.values, strict=True
+    ):
+        unrotated = move_keys(got_keys, -torch.arange(3)[None], inv_freq)
+        torch.testing.assert_close(unrotated[0], keys, **CLOSE)
+        torch.testing.assert_close(got_values[0], values, **CLOSE)
+
+
+def test_exact_decoding_equals_reference(llama: nn.Module) -> None:
+    config = SMALL.replace(decoding="exact")
+    request = start_request(llama, encode(llama, FAR, config), LOCAL, config)
+    actual = [prefill(llama, request, config)[-1]]
+    actual += [decode(llama, [request], [token], config)[0] for token in FORCED]
+    for step, logits in enumerate(actual):
+        new = FORCED[:step]
+        torch.testing.assert_close(logits, exact_logits(llama, CHUNKS, LOCAL[-6:] + new, LOCAL + new)[-1], **CLOSE)
+
+
+def test_cached_decoding_equals_its_definition_from_scratch(llama: nn.Module) -> None:
+    request = start_request(llama, encode(llama, FAR, SMALL), LOCAL, SMALL)
+    actual = [prefill(llama, request, SMALL)[-1]]
+    actual += [decode(llama, [request], [token], SMALL)[0] for token in FORCED]
+    for step, logits in enumerate(actual):
+        torch.testing.assert_close(logits, cached_logits(llama, CHUNKS, LOCAL[-6:], LOCAL, FORCED[:step]), **CLOSE)
+
+
+def test_cached_differs_from_exact_after_the_first_token(llama: nn.Module) -> None:
+    """The two definitions agree on the first token only; equal numbers later would mean that one is not what it says."""
+    both = []
+    for decoding in ("cached", "exact"):
+        config = SMALL.replace(decoding=decoding)
+        request = start_request(llama, encode(llama, FAR, config), LOCAL, config)
+        both.append([prefill(llama, request, config)[-1], decode(llama, [request], FORCED[:1], config)[0]])
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=0, atol=0)
+    assert (both[0][1] - both[1][1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("per_batch", [1, 3, 100])
+def test_chunks_in_batches_equal_chunks_one_by_one(llama: nn.Module, per_batch: int) -> None:
+    config = SMALL.replace(chunks_per_batch=per_batch)
+    blocks = encode(llama, FAR, config)
+    for block, group in zip(blocks, (CHUNKS[:3], CHUNKS[3:]), strict=True):
+        for row, chunk in enumerate(group):
+            alone = encode_chunks(llama, torch.tensor([chunk]))
+            for got, want in zip(block.kv.rows(row, row + 1).keys, alone.keys, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_do_not_depend_on_candidates_or_each_other(llama: nn.Module) -> None:
+    base = encode_chunks(build(), torch.tensor([CHUNKS[0], CHUNKS[1]]))
+    other = encode_chunks(llama, torch.tensor([CHUNKS[0], CHUNKS[2]]))
+    for a, b in zip(base.keys + base.values, other.keys + other.values, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert not torch.equal(a[1], b[1])
+
+
+def test_gradients_reach_the_candidate_projections_only() -> None:
+    model = with_candidates(build(), AdapterConfig(rank=4))
+    logits = focus_logits(model, tensors(CHUNKS), torch.tensor(LOCAL[-6:]), torch.tensor(LOCAL))
+    logits.sum().backward()
+    trained = trainable_parameters(model)
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained.values())
+    left_out = {id(p) for w in injected(model).values() for p in w.own_parameters().values()} - {id(p) for p in trained.values()}
+    assert len(left_out) == 4  # q and o of the last layer, two tensors each
+    others = [p for p in model.parameters() if id(p) not in {id(t) for t in trained.values()}]
+    assert all(parameter.grad is None or parameter.grad.abs().max() == 0 for parameter in others)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    model = with_candidates(build().double(), AdapterConfig())
+    arguments = (model, tensors(CHUNKS[:2]), torch.tensor(LOCAL[-4:]), torch.tensor(LOCAL))
+    focus_logits(*arguments)[-1].logsumexp(0).backward()
+    step = 1e-3  # transformers computes norms and rotary tables in float32, so no smaller step shows
+    for path in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        parameter = trainable_parameters(model)[path]
+        index = divmod(int(parameter.grad.abs().argmax()), parameter.shape[1])
+        with torch.no_grad():
+            parameter[index] += step
+            above = focus_logits(*arguments)[-1].logsumexp(0)
+            parameter[index] -= 2 * step
+            below = focus_logits(*arguments)[-1].logsumexp(0)
+            parameter[index] += step
+        torch.testing.assert_close((above - below) / (2 * step), parameter.grad[index], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_attention_over_segments_equals_attention_over_all(length: int, dtype: torch.dtype) -> None:
+    """Several segments of several blocks, few and many queries, against one softmax over everything in float64."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(5, heads, length, 16) for heads in (6, 2, 2))
+    rooms = [[(3, 40, 33), (2, 24, 17)], [(3, 64, 9), (2, 64, 0)]]  # rows, room, tokens that count
+    segments = [
+        ([(*(torch.randn(rows, 2, room, 16) for _ in "kv"), count) for rows, room, count in blocks], None)
+        for blocks in rooms
+    ]
+    cast = [([(k.to(dtype), v.to(dtype), n) for k, v, n in blocks], mask) for blocks, mask in segments]
+    got, paid = attend(query.to(dtype), key.to(dtype), value.to(dtype), cast, None, 0.25, watch=True)
+    naive = []
+    for precise in (torch.float64, dtype):
+        rows, start = [], 0
+        for first, second in zip(*(blocks for blocks, _ in segments), strict=True):
+            keys = [first[0][:, :, : first[2]], second[0][:, :, : second[2]], key[start : start + first[0].shape[0]]]
+            values = [first[1][:, :, : first[2]], second[1][:, :, : second[2]], value[start : start + first[0].shape[0]]]
+            k = torch.cat(keys, 2).to(dtype).to(precise).repeat_interleave(3, 1)
+            v = torch.cat(values, 2).to(dtype).to(precise).repeat_interleave(3, 1)
+            q = query[start : start + first[0].shape[0]].to(dtype).to(precise)
+            hidden = torch.ones(length, k.shape[2], dtype=torch.bool).triu(k.shape[2] - length + 1)
+            weights = (q @ k.transpose(-1, -2) * 0.25).masked_fill(hidden, -torch.inf).softmax(-1)
+            rows.append(weights @ v)
+            if precise == torch.float64:
+                share = weights[:, :, -1, : first[2]].mean(1)
+                torch.testing.assert_close(paid[len(rows) - 1].double(), share, rtol=0.05, atol=2e-3)
+            start += first[0].shape[0]
+        naive.append(torch.cat(rows))
+    error = (got.double() - naive[0]).abs().max()
+    budget = (naive[1].double() - naive[0]).abs().max()
+    assert error <= 2 * budget + 1e-5
+
+
+def test_attention_masks() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 7, 16) for heads in (4, 2, 2))
+    past = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16), 9
+    seen, own = torch.rand(2, 7, 9) > 0.5, torch.eye(7, dtype=torch.bool)
+    got, _ = attend(query, key, value, [([past], seen)], own, 0.25)
+    joined = torch.cat([seen, own.expand(2, -1, -1)], -1)[:, None]
+    keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+    want = nn.functional.scaled_dot_product_attention(query, keys, values, joined, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(got, want, **CLOSE)
+    with_gradient, _ = attend(query.requires_grad_(), key, value, [([past], seen)], own, 0.25)
+    torch.testing.assert_close(with_gradient, want, **CLOSE)
+
+
+def test_rows_with_gradients_need_one_block() -> None:
+    query = torch.randn(2, 2, 1, 8, requires_grad=True)
+    block = (torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), 3)
+    with pytest.raises(ValueError, match="2 blocks"):
+        attend(query, query, query, [([block, block], None)], None, 1.0)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_moving_keys_round_trip_and_part_without_position(interleaved: bool) -> None:
+    keys = torch.randn(2, 3, 4, 24)
+    delta = torch.tensor([[5, -7, 0, 1000]]).expand(2, -1)
+    inv_freq = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    moved = move_keys(keys, delta, inv_freq, interleaved)
+    torch.testing.assert_close(move_keys(moved, -delta, inv_freq, interleaved), keys, rtol=1e-4, atol=1e-5)
+    assert torch.equal(moved[..., 16:], keys[..., 16:])
+    assert torch.equal(moved[:, :, 2], keys[:, :, 2])
+    assert not torch.allclose(moved[:, :, 0, :16], keys[:, :, 0, :16])
+
+
+def test_kv_counts_bytes() -> None:
+    kv = KV([torch.zeros(2, 3, 4, 5)], [torch.zeros(2, 3, 4, 5)])
+    assert kv.nbytes == 2 * 120 * 4
+    assert (kv.num_rows, kv.length) == (2, 4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_partial_attention_by_formula_equals_the_kernel(causal: bool, masked: bool) -> None:
+    """The formula serves devices without the kernel; it is tested where there is one."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 9, 16) for heads in (6, 2, 2))
+    mask = (torch.rand(2, 9, 9) > 0.3) | torch.eye(9, dtype=torch.bool) if masked and not causal else None
+    out, lse = _partial(query, key, value, mask, causal, 0.25)
+    want, want_lse = _partial_by_formula(query, key, value, mask, causal, 0.25)
+    torch.testing.assert_close(out, want, **CLOSE)
+    torch.testing.assert_close(lse, want_lse, **CLOSE)

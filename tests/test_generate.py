@@ -1,0 +1,194 @@
+"""The ecosystem's way: transformers' `generate()`, pipelines, saving and loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    pipeline,
+    set_seed,
+)
+
+from focusllm import AdapterConfig, ConfigError, FocusForCausalLM, FocusState, ModelError
+from focusllm.adapter import injected
+from focusllm.chunking import split
+from focusllm.engine import decode, encode, prefill, start_request
+
+TEXT = torch.tensor([random_ids(110)])
+
+
+@pytest.fixture
+def model() -> FocusForCausalLM:
+    return FocusForCausalLM(with_candidates(build(eos_token_id=None)), SMALL)
+
+
+def greedy(model: FocusForCausalLM, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens straight from the engine."""
+    far, local = split(ids, SMALL)
+    request = start_request(model.base, encode(model.base, far, SMALL), local, SMALL)
+    logits, tokens = prefill(model.base, request, SMALL)[-1], []
+    for _ in range(count):
+        tokens.append(int(logits.argmax()))
+        logits = decode(model.base, [request], tokens[-1:], SMALL)[0]
+    return tokens
+
+
+def test_greedy_equals_the_engine(model: FocusForCausalLM) -> None:
+    assert model.generate(TEXT, max_new_tokens=30)[0, 110:].tolist() == greedy(model, TEXT[0].tolist(), 30)
+
+
+def test_short_text_equals_the_base(model: FocusForCausalLM) -> None:
+    ours = model.generate(TEXT[:, :20], max_new_tokens=15, output_logits=True, return_dict_in_generate=True)
+    base = build(eos_token_id=None).generate(TEXT[:, :20], max_new_tokens=15, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(ours.sequences, base.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(ours.logits, base.logits, strict=True))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_equals_single_runs(model: FocusForCausalLM, side: str) -> None:
+    lengths = [110, 64, 12]
+    ids, mask = torch.zeros(3, 110, dtype=torch.long), torch.zeros(3, 110, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = slice(110 - length, 110) if side == "left" else slice(0, length)
+        ids[row, place], mask[row, place] = TEXT[0, :length], 1
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=30)[:, 110:]
+    for row, length in enumerate(lengths):
+        assert batch[row].tolist() == greedy(model, TEXT[0, :length].tolist(), 30)
+
+
+def test_sampling_follows_the_seed(model: FocusForCausalLM) -> None:
+    def sample(seed: int) -> list[int]:
+        set_seed(seed)
+        return model.generate(TEXT, max_new_tokens=12, do_sample=True, top_k=50, temperature=1.5)[0].tolist()
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_return_sequences_share_the_read(model: FocusForCausalLM) -> None:
+    set_seed(0)
+    state = FocusState()
+    out = model.generate(TEXT, max_new_tokens=8, do_sample=True, num_return_sequences=3, past_key_values=state)
+    assert len({tuple(row) for row in out.tolist()}) == 3
+    assert len({id(request.blocks[0].kv) for request in state.requests}) == 1
+
+
+def test_beams_equal_rescored_beams(model: FocusForCausalLM) -> None:
+    """The best beam's score is the sum of the log-probabilities that greedy steps along it give."""
+    out = model.generate(
+        TEXT, max_new_tokens=6, num_beams=3, length_penalty=0.0, output_scores=True, return_dict_in_generate=True
+    )
+    tokens = out.sequences[0, 110:].tolist()
+    far, local = split(TEXT[0].tolist(), SMALL)
+    request = start_request(model.base, encode(model.base, far, SMALL), local, SMALL)
+    logits, total = prefill(model.base, request, SMALL)[-1], 0.0
+    for token in tokens:
+        total += logits.log_softmax(-1)[token].item()
+        logits = decode(model.base, [request], [token], SMALL)[0]
+    assert out.sequences_scores[0].item() == pytest.approx(total, abs=1e-3)
+
+
+def test_logits_processors_and_stopping_criteria(model: FocusForCausalLM) -> None:
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            mask = torch.full_like(scores, -torch.inf)
+            mask[:, 77] = 0
+            return scores + mask
+
+    out = model.generate(TEXT, max_new_tokens=5, logits_processor=LogitsProcessorList([Only()]))
+    assert out[0, 110:].tolist() == [77] * 5
+    stop = StoppingCriteriaList([MaxTimeCriteria(max_time=0.0)])
+    assert model.generate(TEXT, max_new_tokens=50, stopping_criteria=stop).shape[1] == 111
+
+
+def test_stop_strings_and_streamer(model: FocusForCausalLM, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_tokenizer()
+    text = tokenizer.decode(model.generate(TEXT, max_new_tokens=20)[0, 110:])
+    stop = next(character for character in text[4:] if character != "\ufffd" and text.index(character) >= 4)
+    out = model.generate(TEXT, max_new_tokens=20, stop_strings=[stop], tokenizer=tokenizer)
+    assert tokenizer.decode(out[0, 110:]) == text[: text.index(stop) + 1]
+    model.generate(TEXT, max_new_tokens=20, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.strip() == text.strip()
+
+
+@pytest.mark.filterwarnings("default")
+def test_pipeline(model: FocusForCausalLM) -> None:
+    generator = pipeline("text-generation", model=model, tokenizer=byte_tokenizer())
+    text = "a long text " * 12
+    out = generator(text, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ids = byte_tokenizer()(text).input_ids
+    assert out == byte_tokenizer().decode(greedy(model, ids, 6))
+
+
+@pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig(rank=4, alpha=8)])
+def test_saved_and_loaded(tmp_path: Path, adapter: AdapterConfig) -> None:
+    model = FocusForCausalLM(with_candidates(build(eos_token_id=None), adapter), SMALL)
+    model.adapter_config = adapter
+    expected = model.generate(TEXT, max_new_tokens=20)
+    model.save_pretrained(tmp_path)
+    again = FocusForCausalLM.from_pretrained(tmp_path)
+    assert again.focus_config == SMALL
+    assert again.adapter_config == adapter
+    assert torch.equal(again.generate(TEXT, max_new_tokens=20), expected)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)  # any tool reads the folder as the base model
+    assert torch.equal(base(TEXT).logits, build(eos_token_id=None)(TEXT).logits)
+
+
+def test_unload_gives_the_base_back(model: FocusForCausalLM) -> None:
+    base = model.unload()
+    assert injected(base) == {}
+    assert torch.equal(base(TEXT).logits, build(eos_token_id=None)(TEXT).logits)
+
+
+def test_logits_of_a_single_text(model: FocusForCausalLM) -> None:
+    every = model(TEXT, logits_to_keep=0).logits
+    assert every.shape == (1, SMALL.local_length, 260)
+    assert model(TEXT).logits.shape == (1, 1, 260)
+    torch.testing.assert_close(model(TEXT).logits[0, 0], every[0, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_goes_on(model: FocusForCausalLM) -> None:
+    """A second call with the state and the whole text so far continues; nothing is read again."""
+    state = FocusState()
+    first = model.generate(TEXT, max_new_tokens=10, past_key_values=state)
+    second = model.generate(first, max_new_tokens=10, past_key_values=state)
+    assert second[0, 110:].tolist() == greedy(model, TEXT[0].tolist(), 20)
+
+
+def test_refused_uses(model: FocusForCausalLM) -> None:
+    cache = DynamicCache(config=model.config)
+    build()(TEXT[:, :5], past_key_values=cache)
+    with pytest.raises(ConfigError, match="pass a FocusState"):
+        model(TEXT, past_key_values=cache)
+    with pytest.raises(ConfigError, match="local context is empty"):
+        model(TEXT, attention_mask=torch.zeros_like(TEXT))
+    with pytest.raises(ConfigError, match="assisted generation"):
+        FocusState().crop(3)
+
+
+@pytest.mark.parametrize("content", ["{", '{"window": 3}', '{"chunk_length": -1}', "[]"])
+def test_damaged_settings(tmp_path: Path, model: FocusForCausalLM, content: str) -> None:
+    model.save_pretrained(tmp_path)
+    (tmp_path / "focus_settings.json").write_text(content)
+    with pytest.raises(ModelError, match="is damaged"):
+        FocusForCausalLM.from_pretrained(tmp_path)
+
+
+def test_missing_and_damaged_models(tmp_path: Path, model: FocusForCausalLM) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        FocusForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        FocusForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,146 @@
+"""Every supported family through `verify`; every unsupported one refused by name, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, SIZES, build, with_candidates
+from transformers import AutoModelForCausalLM
+
+from focusllm import ConfigError, FocusConfig, ModelError
+from focusllm.adapter import injected
+from focusllm.base import layout
+from focusllm.verify import verify
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, attention: str) -> None:
+    checks = list(verify(build(family, attention)))
+    assert len(checks) == 11
+    assert not [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    assert not [check for check in verify(build(family, dtype=dtype)) if not check.passed]
+
+
+def test_verify_leaves_the_model_as_it_was() -> None:
+    model = with_candidates(build())
+    before = injected(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    list(verify(model))
+    assert injected(model) == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_verify_catches_keys_moved_by_wrong_frequencies() -> None:
+    model = build()
+    found = layout(model)
+    object.__setattr__(found, "inv_freq", found.inv_freq * 1.01)
+    assert [check.name for check in verify(model) if not check.passed] == ["keys moved equal keys computed in place"]
+
+
+def test_verify_catches_lost_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from focusllm.kv import GrowingKV
+
+    append = GrowingKV.append
+
+    def lossy(self: GrowingKV, tokens: Any) -> None:
+        append(self, tokens)
+        self._kv.keys[0][:, :, 0] = 0
+
+    monkeypatch.setattr(GrowingKV, "append", lossy)
+    assert "cached: step by step equals two passes a step" in [c.name for c in verify(build()) if not c.passed]
+
+
+REFUSED = {
+    "gpt2": ("GPT2Config", {"n_layer": 1, "n_embd": 64, "n_head": 4}, "no rotary positions"),
+    "opt": ("OPTConfig", {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 64}, "no rotary positions"),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 1, "n_head": 4}, "no rotary positions"),
+    "mistral": ("MistralConfig", {"sliding_window": 64}, "sliding window of 64 tokens"),
+    "gemma2": ("Gemma2Config", {"head_dim": 16}, "layers of type sliding_attention"),
+    "gemma3_text": ("Gemma3TextConfig", {"head_dim": 16}, "layers of type sliding_attention"),
+    "gemma2-capped": ("Gemma2Config", {"head_dim": 16, "layer_types": ["full_attention"] * 3, "sliding_window": None}, "soft-capped"),
+    "qwen3_next": ("Qwen3NextConfig", {"head_dim": 16, "num_experts": 2}, "layers of type linear_attention"),
+    "gpt_neox": ("GPTNeoXConfig", {}, "projections"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    config_class, extra, reason = REFUSED[name]
+    model = AutoModelForCausalLM.from_config(
+        getattr(transformers, config_class)(**{**SIZES, **extra}), attn_implementation="eager"
+    )
+    with pytest.raises(ModelError) as raised:
+        layout(model)
+    assert f"{name.split('-')[0]} models are not supported" in str(raised.value)
+    assert reason in str(raised.value)
+
+
+def test_encoder_decoder_is_refused() -> None:
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
+    with pytest.raises(ModelError, match="t5 models are not supported: it is an encoder-decoder"):
+        layout(transformers.T5ForConditionalGeneration(config))
+
+
+def test_model_without_head_is_refused() -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    with pytest.raises(ModelError, match="not a causal language model"):
+        layout(transformers.LlamaModel(config))
+
+
+def test_positions_of_scalings_that_change_with_the_length() -> None:
+    parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    assert layout(build(rope_parameters=parameters)).max_positions == 64
+    assert layout(build()).max_positions == 256
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_length": 0}, "chunk_length is 0"),
+        ({"local_length": -3}, "local_length is -3"),
+        ({"prompt_length": True}, "prompt_length is True"),
+        ({"chunks_per_batch": 1.5}, "chunks_per_batch is 1.5"),
+        ({"decoding": "fast"}, "decoding is 'fast'"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FocusConfig(**settings)
+
+
+def test_unknown_setting() -> None:
+    with pytest.raises(ConfigError, match="unknown setting window"):
+        FocusConfig().replace(window=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"chunk_length": 256}, "use a chunk_length of at most 128"), ({"chunk_length": 200}, "takes 912 positions")],
+)
+def test_lengths_beyond_the_positions(settings: dict[str, Any], message: str) -> None:
+    config = FocusConfig(**{"local_length": 512, **settings})
+    with pytest.raises(ConfigError, match=message):
+        config.check_positions(layout(build()).max_positions)
+
+
+def test_too_many_chunks() -> None:
+    config = FocusConfig(chunk_length=24, local_length=20)
+    with pytest.raises(ConfigError, match="use a chunk_length of at least"):
+        config.check_num_chunks(300, 256)
+
+
+def test_paper_preset() -> None:
+    config = FocusConfig.paper()
+    assert (config.chunk_length, config.local_length, config.prompt_length) == (2048, 2048, 512)
+    assert (config.decoding, config.rechunk, config.plain_below, config.bos_token_id) == ("exact", False, 4096, 1)
+    assert config.is_plain(4095)
+    assert not config.is_plain(4096)
