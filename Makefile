@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow lint check format clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these commands
@@ -25,11 +25,12 @@ test: $(READY)  ## Run the tests
 test-slow: $(READY)  ## Run the longer checks too
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
-check: $(READY)  ## The whole gate: lint, types, tests
+lint: $(READY)  ## Formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test  ## The whole gate: lint, types, tests
 
 format: $(READY)  ## Format the code
 	$(BIN)/ruff format .

@@ -68,7 +68,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 SMALL = FocusConfig(chunk_length=24, local_length=20, prompt_length=6, chunks_per_batch=2)
 
 
-def build(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+def build(
+    family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any
+) -> nn.Module:
     """A tiny random model of a family."""
     name, extra = FAMILIES[family]
     torch.manual_seed(0)
@@ -101,7 +103,11 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
     if chat:
         fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"

@@ -93,7 +93,9 @@ def candidates_of(model: nn.Module, chunks: list[list[int]], prompt: list[int]) 
 def exact_logits(model: nn.Module, chunks: list[list[int]], prompt: list[int], local: list[int]) -> Tensor:
     """The paper: logits [W, V] of the local context."""
     count, length = len(chunks), len(local)
-    mask = torch.cat([torch.ones(length, count, dtype=torch.bool), torch.ones(length, length, dtype=torch.bool).tril()], 1)
+    mask = torch.cat(
+        [torch.ones(length, count, dtype=torch.bool), torch.ones(length, length, dtype=torch.bool).tril()], 1
+    )
     none = torch.zeros(length, dtype=torch.bool)
     positions = torch.arange(count, count + length)
     made = candidates_of(model, chunks, prompt)

@@ -8,9 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import build, random_ids, with_candidates
 from torch import nn
 
+from conftest import build, random_ids, with_candidates
 from focusllm import AdapterConfig, AdapterError, ConfigError, inject, load_adapter, remove, save_adapter
 from focusllm.adapter import CandidateLinear, injected, trainable_parameters
 from focusllm.focus import focus_logits
@@ -192,7 +192,10 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"projections": "qx"}, "letters"), ({"projections": ""}, "letters"), ({"rank": 0}, "rank is 0")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"projections": "qx"}, "letters"), ({"projections": ""}, "letters"), ({"rank": 0}, "rank is 0")],
+)
 def test_bad_adapter_settings(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AdapterConfig(**arguments)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
+from conftest import GOLDEN
 from focusllm.conformance import CaseError, CaseResult, find_cases, run_case
 
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))

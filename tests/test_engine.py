@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SMALL, build, random_ids, with_candidates
 from torch import nn
 
+from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, FocusConfig
 from focusllm.chunking import cut, num_local_chunks, split
 from focusllm.engine import Request, decode, encode, prefill, start_request
@@ -43,7 +43,9 @@ def test_split_below_a_literal_limit() -> None:
     assert len(split(random_ids(50), config)[0]) == 30
 
 
-@pytest.mark.parametrize(("lengths", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)])
+@pytest.mark.parametrize(
+    ("lengths", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)]
+)
 def test_last_chunks_that_fit_stay_local(lengths: list[int], others: int, expected: int) -> None:
     assert num_local_chunks(lengths, others, SMALL) == expected
 
@@ -112,9 +114,10 @@ def test_overflow_equals_a_new_request_with_these_chunks(llama: nn.Module) -> No
 def test_the_paper_lets_the_local_context_grow_until_the_positions_end(llama: nn.Module) -> None:
     config = FocusConfig.paper(chunk_length=24, local_length=200, plain_below=1, bos_token_id=None)
     request, _ = begin(llama, random_ids(250), config)
+    for token in random_ids(53):
+        decode(llama, [request], [token], config)
     with pytest.raises(ConfigError, match="needs position 257"):
-        for token in random_ids(100):
-            decode(llama, [request], [token], config)
+        decode(llama, [request], [5], config)
     assert request.num_chunks == 3
     assert len(request.local_ids) == 253
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SMALL, build, random_ids, with_candidates
-from reference import cached_logits, candidates_of, exact_logits
 from torch import nn
 
+from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import AdapterConfig
 from focusllm.adapter import injected, trainable_parameters
 from focusllm.attention import _partial, _partial_by_formula, attend
 from focusllm.engine import decode, encode, prefill, start_request
 from focusllm.focus import encode_chunks, focus_logits, read_prompt
 from focusllm.kv import KV
-from focusllm.rope import move_keys
+from focusllm.rope import move_keys, rotation
+from reference import cached_logits, candidates_of, exact_logits
 
 TEXT = random_ids(24 * 3 + 7 + 20)
 FAR, LOCAL = TEXT[:-20], TEXT[-20:]
@@ -27,7 +27,9 @@ def tensors(lists: list[list[int]]) -> list[torch.Tensor]:
     return [torch.tensor(ids) for ids in lists]
 
 
-@pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig(rank=4, alpha=8), AdapterConfig("kv"), AdapterConfig("qo")])
+@pytest.mark.parametrize(
+    "adapter", [AdapterConfig(), AdapterConfig(rank=4, alpha=8), AdapterConfig("kv"), AdapterConfig("qo")]
+)
 def test_whole_method_equals_reference(adapter: AdapterConfig) -> None:
     model = build()
     with_candidates(model, adapter)
@@ -56,7 +58,7 @@ def test_candidates_equal_reference(llama: nn.Module) -> None:
     for (keys, values), got_keys, got_values in zip(
         candidates_of(llama, CHUNKS[:3], prompt), candidates.keys, candidates.values, strict=True
     ):
-        unrotated = move_keys(got_keys, -torch.arange(3)[None], inv_freq)
+        unrotated = move_keys(got_keys, rotation(-torch.arange(3)[None], inv_freq))
         torch.testing.assert_close(unrotated[0], keys, **CLOSE)
         torch.testing.assert_close(got_values[0], values, **CLOSE)
 
@@ -80,7 +82,7 @@ def test_cached_decoding_equals_its_definition_from_scratch(llama: nn.Module) ->
 
 
 def test_cached_differs_from_exact_after_the_first_token(llama: nn.Module) -> None:
-    """The two definitions agree on the first token only; equal numbers later would mean that one is not what it says."""
+    """The two definitions agree on the first token only; equal numbers later would mean that one is wrong."""
     both = []
     for decoding in ("cached", "exact"):
         config = SMALL.replace(decoding=decoding)
@@ -115,7 +117,9 @@ def test_gradients_reach_the_candidate_projections_only() -> None:
     logits.sum().backward()
     trained = trainable_parameters(model)
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained.values())
-    left_out = {id(p) for w in injected(model).values() for p in w.own_parameters().values()} - {id(p) for p in trained.values()}
+    left_out = {id(p) for w in injected(model).values() for p in w.own_parameters().values()} - {
+        id(p) for p in trained.values()
+    }
     assert len(left_out) == 4  # q and o of the last layer, two tensors each
     others = [p for p in model.parameters() if id(p) not in {id(t) for t in trained.values()}]
     assert all(parameter.grad is None or parameter.grad.abs().max() == 0 for parameter in others)
@@ -156,7 +160,11 @@ def test_attention_over_segments_equals_attention_over_all(length: int, dtype: t
         rows, start = [], 0
         for first, second in zip(*(blocks for blocks, _ in segments), strict=True):
             keys = [first[0][:, :, : first[2]], second[0][:, :, : second[2]], key[start : start + first[0].shape[0]]]
-            values = [first[1][:, :, : first[2]], second[1][:, :, : second[2]], value[start : start + first[0].shape[0]]]
+            values = [
+                first[1][:, :, : first[2]],
+                second[1][:, :, : second[2]],
+                value[start : start + first[0].shape[0]],
+            ]
             k = torch.cat(keys, 2).to(dtype).to(precise).repeat_interleave(3, 1)
             v = torch.cat(values, 2).to(dtype).to(precise).repeat_interleave(3, 1)
             q = query[start : start + first[0].shape[0]].to(dtype).to(precise)
@@ -199,8 +207,8 @@ def test_moving_keys_round_trip_and_part_without_position(interleaved: bool) -> 
     keys = torch.randn(2, 3, 4, 24)
     delta = torch.tensor([[5, -7, 0, 1000]]).expand(2, -1)
     inv_freq = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
-    moved = move_keys(keys, delta, inv_freq, interleaved)
-    torch.testing.assert_close(move_keys(moved, -delta, inv_freq, interleaved), keys, rtol=1e-4, atol=1e-5)
+    moved = move_keys(keys, rotation(delta, inv_freq), interleaved)
+    torch.testing.assert_close(move_keys(moved, rotation(-delta, inv_freq), interleaved), keys, rtol=1e-4, atol=1e-5)
     assert torch.equal(moved[..., 16:], keys[..., 16:])
     assert torch.equal(moved[:, :, 2], keys[:, :, 2])
     assert not torch.allclose(moved[:, :, 0, :16], keys[:, :, 0, :16])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -19,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, ConfigError, FocusForCausalLM, FocusState, ModelError
 from focusllm.adapter import injected
 from focusllm.chunking import split
@@ -49,7 +49,9 @@ def test_greedy_equals_the_engine(model: FocusForCausalLM) -> None:
 
 def test_short_text_equals_the_base(model: FocusForCausalLM) -> None:
     ours = model.generate(TEXT[:, :20], max_new_tokens=15, output_logits=True, return_dict_in_generate=True)
-    base = build(eos_token_id=None).generate(TEXT[:, :20], max_new_tokens=15, output_logits=True, return_dict_in_generate=True)
+    base = build(eos_token_id=None).generate(
+        TEXT[:, :20], max_new_tokens=15, output_logits=True, return_dict_in_generate=True
+    )
     assert torch.equal(ours.sequences, base.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, base.logits, strict=True))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, build, byte_tokenizer
 
+from conftest import SMALL, build, byte_tokenizer
 from focusllm import ConfigError, Document, DocumentError, FocusLLM, MemoryLimitError, ModelError
 from focusllm.text import encode_text, frame_question
 
@@ -199,7 +199,7 @@ def test_empty_question(tiny_llm: FocusLLM, question: str) -> None:
 
 
 def test_question_longer_than_the_local_context(tiny_llm: FocusLLM) -> None:
-    with pytest.raises(DocumentError, match="takes 105 tokens .* holds 64.*at least 105"):
+    with pytest.raises(DocumentError, match=r"takes 105 tokens .* holds 64.*at least 105"):
         tiny_llm.ask(tiny_llm.read(TEXT), "x" * 100)
 
 
@@ -214,7 +214,7 @@ def test_document_of_another_reader(tiny_llm: FocusLLM) -> None:
 
 def test_not_enough_memory_is_said_before(tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 400_000)
-    with pytest.raises(MemoryLimitError, match="are free; use .*a text of at most"):
+    with pytest.raises(MemoryLimitError, match=r"are free; use .*a text of at most"):
         tiny_llm.read(TEXT * 20)
 
 

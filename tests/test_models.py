@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, SIZES, build, with_candidates
 from transformers import AutoModelForCausalLM
 
+from conftest import FAMILIES, SIZES, build, with_candidates
 from focusllm import ConfigError, FocusConfig, ModelError
 from focusllm.adapter import injected
 from focusllm.base import layout
@@ -61,12 +61,20 @@ def test_verify_catches_lost_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 REFUSED = {
     "gpt2": ("GPT2Config", {"n_layer": 1, "n_embd": 64, "n_head": 4}, "no rotary positions"),
-    "opt": ("OPTConfig", {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 64}, "no rotary positions"),
+    "opt": (
+        "OPTConfig",
+        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 64},
+        "no rotary positions",
+    ),
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 1, "n_head": 4}, "no rotary positions"),
     "mistral": ("MistralConfig", {"sliding_window": 64}, "sliding window of 64 tokens"),
     "gemma2": ("Gemma2Config", {"head_dim": 16}, "layers of type sliding_attention"),
     "gemma3_text": ("Gemma3TextConfig", {"head_dim": 16}, "layers of type sliding_attention"),
-    "gemma2-capped": ("Gemma2Config", {"head_dim": 16, "layer_types": ["full_attention"] * 3, "sliding_window": None}, "soft-capped"),
+    "gemma2-capped": (
+        "Gemma2Config",
+        {"head_dim": 16, "layer_types": ["full_attention"] * 3, "sliding_window": None},
+        "soft-capped",
+    ),
     "qwen3_next": ("Qwen3NextConfig", {"head_dim": 16, "num_experts": 2}, "layers of type linear_attention"),
     "gpt_neox": ("GPTNeoXConfig", {}, "projections"),
 }

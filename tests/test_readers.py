@@ -25,7 +25,8 @@ def pdf(text: str | None) -> bytes:
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources "
+        b"<< /Font << /F1 5 0 R >> >> >>",
         b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
@@ -53,7 +54,9 @@ def test_byte_order_mark_and_other_encodings(tmp_path: Path) -> None:
 
 
 def test_html(tmp_path: Path) -> None:
-    page = b"<html><head><style>p {}</style><script>var x;</script></head><body><h1>Title</h1><p>One &amp; two</p></body>"
+    page = (
+        b"<html><head><style>p {}</style><script>var x;</script></head><body><h1>Title</h1><p>One &amp; two</p></body>"
+    )
     assert read_text(write(tmp_path, "page.html", page)) == "Title\nOne & two"
 
 

@@ -177,9 +177,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _rows_of(
-    found: Layout, letters: str, chosen: list[str], layer: AttentionLayer, name: str
-) -> Tensor | None:
+def _rows_of(found: Layout, letters: str, chosen: list[str], layer: AttentionLayer, name: str) -> Tensor | None:
     """Of a fused projection, a mask over its output rows: True for the chosen letters. None: all of them."""
     if len(chosen) == len(letters):
         return None
@@ -391,12 +389,15 @@ def _model_card(config: AdapterConfig, base_name: str, num_parameters: int) -> s
     kind = "full copies" if config.rank is None else f"low rank ({config.rank}, alpha {config.alpha or config.rank})"
     letters = ", ".join(config.projections)
     trained = "\n".join(f"| {name} | {value} |" for name, value in config.trained.items())
-    front = f"---\nlibrary_name: focusllm\ntags:\n- focusllm\n- long-context\n{f'base_model: {base_name}' if base_name else ''}"
+    front = "---\nlibrary_name: focusllm\ntags:\n- focusllm\n- long-context\n"
+    if base_name:
+        front += f"base_model: {base_name}\n"
+    load = f'llm = FocusLLM.from_pretrained("{base_name}", adapter="this folder")'
     return (
-        f"{front.rstrip()}\n---\n\n# FocusLLM candidate projections\n\n"
+        f"{front}---\n\n# FocusLLM candidate projections\n\n"
         f"Trainable {letters} projections for the candidate tokens of FocusLLM (arXiv 2408.11745), {kind}, "
         f"{num_parameters:,} parameters, for the base model {base_name or '(not named)'}.\n\n"
-        f'```python\nfrom focusllm import FocusLLM\n\nllm = FocusLLM.from_pretrained("{base_name}", adapter="this folder")\n```\n'
+        f"```python\nfrom focusllm import FocusLLM\n\n{load}\n```\n"
         + (f"\n| trained with | |\n|---|---|\n{trained}\n" if trained else "")
         + "\nApplied as an ordinary LoRA it changes every token, which is not what it was trained for.\n"
     )

@@ -55,7 +55,9 @@ def attend(
         return _attend_joined(query, key, value, segments, mask, scale), []
     if not segments:
         return _partial(query, key, value, mask, mask is None, scale)[0], []
-    outs, paid, start = [], [], 0
+    outs: list[Tensor] = []
+    paid: list[Tensor | None] = []
+    start = 0
     for first_block in segments[0][0]:
         rows = slice(start, start + first_block[0].shape[0])
         index = len(outs)

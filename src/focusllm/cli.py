@@ -95,12 +95,11 @@ def ask(
 
     if question is None and "-" in documents:
         _fail(FocusError("standard input is the document, so questions cannot be typed; give them with -q."))
-    for text in question or []:
-        if not text.strip():
-            _fail(FocusError("the question is empty; ask something."))
     texts = [(("stdin" if path == "-" else Path(path).name), read_text(path, encoding)) for path in documents]
     settings = _settings(locals())
     llm = _load(model, adapter, dtype, device, settings, quiet=as_json)
+    for text in question or []:
+        llm.frame(text)  # a bad question is refused before the long read
     read = [_read(llm, name, text, quiet=as_json) for name, text in texts]
     sampling = _sampling(max_new_tokens, temperature, top_p, seed)
     answers = []
@@ -217,9 +216,14 @@ def info(
         table.add_column(title, justify="right")
     for length, cost in costs:
         parts = (cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
-        fits = "" if cost.total - cost.weights <= cost.free else " [red]too much[/red]"
+        fits = "" if cost.total <= cost.free else " [red]too much[/red]"
         num_chunks = -(-length // config.chunk_length)
-        table.add_row(f"{length:,}", f"{num_chunks:,}", *(f"{part / GIB:.2f}" for part in parts[:-1]), f"{parts[-1] / GIB:.2f}{fits}")
+        table.add_row(
+            f"{length:,}",
+            f"{num_chunks:,}",
+            *(f"{part / GIB:.2f}" for part in parts[:-1]),
+            f"{parts[-1] / GIB:.2f}{fits}",
+        )
     console.print(table)
 
 
@@ -251,9 +255,7 @@ def _load(
     with _calm_libraries(), _status("Loading the model", quiet):
         from focusllm.llm import FocusLLM
 
-        llm = FocusLLM.from_pretrained(
-            model, adapter=adapter, dtype=dtype, device=device, notify=_notify, **settings
-        )
+        llm = FocusLLM.from_pretrained(model, adapter=adapter, dtype=dtype, device=device, notify=_notify, **settings)
     if not llm.has_trained_candidates:
         _notify(
             "Note: no trained candidate projections are loaded, so little of the text beyond the local context will "
@@ -315,7 +317,9 @@ def _verify_cases(folder: Path, quiet: bool) -> list[dict[str, Any]]:
     results = []
     for case in find_cases(folder):
         result = run_case(case)
-        results.append({"name": result.name, "passed": result.passed, "errors": result.errors, "failures": result.failures})
+        results.append(
+            {"name": result.name, "passed": result.passed, "errors": result.errors, "failures": result.failures}
+        )
         if not quiet:
             errors = ", ".join(f"{name} {error:.1e}" for name, error in result.errors.items())
             print(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {errors}", *result.failures, sep="; ")
@@ -330,7 +334,9 @@ def _verify_model(model: str, dtype: str, device: str | None, quiet: bool) -> li
     for check in run_checks(llm_model):
         results.append({"name": check.name, "passed": check.passed, "error": check.error, "limit": check.limit})
         if not quiet:
-            print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: error {check.error:.1e}, limit {check.limit:.1e}")
+            print(
+                f"{'pass' if check.passed else 'FAIL'}  {check.name}: error {check.error:.1e}, limit {check.limit:.1e}"
+            )
     return results
 
 

@@ -77,7 +77,7 @@ class FocusConfig:
 
     @property
     def max_row_length(self) -> int:
-        """Most positions that a row takes: the chunk, then the dynamic prompt and what is generated, all of it local."""
+        """Most positions that a row takes: the chunk, then dynamic prompt and generated tokens, all of it local."""
         return self.chunk_length + self.max_local_length
 
     def is_plain(self, num_tokens: int) -> bool:

@@ -26,7 +26,7 @@ from focusllm.engine import decode, encode, prefill, start_request
 from focusllm.errors import FocusError
 from focusllm.focus import focus_logits
 from focusllm.kv import KV
-from focusllm.rope import move_keys
+from focusllm.rope import move_keys, rotation
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
 GRADIENT_TOLERANCE = 1e-6
@@ -99,7 +99,7 @@ def _build(case: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype)
     config = LlamaConfig(
         **fields, rope_parameters={"rope_type": "default", "rope_theta": theta}, max_position_embeddings=8192
     )
-    model = LlamaForCausalLM(config).eval().to(dtype).requires_grad_(False)
+    model: nn.Module = LlamaForCausalLM(config).eval().to(dtype).requires_grad_(False)
     candidate = {name: tensor for name, tensor in weights.items() if "beacon" in name}
     base = {name: tensor for name, tensor in weights.items() if "beacon" not in name}
     base.setdefault("lm_head.weight", base["model.embed_tokens.weight"])
@@ -137,7 +137,7 @@ def widen(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         parent, _, name = path.rpartition(".")
         if type(module).__name__ == "LlamaRMSNorm":
-            setattr(model.get_submodule(parent), name, Norm(module.weight, module.variance_epsilon))  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent), name, Norm(module.weight, module.variance_epsilon))
         elif type(module).__name__ == "LlamaRotaryEmbedding":
             setattr(model.get_submodule(parent), name, Rotary(model.config))
 
@@ -223,5 +223,6 @@ def _before_rotation(model: nn.Module, candidates: KV | None) -> tuple[Tensor, T
     assert candidates is not None
     found = layout(model)
     back = -torch.arange(candidates.length)[None]
-    keys = [move_keys(key, back, found.inv_freq)[0] for key in candidates.keys]
+    turn = rotation(back, found.inv_freq)
+    keys = [move_keys(key, turn)[0] for key in candidates.keys]
     return torch.stack(keys), torch.stack([value[0] for value in candidates.values])

@@ -33,9 +33,14 @@ class Cost:
     """Free memory of the device now."""
 
     @property
+    def new(self) -> int:
+        """What a loaded model still needs."""
+        return self.chunks + self.rows + self.scratch
+
+    @property
     def total(self) -> int:
-        """All but what is free."""
-        return self.weights + self.chunks + self.rows + self.scratch
+        """What it needs in all."""
+        return self.weights + self.new
 
     def to_dict(self) -> dict[str, int]:
         """All fields and the total, as JSON takes them."""
@@ -82,22 +87,20 @@ def check_memory(model: nn.Module, config: FocusConfig, num_tokens: int) -> None
         MemoryLimitError: with what is needed, what is free, and the setting that would fit.
     """
     cost = estimate(model, config, num_tokens)
-    needed = cost.chunks + cost.rows + cost.scratch
-    if needed <= cost.free:
+    if cost.new <= cost.free:
         return
     remedies = []
-    dtype = next(model.parameters()).dtype
-    if dtype == torch.float32 and needed / 2 <= cost.free:
+    if next(model.parameters()).dtype == torch.float32 and cost.new / 2 <= cost.free:
         remedies.append("dtype='bfloat16'")
-    smaller = config.replace(chunks_per_batch=1)
-    smallest = estimate(model, smaller, num_tokens)
-    if smallest.chunks + smallest.rows + smallest.scratch <= cost.free:
+    frugal = config.replace(chunks_per_batch=1)
+    if estimate(model, frugal, num_tokens).new <= cost.free:
         remedies.append("chunks_per_batch=1")
-    per_token = (needed - cost.scratch) / num_tokens
-    fitting = max(0, int((cost.free - min(cost.scratch, smallest.scratch)) / per_token))
+    fitting = num_tokens
+    while fitting and estimate(model, config, fitting).new > cost.free:
+        fitting = fitting * 99 // 100
     remedies.append(f"a text of at most {fitting:,} tokens")
     raise MemoryLimitError(
-        f"reading {num_tokens:,} tokens needs about {needed / GIB:.1f} GiB, but {cost.free / GIB:.1f} GiB are free; "
+        f"reading {num_tokens:,} tokens needs about {cost.new / GIB:.1f} GiB, but {cost.free / GIB:.1f} GiB are free; "
         f"use {' or '.join(remedies)}."
     )
 

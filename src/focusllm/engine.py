@@ -9,6 +9,7 @@ chunks are addressed as blocks that any number of requests share, and are never 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +51,9 @@ class ChunkBlock:
 
 
 @torch.no_grad()
-def encode(model: nn.Module, token_ids: Sequence[int], config: FocusConfig, progress: Progress | None = None) -> list[ChunkBlock]:
+def encode(
+    model: nn.Module, token_ids: Sequence[int], config: FocusConfig, progress: Progress | None = None
+) -> list[ChunkBlock]:
     """Cut a text into chunks and read them in batches of `config.chunks_per_batch`.
 
     Returns:
@@ -113,13 +116,11 @@ class Request:
     @property
     def nbytes(self) -> int:
         """Bytes that are this request's own: the chunks are not counted."""
-        own = [*self.tails, *([self.local_kv] if self.local_kv else []), *([self.candidates] if self.candidates else [])]
-        return sum(part.nbytes for part in own)
+        own = [*self.tails, self.local_kv, self.candidates]
+        return sum(part.nbytes for part in own if part is not None)
 
     def fork(self) -> Request:
         """An independent request in the same state; the chunks are shared."""
-        import copy
-
         twin = copy.copy(self)
         twin.blocks, twin.local_ids = list(self.blocks), list(self.local_ids)
         twin.tails = [tail.copy() for tail in self.tails]
@@ -130,7 +131,11 @@ class Request:
 
 
 def start_request(
-    model: nn.Module, blocks: Sequence[ChunkBlock], local_ids: Sequence[int], config: FocusConfig, prompt_length: int | None = None
+    model: nn.Module,
+    blocks: Sequence[ChunkBlock],
+    local_ids: Sequence[int],
+    config: FocusConfig,
+    prompt_length: int | None = None,
 ) -> Request:
     """A request that is ready for `prefill`.
 
@@ -161,7 +166,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     """
     request.tails, request.local_kv, request.plain_kv, request.paid = [], None, None, None
     if not request.blocks:
-        request.plain_kv = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        request.plain_kv = DynamicCache(config=model.config)
         return _plain(model, request, request.local_ids, logits_to_keep)
     prompt_ids = _dynamic_prompt(request, config)
     request.newest = prompt_ids[-1]
@@ -251,7 +256,7 @@ def _decode_exact(model: nn.Module, requests: Sequence[Request], config: FocusCo
 
 
 def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor, list[Segment]]:
-    """What the rows of all requests read now: [previous, newest] [R, 2], their first positions [R], and what is there."""
+    """What the rows of all requests read now: pairs [R, 2], their first positions [R], and what the rows hold."""
     pairs, starts = [], []
     for request in requests:
         pair = torch.tensor([request.newest, request.local_ids[-1]])

@@ -35,7 +35,7 @@ D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from focusllm.attention import attend
 from focusllm.base import layout, run
 from focusllm.kv import KV, Segment, concat
-from focusllm.rope import move_keys
+from focusllm.rope import move_keys, rotation
 
 
 class Over:
@@ -55,6 +55,7 @@ class Over:
         self.paid: list[Tensor] = []
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """One layer's attention (see `LayerAttention`)."""
         self.kv.keys.append(key)
         self.kv.values.append(value)
         past = [segment.layer(layer) for segment in self.segments]
@@ -110,14 +111,15 @@ def to_slots(model: nn.Module, candidates: KV, positions: Tensor, first_slot: in
     """
     delta = first_slot + torch.arange(candidates.num_rows, device=positions.device) - positions
     lined_up = candidates.map(lambda tensor: tensor.transpose(0, 2))
-    return KV([_moved(model, i, key, delta[None]) for i, key in enumerate(lined_up.keys)], lined_up.values)
+    move = _mover(model, delta)
+    return KV([move(i, key) for i, key in enumerate(lined_up.keys)], lined_up.values)
 
 
-def _moved(model: nn.Module, layer: int, keys: Tensor, delta: Tensor) -> Tensor:
+def _mover(model: nn.Module, delta: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """A function of (layer, keys [1, K, R, D]) that moves key i by delta[i] positions."""
     found = layout(model)
-    if not found.layers[layer].rotary:
-        return keys
-    return move_keys(keys, delta, found.inv_freq.to(keys.device), found.interleaved)
+    turn = rotation(delta[None], found.inv_freq.to(delta.device))
+    return lambda layer, keys: move_keys(keys, turn, found.interleaved) if found.layers[layer].rotary else keys
 
 
 def local_pass(
@@ -169,20 +171,21 @@ def decode_pass(
     """
     rows, counts = pairs.shape[0], list(num_chunks)
     slots = torch.cat([torch.arange(count, device=start.device) for count in counts])
-    delta = (slots - (start + 1))[None]
+    move = _mover(model, slots - (start + 1))
     over_rows, local_kv = Over(row), KV([], [])
     candidates = [KV([], []) for _ in counts]
     totals: list[Tensor] = []
 
     def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        of_rows = [x[0, :, : 2 * rows].unflatten(1, (rows, 2)).transpose(0, 1) for x in (query, key, value)]
-        q, k, v = (x[0, :, 2 * rows :].transpose(0, 1)[:, :, None] for x in (query, key, value))  # [B, heads, 1, D]
-        out_rows = over_rows(layer, *of_rows, scale)  # [R, H, 2, D]
-        lined_up = _moved(model, layer, key[:, :, 1 : 2 * rows : 2], delta)  # [1, K, R, D]
-        pieces = zip(lined_up.split(counts, 2), value[:, :, 1 : 2 * rows : 2].split(counts, 2), strict=True)
-        for kv, (piece_key, piece_value) in zip(candidates, pieces, strict=True):
-            kv.keys.append(piece_key)
-            kv.values.append(piece_value)
+        all_of = (query, key, value)
+        q_rows, k_rows, v_rows = (x[0, :, : 2 * rows].reshape(-1, rows, 2, x.shape[3]).transpose(0, 1) for x in all_of)
+        q, k, v = (x[0, :, 2 * rows :].transpose(0, 1)[:, :, None] for x in all_of)  # [B, heads, 1, D]
+        out_rows = over_rows(layer, q_rows, k_rows, v_rows, scale)  # [R, H, 2, D]
+        lined_up = move(layer, key[:, :, 1 : 2 * rows : 2])  # [1, K, R, D]
+        made = torch.split(lined_up, counts, 2), torch.split(value[:, :, 1 : 2 * rows : 2], counts, 2)
+        for kv, own_keys, own_values in zip(candidates, *made, strict=True):
+            kv.keys.append(own_keys)
+            kv.values.append(own_values)
         local_kv.keys.append(k)
         local_kv.values.append(v)
         out_local, paid = attend(q, k, v, [Segment(candidates).layer(layer), local.layer(layer)], None, scale, True)
@@ -209,9 +212,7 @@ def read_prompt(model: nn.Module, chunk_kv: KV, prompt: Tensor, first_slot: int 
         Keys and values of the P - 1 ordinary prompt tokens [R, K, P - 1, D], and the candidates [1, K, R, D].
     """
     start = torch.full((chunk_kv.num_rows,), chunk_kv.length, device=prompt.device)
-    ordinary, candidates = candidate_pass(
-        model, prompt.expand(chunk_kv.num_rows, -1), start, [Segment([chunk_kv])]
-    )
+    ordinary, candidates = candidate_pass(model, prompt.expand(chunk_kv.num_rows, -1), start, [Segment([chunk_kv])])
     return ordinary, to_slots(model, candidates, start + len(prompt) - 1, first_slot)
 
 

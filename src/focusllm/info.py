@@ -14,8 +14,8 @@ from focusllm.adapter import AdapterConfig, inject, read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import resolve_model
-from focusllm.errors import ConfigError, ModelError
-from focusllm.modeling import saved_adapter, saved_settings
+from focusllm.errors import ModelError
+from focusllm.modeling import parse_dtype, saved_adapter, saved_settings
 
 
 def describe(
@@ -36,9 +36,8 @@ def describe(
         base_config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    chosen = (getattr(base_config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype, None)
-    if not isinstance(chosen, torch.dtype):
-        raise ConfigError(f"dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16.")
+    asked = parse_dtype(dtype)
+    chosen = asked if isinstance(asked, torch.dtype) else getattr(base_config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(base_config, dtype=chosen)

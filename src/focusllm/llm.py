@@ -1,9 +1,9 @@
 """The library's front: read documents once, ask them many times.
 
-    llm = FocusLLM.from_pretrained("smollm2-135m")
-    book = llm.read(Path("book.txt"), progress=True)
-    answer = llm.ask(book, "Who is Ishmael?", on_text=lambda piece: print(piece, end=""))
-    print(answer.citations[0].text)
+llm = FocusLLM.from_pretrained("smollm2-135m")
+book = llm.read(Path("book.txt"), progress=True)
+answer = llm.ask(book, "Who is Ishmael?", on_text=lambda piece: print(piece, end=""))
+print(answer.citations[0].text)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from focusllm.cost import check_memory, peak_memory
 from focusllm.embedded import resolve_model
 from focusllm.engine import ChunkBlock, Progress, encode
 from focusllm.errors import ConfigError, DocumentError, ModelError
-from focusllm.modeling import FocusForCausalLM, FocusState
+from focusllm.modeling import FocusForCausalLM, FocusState, parse_dtype
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question
 
@@ -180,7 +180,7 @@ class _TimedStreamer(TextStreamer):
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.token_times.append(time.perf_counter())
-        super().put(value)  # type: ignore[no-untyped-call]
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
@@ -192,7 +192,7 @@ class _WhenSet(StoppingCriteria):
     def __init__(self, event: threading.Event):
         self.event = event
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
@@ -243,8 +243,7 @@ class FocusLLM:
             device = torch.device(device)
         except RuntimeError as error:
             raise ConfigError(f"device is {device!r}; it must be cpu, cuda, cuda:0, ...") from error
-        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ConfigError(f"dtype is {dtype!r}; it must be auto, float32, bfloat16 or float16.")
+        dtype = parse_dtype(dtype)
         loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=adapter, dtype=dtype)
         loaded.focus_config = loaded.focus_config.replace(**settings)
         loaded.focus_config.check_positions(layout(loaded.base).max_positions)
@@ -252,7 +251,7 @@ class FocusLLM:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the tokenizer of {model} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return cls(loaded.to(device), tokenizer, str(model))  # type: ignore[arg-type]
+        return cls(loaded.to(device), tokenizer, str(model))
 
     @property
     def config(self) -> FocusConfig:
@@ -331,9 +330,7 @@ class FocusLLM:
         """
         return AnswerStream(self._question(documents, question, generate))
 
-    def continue_text(
-        self, text: str, *, on_text: Callable[[str], None] = lambda _: None, **generate: Any
-    ) -> Answer:
+    def continue_text(self, text: str, *, on_text: Callable[[str], None] = lambda _: None, **generate: Any) -> Answer:
         """Go on from a text of any length, without a chat template; arguments are those of `ask`.
 
         Raises:
@@ -345,6 +342,21 @@ class FocusLLM:
         check_memory(self.model.base, self.config, len(ids))
         return self._decoder(ids, FocusState(), generate, len(ids))(on_text)
 
+    def frame(self, question: str) -> tuple[list[int], list[int]]:
+        """The tokens that stand before and after the documents, with the question among the latter.
+
+        Raises:
+            DocumentError: an empty question, or one longer than the local context.
+        """
+        before, after = frame_question(self.tokenizer, question)
+        count = len(before) + len(after)
+        if count > self.config.local_length:
+            raise DocumentError(
+                f"the question takes {count} tokens with the chat template, but the local context holds "
+                f"{self.config.local_length}; ask a shorter one, or set local_length to at least {count}."
+            )
+        return before, after
+
     def _question(
         self, documents: Document | Sequence[Document], question: str, generate: dict[str, Any]
     ) -> Callable[..., Answer]:
@@ -353,13 +365,8 @@ class FocusLLM:
             self._check(document)
         if not given:
             raise ConfigError("there are no documents; read at least one.")
-        before, after = frame_question(self.tokenizer, question)
+        before, after = self.frame(question)
         num_own = len(before) + len(after)
-        if num_own > self.config.local_length:
-            raise DocumentError(
-                f"the question takes {num_own} tokens with the chat template, but the local context holds "
-                f"{self.config.local_length}; ask a shorter one, or set local_length to at least {num_own}."
-            )
         lengths = [chunk.last_token - chunk.first_token for document in given for chunk in document.chunks]
         num_far = len(lengths) - num_local_chunks(lengths, num_own, self.config)
         blocks, tail, places = _divide(given, num_far)
@@ -417,16 +424,16 @@ class FocusLLM:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _tokens(self, source: str | Path | Sequence[int], encoding: str) -> tuple[str, list[int], list[tuple[int, int]]]:
+    def _tokens(
+        self, source: str | Path | Sequence[int], encoding: str
+    ) -> tuple[str, list[int], list[tuple[int, int]]]:
         if isinstance(source, str | Path):
-            if self._is_file(source):
-                text = read_text(source, encoding)
-            else:
-                text = check_text(str(source), "the text")
+            is_file = self._is_file(source)
+            text = read_text(source, encoding) if is_file else check_text(str(source), "the text")
             encoded = encode_text(self.tokenizer, text)
             return text, encoded.token_ids, encoded.spans
         ids = [int(token) for token in source]
-        size = self.model.base.config.vocab_size  # type: ignore[union-attr]
+        size: int = self.model.config.vocab_size
         odd = [token for token in ids if not 0 <= token < size]
         if odd:
             raise DocumentError(f"token id {odd[0]} is not in the vocabulary of {size} tokens; use this model's ids.")
@@ -469,7 +476,9 @@ def _divide(documents: Sequence[Document], num_far: int) -> tuple[list[ChunkBloc
     return blocks, tail, places
 
 
-def _citations(documents: Sequence[Document], places: Sequence[tuple[int, int]], paid: torch.Tensor | None) -> list[Citation]:
+def _citations(
+    documents: Sequence[Document], places: Sequence[tuple[int, int]], paid: torch.Tensor | None
+) -> list[Citation]:
     if paid is None or not places:
         return []
     shares = (paid / paid.sum()).tolist()[: len(places)]  # chunks that generated text became come after
@@ -486,7 +495,8 @@ class _progress:
     """`with _progress(wanted, total) as report`: a tqdm bar, the caller's own function, or nothing."""
 
     def __init__(self, wanted: bool | Progress, total: int):
-        self.wanted, self.total, self.bar = wanted, total, None
+        self.wanted, self.total = wanted, total
+        self.bar: Any = None
 
     def __enter__(self) -> Progress | None:
         if callable(self.wanted):
@@ -504,4 +514,4 @@ class _progress:
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
-            self.bar.close()  # type: ignore[unreachable]
+            self.bar.close()

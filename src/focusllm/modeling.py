@@ -26,6 +26,7 @@ from focusllm.errors import ConfigError, ModelError
 
 ADAPTER_FOLDER = "candidate_projections"
 SETTINGS_NAME = "focus_settings.json"
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 class FocusState(Cache):
@@ -49,7 +50,7 @@ class FocusState(Cache):
         return self.num_tokens
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
+    def is_compileable(self) -> bool:
         """Steps differ in shape."""
         return False
 
@@ -90,14 +91,14 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, base: nn.Module, focus_config: FocusConfig | None = None):
+    def __init__(self, base: Any, focus_config: FocusConfig | None = None):
         layout(base)
         config: Any = base.config
         super().__init__(config)
         self.base = base
         self.focus_config = focus_config or FocusConfig()
         self.adapter_config: AdapterConfig | None = None
-        self.generation_config: GenerationConfig = base.generation_config  # type: ignore[assignment]
+        self.generation_config: GenerationConfig = base.generation_config
         self.eval()
 
     def load_candidates(self, source: str | Path) -> AdapterConfig:
@@ -105,9 +106,10 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         self.adapter_config = load_adapter(self.base, source)
         return self.adapter_config
 
-    def unload(self) -> nn.Module:
+    def unload(self) -> Any:
         """Remove the candidate projections and return the base model, bit for bit what it was."""
         remove(self.base)
+        self.adapter_config = None
         return self.base
 
     def forward(
@@ -148,7 +150,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             for column in input_ids.T.tolist():
                 logits = decode(self.base, state.requests, column, self.focus_config)[:, None]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=state)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=state)
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor | None, state: FocusState, logits_to_keep: int) -> Tensor:
         """Start a request for every sequence; equal ones (beams, return sequences) are read once."""
@@ -169,8 +171,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.stack([logits[text] for text in texts])
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """transformers' `generate()` with all its arguments; see its documentation.
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Transformers' `generate()` with all its arguments; see its documentation.
 
         `past_key_values` may be a `FocusState` that holds documents (then the input ids are the local context).
         """
@@ -189,20 +191,20 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's."""
-        embeddings: nn.Module = self.base.get_input_embeddings()  # type: ignore[operator]
+        embeddings: nn.Module = self.base.get_input_embeddings()
         return embeddings
 
     def get_output_embeddings(self) -> nn.Module:
         """The base model's."""
-        embeddings: nn.Module = self.base.get_output_embeddings()  # type: ignore[operator]
+        embeddings: nn.Module = self.base.get_output_embeddings()
         return embeddings
 
     def get_decoder(self) -> nn.Module:
         """The base model's."""
-        decoder: nn.Module = self.base.get_decoder()  # type: ignore[operator]
+        decoder: nn.Module = self.base.get_decoder()
         return decoder
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a folder that any tool reads as the base model, with the candidate projections in a folder below.
 
         Raises:
@@ -218,11 +220,11 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             for name, tensor in self.base.state_dict().items()
             if not any(name.startswith(f"{path}.") and not name.startswith(f"{path}.base.") for path in wrappers)
         }
-        self.base.save_pretrained(folder, state_dict=base_only, **kwargs)  # type: ignore[operator]
+        self.base.save_pretrained(folder, state_dict=base_only, **kwargs)
         (folder / SETTINGS_NAME).write_text(json.dumps(self.focus_config.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -254,6 +256,20 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         if adapter is not None:
             model.load_candidates(adapter)
         return model
+
+
+def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """`auto` (the checkpoint's own), or a type by its name.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}.")
+    chosen: torch.dtype = DTYPES[dtype]
+    return chosen
 
 
 def saved_settings(folder: str | Path) -> FocusConfig | None:

@@ -10,27 +10,36 @@ import torch
 from torch import Tensor
 
 
-def move_keys(keys: Tensor, delta: Tensor, inv_freq: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate keys by `delta` positions.
+def rotation(delta: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, [B, 1, T, rotary_dim / 2], of moves by `delta` [B, T] positions (negative ones too).
 
     Args:
-        keys: [B, K, T, D]; the first 2 * len(inv_freq) dimensions are rotary, the rest has no position.
-        delta: [B, T] or anything that broadcasts to it; may be negative.
-        inv_freq: [rotary_dim / 2].
+        inv_freq: [rotary_dim / 2]; computed in float32, or in float64 if it is.
+    """
+    wide = torch.promote_types(inv_freq.dtype, torch.float32)
+    angle = (delta[..., None].to(wide) * inv_freq.to(wide))[:, None]
+    return angle.cos(), angle.sin()
+
+
+def move_keys(keys: Tensor, turn: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
+    """Rotate keys on.
+
+    Args:
+        keys: [B, K, T, D]; the first dimensions, as many as the rotation has, are rotary, the rest has no position.
+        turn: from `rotation`.
         interleaved: pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
 
     Returns:
-        [B, K, T, D] in the type of `keys`; computed in float32, or in float64 if the keys are.
+        [B, K, T, D] in the type of `keys`.
     """
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    angle = (delta[..., None].to(dtype) * inv_freq.to(dtype))[:, None]  # [B, 1, T, rotary_dim / 2]
-    cos, sin = angle.cos(), angle.sin()
-    rotary_dim = 2 * inv_freq.shape[0]
-    rotary, rest = keys[..., :rotary_dim].to(dtype), keys[..., rotary_dim:]
+    cos, sin = turn
+    rotary_dim = 2 * cos.shape[-1]
+    rotary, rest = keys[..., :rotary_dim], keys[..., rotary_dim:]
     if interleaved:
         a, b = rotary[..., 0::2], rotary[..., 1::2]
         moved = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     else:
         a, b = rotary.chunk(2, -1)
         moved = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([moved.to(keys.dtype), rest], -1)
+    moved = moved.to(keys.dtype)
+    return torch.cat([moved, rest], -1) if rest.shape[-1] else moved

@@ -20,7 +20,7 @@ from focusllm.config import FocusConfig
 from focusllm.engine import decode, encode, prefill, start_request
 from focusllm.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, read_prompt
 from focusllm.kv import KV, Segment, concat
-from focusllm.rope import move_keys
+from focusllm.rope import move_keys, rotation
 
 SLACK = 4.0
 """Ways to the same numbers may differ by so many times the base model's own difference."""
@@ -77,6 +77,9 @@ def _checks(model: nn.Module, generator: torch.Generator) -> Iterator[Check]:
     noise = (plain[:, 1:] - _token_by_token(model, ids[None])[:, 1:]).abs().max() / plain.abs().max()
     tolerance = SLACK * (noise.item() + 2 * torch.finfo(plain.dtype).eps)
 
+    def tensor(token_ids: list[int]) -> Tensor:
+        return torch.tensor(token_ids, device=device)
+
     def check(name: str, pairs: Pairs, relative: float = tolerance) -> Check:
         error = size = 0.0
         for actual, expected in pairs:
@@ -100,11 +103,11 @@ def _checks(model: nn.Module, generator: torch.Generator) -> Iterator[Check]:
     batched = _run(model, far, local, [], config)
     looped = _run(model, far, local, [], config.replace(chunks_per_batch=1))
     yield check("chunks in batches equal chunks one by one", [(batched, looped)])
-    chunks = [torch.tensor(far[i : i + 24], device=device) for i in range(0, len(far), 24)]
+    chunks = [tensor(far[i : i + 24]) for i in range(0, len(far), 24)]
     steps = _run(model, far, local, forced[:8], config.replace(decoding="exact"))
     anew = [
-        focus_logits(model, chunks, *(torch.tensor(x, device=device) for x in (local[-6:] + new, local + new)))[-1]
-        for new in (forced[:n] for n in range(9))
+        focus_logits(model, chunks, tensor(local[-6:] + new), tensor(local + new))[-1]
+        for new in (forced[:count] for count in range(9))
     ]
     yield check("exact: step by step equals from nothing", [(steps, torch.stack(anew))])
     yield check("cached: step by step equals two passes a step", _cached_steps(model, far, local, forced[:8], config))
@@ -124,7 +127,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _token_by_token(model: nn.Module, ids: Tensor) -> Tensor:
     """The base model's logits from its own cache, one token at a time."""
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = DynamicCache(config=model.config)
     return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])], 1)
 
 
@@ -145,9 +148,7 @@ def _run(model: nn.Module, far: list[int], local: list[int], forced: list[int], 
     return torch.stack(rows)
 
 
-def _cached_steps(
-    model: nn.Module, far: list[int], local: list[int], forced: list[int], config: FocusConfig
-) -> Pairs:
+def _cached_steps(model: nn.Module, far: list[int], local: list[int], forced: list[int], config: FocusConfig) -> Pairs:
     """The engine's single pass a step, and candidate pass and local pass from nothing over kept local states."""
     device = next(model.parameters()).device
     full = len(far) // 24 * 24
@@ -184,9 +185,9 @@ def _rechunked(model: nn.Module, far: list[int], local: list[int], forced: list[
 def _moved_keys(model: nn.Module, ids: Tensor) -> Pairs:
     """Keys computed at positions 0.. and moved by 5, and keys computed at 5.. ."""
     found = layout(model)
-    delta = torch.tensor([[5]], device=ids.device)
+    turn = rotation(torch.tensor([[5]], device=ids.device), found.inv_freq.to(ids.device))
     for layer, here, there in zip(found.layers, _keys_at(model, ids, 0), _keys_at(model, ids, 5), strict=True):
-        yield move_keys(here, delta, found.inv_freq.to(here.device), found.interleaved) if layer.rotary else here, there
+        yield move_keys(here, turn, found.interleaved) if layer.rotary else here, there
 
 
 def _keys_at(model: nn.Module, ids: Tensor, first: int) -> list[Tensor]:

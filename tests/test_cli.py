@@ -1,0 +1,259 @@
+"""The command line on a tiny model: output, exit codes, and that bad input is one clear line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import GOLDEN
+from focusllm import cli
+
+TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    path = tmp_path / "story.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `focusllm ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["focusllm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(left.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def focusllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+def test_ask(focusllm, model_folder: Path, story: Path) -> None:
+    code, out, _ = focusllm("ask", story, "-q", "What?", "--model", model_folder, "--max-new-tokens", 6)
+    assert code == 0
+    assert "Looked for in:" in out
+    assert "story.txt, characters " in out
+    assert "tokens/s; peak memory" in out
+
+
+def test_ask_json(focusllm, model_folder: Path, story: Path) -> None:
+    code, out, _ = focusllm(
+        "ask",
+        story,
+        story,
+        "-q",
+        "What?",
+        "-q",
+        "Why?",
+        "-m",
+        model_folder,
+        "--max-new-tokens",
+        4,
+        "--json",
+        "--citations",
+        2,
+    )
+    answer = json.loads(out)
+    assert code == 0
+    assert [one["question"] for one in answer["answers"]] == ["What?", "Why?"]
+    assert len(answer["answers"][0]["citations"]) == 2
+    assert answer["documents"][1]["num_tokens"] == len(TEXT)
+    assert answer["answers"][0]["num_generated_tokens"] == 4
+
+
+def test_ask_equals_the_library(focusllm, model_folder: Path, story: Path, tiny_llm) -> None:
+    _, out, _ = focusllm("ask", story, "-q", "What?", "-m", model_folder, "--max-new-tokens", 6, "--json")
+    expected = tiny_llm.ask(tiny_llm.read(story), "What?", max_new_tokens=6)
+    assert json.loads(out)["answers"][0]["text"] == expected.text
+
+
+def test_questions_at_a_prompt(focusllm, model_folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter(["What?", "Why?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    code, out, _ = focusllm("ask", story, "-m", model_folder, "--max-new-tokens", 2)
+    assert code == 0
+    assert out.count("tokens/s") == 2
+
+
+def test_end_of_input_at_a_prompt(focusllm, model_folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(_: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert focusllm("ask", story, "-m", model_folder)[0] == 0
+
+
+def test_document_from_standard_input(model_folder: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "focusllm",
+        "ask",
+        "-",
+        "-q",
+        "What?",
+        "-m",
+        str(model_folder),
+        "--max-new-tokens",
+        "2",
+        "--json",
+    ]
+    result = subprocess.run(command, input=TEXT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["documents"][0]["name"] == "stdin"
+
+
+def test_generate(focusllm, model_folder: Path, story: Path) -> None:
+    code, out, _ = focusllm("generate", story, "-m", model_folder, "--max-new-tokens", 5)
+    assert code == 0
+    assert "5 tokens; first after" in out
+    code, out, _ = focusllm(
+        "generate", story, "-m", model_folder, "--max-new-tokens", 5, "--json", "--temperature", 1, "--seed", 3
+    )
+    again = focusllm(
+        "generate", story, "-m", model_folder, "--max-new-tokens", 5, "--json", "--temperature", 1, "--seed", 3
+    )[1]
+    assert json.loads(out)["text"] == json.loads(again)["text"]
+
+
+def test_verify_a_model(focusllm, model_folder: Path) -> None:
+    code, out, _ = focusllm("verify", model_folder)
+    assert code == 0
+    assert out.count("pass  ") == 11
+    assert "11 of 11 passed" in out
+
+
+def test_verify_cases(focusllm) -> None:
+    code, out, _ = focusllm("verify", "--cases", GOLDEN)
+    assert code == 0
+    assert out.count("pass  ") == 9
+    assert "i7_short_memory: logits f32" in out
+
+
+def test_verify_reports_failures(focusllm, tmp_path: Path) -> None:
+    case = json.loads((GOLDEN / "i7_short_memory" / "case.json").read_text())
+    case["forced_tokens"][0] += 1
+    (tmp_path / "one").mkdir()
+    for name in ("golden", "weights"):
+        (tmp_path / "one" / f"{name}.safetensors").write_bytes(
+            (GOLDEN / "i7_short_memory" / f"{name}.safetensors").read_bytes()
+        )
+    (tmp_path / "one" / "case.json").write_text(json.dumps(case))
+    code, out, _ = focusllm("verify", "--cases", tmp_path, "--json")
+    assert code == 1
+    assert json.loads(out)["passed"] is False
+
+
+def test_info(focusllm, model_folder: Path) -> None:
+    code, out, _ = focusllm("info", "-m", model_folder, "-n", 1000, "-n", 2000000000)
+    assert code == 0
+    assert "full copies" in out
+    assert "too much" in out
+    facts = json.loads(focusllm("info", "-m", model_folder, "-n", 1000, "--json")[1])
+    assert facts["layers"] == 3
+    assert facts["costs"][0]["chunks"] == 1000 * facts["kv_bytes_per_token"]
+
+
+def test_untrained_candidates_are_mentioned(focusllm, model_folder: Path, story: Path) -> None:
+    import shutil
+
+    shutil.rmtree(model_folder / "candidate_projections")
+    code, _, err = focusllm("ask", story, "-q", "What?", "-m", model_folder, "--max-new-tokens", 1)
+    assert code == 0
+    assert "no trained candidate projections are loaded" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "{missing}", "-q", "What?"], "there is no file"),
+        (["ask", "{folder}", "-q", "What?"], "is a folder"),
+        (["ask", "{empty}", "-q", "What?"], "has no text in it"),
+        (["ask", "{binary}", "-q", "What?"], "is not text"),
+        (["ask", "{latin}", "-q", "What?"], "is not utf-8: byte 0xe9"),
+        (["ask", "{story}", "-q", " "], "the question is empty"),
+        (["ask", "{story}", "-q", "x" * 500], "the question takes"),
+        (["ask", "-"], "give them with -q"),
+        (["ask", "{story}", "-q", "What?", "--chunk-length", "4000"], "use a chunk_length of at most"),
+        (["ask", "{story}", "-q", "What?", "--chunk-length", "0"], "chunk_length is 0"),
+        (["ask", "{story}", "-q", "What?", "--decoding", "fast"], "decoding is 'fast'"),
+        (["ask", "{story}", "-q", "What?", "--dtype", "int3"], "dtype is 'int3'"),
+        (["ask", "{story}", "-q", "What?", "--device", "tpu"], "device is 'tpu'"),
+        (["ask", "{story}", "-q", "What?", "--adapter", "{folder}"], "is not an adapter"),
+        (["ask", "{story}", "-q", "What?", "--adapter", "{missing}"], "there is no adapter folder"),
+        (["ask", "{story}", "-q", "What?", "--encoding", "utf-99"], "not a known encoding"),
+        (["generate", "{missing}"], "there is no file"),
+        (["info", "--dtype", "int3"], "dtype is 'int3'"),
+        (["verify"], "there is nothing to verify"),
+        (["verify", "--cases", "{folder}"], "no golden cases"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    focusllm, model_folder: Path, story: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {"missing": tmp_path / "missing.txt", "folder": tmp_path / "folder", "story": story}
+    places["folder"].mkdir()
+    for name, data in {"empty": b" \n", "binary": b"a\0b", "latin": b"caf\xe9"}.items():
+        places[name] = tmp_path / name
+        places[name].write_bytes(data)
+    filled = [argument.format(**places) for argument in arguments]
+    if arguments[0] != "verify":
+        filled += ["--model", str(model_folder)]
+    code, out, err = focusllm(*filled)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ask"], ["ask", "x", "--max-new-tokens", "0"], ["nonsense"], ["ask", "x", "--no-such"]]
+)
+def test_wrong_usage_exits_with_2(focusllm, arguments: list[str]) -> None:
+    assert focusllm(*arguments)[0] == 2
+
+
+def test_unknown_model(focusllm, story: Path, tmp_path: Path) -> None:
+    code, _, err = focusllm("ask", story, "-q", "What?", "-m", tmp_path / "none")
+    assert code == 2
+    assert "cannot be loaded" in err
+
+
+def test_unsupported_model(focusllm, story: Path, tmp_path: Path) -> None:
+    import transformers
+
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    code, _, err = focusllm("ask", story, "-q", "What?", "-m", tmp_path / "gpt2")
+    assert code == 2
+    assert "gpt2 models are not supported" in err
+
+
+def test_version(focusllm) -> None:
+    code, out, _ = focusllm("--version")
+    assert code == 0
+    assert out.strip().count(".") == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["--version"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['focusllm', *{arguments}]\nfrom focusllm.cli import app\n"
+        "try: app()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("False")
+    assert time.perf_counter() - start < 5  # far above what it takes; the import is what would take longer

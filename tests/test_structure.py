@@ -1,0 +1,131 @@
+"""The structure: who may import whom, what is public, and that the documents say what is so."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import focusllm
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "focusllm"
+# Data flows one way: a file may import only files named before it.
+ORDER = [
+    "errors",
+    "config",
+    "chunking",
+    "kv",
+    "rope",
+    "attention",
+    "base",
+    "adapter",
+    "focus",
+    "engine",
+    "cost",
+    "readers",
+    "text",
+    "embedded",
+    "modeling",
+    "llm",
+    "info",
+    "verify",
+    "conformance",
+    "cli",
+    "__main__",
+]
+WITHOUT_TORCH = ["errors", "config", "chunking", "readers", "text", "embedded", "cli"]
+
+
+def imports(name: str, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse((SOURCE / f"{name}.py").read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_every_file_has_its_place() -> None:
+    assert {path.stem for path in SOURCE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_data_flows_one_way(name: str) -> None:
+    own = {module.split(".")[1] for module in imports(name) if module.startswith("focusllm.")}
+    assert own <= set(ORDER[: ORDER.index(name)])
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_light_files_import_nothing_heavy(name: str) -> None:
+    assert not {module.split(".")[0] for module in imports(name, top_level_only=True)} & {"torch", "transformers"}
+
+
+def test_only_one_file_knows_how_models_are_built() -> None:
+    for name in ORDER:
+        text = (SOURCE / f"{name}.py").read_text()
+        if name not in ("base", "conformance"):
+            assert "q_proj" not in text.replace('"q_proj": "q"', ""), name
+            assert "_attn_implementation" not in text, name
+
+
+def test_the_idea_fits_in_one_file() -> None:
+    assert len((SOURCE / "focus.py").read_text().splitlines()) < 300
+
+
+def test_public_names() -> None:
+    assert list(focusllm.__all__) == sorted(focusllm.__all__)
+    assert set(focusllm.__all__) == set(focusllm._HOMES)
+    for name in focusllm.__all__:
+        value = getattr(focusllm, name)
+        assert value.__module__ == f"focusllm.{focusllm._HOMES[name]}"
+        assert value.__doc__
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = focusllm.nothing
+
+
+def test_versions_agree() -> None:
+    assert f"## {focusllm.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    constraints = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for dependency in project["dependencies"]:
+        name, low, high = re.fullmatch(r"([\w-]+)>=([\d.]+),<([\d.]+)", dependency).groups()
+        pinned = constraints.get(name) or constraints[name.replace("-", "_")]
+        version, lowest, limit = ([int(part) for part in text.split(".")[:3]] for text in (pinned, low, high))
+        assert lowest <= version < limit, dependency
+
+
+def test_readme_files_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/models.md"])
+def test_python_in_the_documents_runs(document: str, tiny_llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block, on the tiny model instead of the one that is named."""
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("Call me Ishmael. Some years ago I went to sea. " * 8)
+    Path("notes.txt").write_text("A whale is not a fish. " * 8)
+    for cls in (focusllm.FocusLLM, focusllm.FocusForCausalLM):
+        loaded = tiny_llm if cls is focusllm.FocusLLM else tiny_llm.model
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(lambda _, *a, loaded=loaded, **k: loaded))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
+    assert blocks or document != "README.md"
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, document, "exec"), scope)
+
+
+def test_modules_import_alone() -> None:
+    for name in ORDER[:-1]:
+        importlib.import_module(f"focusllm.{name}")
