@@ -19,7 +19,7 @@ arguments = parser.parse_args()
 llm = FocusLLM.from_pretrained("smollm2-135m", dtype=arguments.dtype)
 document = llm.read(sample_text(), name="Python language reference", progress=True)
 answers = [
-    llm.ask(document, question, max_new_tokens=arguments.new_tokens, eos_token_id=-1)
+    llm.ask(document, question, max_new_tokens=arguments.new_tokens, min_new_tokens=arguments.new_tokens)
     for question in ("What does the with statement do?", "How are default values of parameters evaluated?")
 ]
 first = document.read_seconds + answers[0].time_to_first_token

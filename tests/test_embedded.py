@@ -169,7 +169,7 @@ def test_embedded_model_reads_several_chunks(embedded: FocusLLM) -> None:
 
 
 def test_cached_stays_close_to_exact_on_the_embedded_model(embedded: FocusLLM) -> None:
-    """Not equal by definition; benchmarks/decoding_modes.py measures how close. Here: the same distribution, roughly."""
+    """Not equal by definition; benchmarks/decoding_modes.py measures how close. Here: roughly the same."""
     ids = embedded.tokenizer("It was the best of times, it was the worst of times. " * 60).input_ids[:700]
     config = FocusConfig(chunk_length=256, local_length=128, prompt_length=32)
     losses, base = {}, embedded.model.base

@@ -86,7 +86,7 @@ def _attend_few(
     scores = []
     for past_key, _, count, _ in past:
         # Over the whole room, for a batched product would copy a part of it.
-        scores.append(torch.bmm(packed, past_key.flatten(0, 1).transpose(1, 2)))
+        scores.append(_scores(packed, past_key.flatten(0, 1)))
         if count < past_key.shape[2]:
             scores[-1][..., count:] = -torch.inf
     scores.append(torch.bmm(packed, key.flatten(0, 1).transpose(1, 2)))
@@ -100,6 +100,13 @@ def _attend_few(
         out, start = product if out is None else out + product, start + part.shape[1]
     assert out is not None
     return out.view(rows, heads, length, -1), share
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """[N, n, D] and [N, S, D] to [N, n, S], the factors in the order that is faster for the type."""
+    if query.dtype.itemsize == 2:
+        return torch.bmm(key, query.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(query, key.transpose(1, 2))
 
 
 def _attend_many(
