@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
-from focusllm import AdapterConfig, ConfigError, FocusForCausalLM, FocusState, ModelError
+from focusllm import AdapterConfig, ConfigError, FocusForCausalLM, FocusState, MemoryLimitError, ModelError
 from focusllm.adapter import injected
 from focusllm.chunking import split
 from focusllm.engine import decode, encode, prefill, start_request
@@ -166,6 +166,12 @@ def test_a_state_goes_on(model: FocusForCausalLM) -> None:
     first = model.generate(TEXT, max_new_tokens=10, past_key_values=state)
     second = model.generate(first, max_new_tokens=10, past_key_values=state)
     assert second[0, 110:].tolist() == greedy(model, TEXT[0].tolist(), 20)
+
+
+def test_memory_is_checked_before_a_long_text_is_read(model: FocusForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 1000)
+    with pytest.raises(MemoryLimitError, match="reading 90 tokens"):
+        model.generate(TEXT, max_new_tokens=1)
 
 
 def test_refused_uses(model: FocusForCausalLM) -> None:

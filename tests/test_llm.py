@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import gc
 from pathlib import Path
 
 import pytest
@@ -125,7 +125,17 @@ def test_closed_stream_stops(tiny_llm: FocusLLM) -> None:
     stream.close()
     assert list(stream) == []
     assert stream.answer.num_generated_tokens < 5000
-    assert threading.active_count() == 1 or not stream._thread.is_alive()
+    assert not stream._thread.is_alive()
+
+
+def test_dropped_stream_stops(tiny_llm: FocusLLM) -> None:
+    stream = tiny_llm.stream(tiny_llm.read(TEXT), "What?", max_new_tokens=100_000, eos_token_id=-1)
+    next(stream)
+    thread = stream._thread
+    del stream
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 def test_error_while_streaming_reaches_the_reader(tiny_llm: FocusLLM) -> None:

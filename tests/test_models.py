@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from conftest import FAMILIES, SIZES, build, with_candidates
 from focusllm import ConfigError, FocusConfig, ModelError
 from focusllm.adapter import injected
-from focusllm.base import layout
+from focusllm.base import Layout, layout
 from focusllm.verify import verify
 
 
@@ -39,10 +39,10 @@ def test_verify_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_verify_catches_keys_moved_by_wrong_frequencies() -> None:
+def test_verify_catches_keys_moved_by_wrong_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    found = layout(model)
-    object.__setattr__(found, "inv_freq", found.inv_freq * 1.01)
+    wrong = layout(model).inv_freq * 1.01
+    monkeypatch.setattr(Layout, "inv_freq", property(lambda _: wrong))
     assert [check.name for check in verify(model) if not check.passed] == ["keys moved equal keys computed in place"]
 
 

@@ -50,13 +50,18 @@ class Layout:
     """What the method needs to know about a base model."""
 
     layers: list[AttentionLayer]
-    inv_freq: Tensor
-    attention_scaling: float
+    rotary: nn.Module
     interleaved: bool
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_positions: int
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Rotary frequencies [rotary_dim / 2]; asked for each time, for moving the model replaces the tensor."""
+        frequencies: Tensor = self.rotary.inv_freq  # type: ignore[assignment]
+        return frequencies
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -226,8 +231,7 @@ def _inspect(model: nn.Module) -> Layout:
         raise refuse("its attention has learned sinks")
     return Layout(
         layers=layers,
-        inv_freq=rotary[0].inv_freq,
-        attention_scaling=float(getattr(rotary[0], "attention_scaling", 1.0)),
+        rotary=rotary[0],
         interleaved=_is_interleaved(layers[0].module, refuse),
         num_heads=config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,

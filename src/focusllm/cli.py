@@ -15,7 +15,7 @@ from focusllm import __version__
 from focusllm.errors import FocusError
 
 if TYPE_CHECKING:
-    from focusllm.llm import Answer, Document, FocusLLM
+    from focusllm.llm import Answer, FocusLLM
 
 app = typer.Typer(
     help="Let any decoder-only language model read very long text.",
@@ -100,7 +100,10 @@ def ask(
     llm = _load(model, adapter, dtype, device, settings, quiet=as_json)
     for text in question or []:
         llm.frame(text)  # a bad question is refused before the long read
-    read = [_read(llm, name, text, quiet=as_json) for name, text in texts]
+    read = []
+    for name, text in texts:
+        with _reading(name, quiet=as_json) as progress:
+            read.append(llm.read(text, name=name, progress=progress))
     sampling = _sampling(max_new_tokens, temperature, top_p, seed)
     answers = []
     for number, text in enumerate(question if question is not None else _typed_questions()):
@@ -145,7 +148,8 @@ def generate(
     text = read_text(prompt, encoding)
     llm = _load(model, adapter, dtype, device, _settings(locals()), quiet=as_json)
     sampling = _sampling(max_new_tokens, temperature, top_p, seed)
-    answer = llm.continue_text(text, on_text=_printer(as_json), **sampling)
+    with _reading(Path(prompt).name, quiet=as_json) as progress:
+        answer = llm.continue_text(text, progress=progress, on_text=_printer(as_json), **sampling)
     if as_json:
         print(json.dumps({"model": model, **answer.to_dict()}, indent=2))
     else:
@@ -264,18 +268,26 @@ def _load(
     return llm
 
 
-def _read(llm: FocusLLM, name: str, text: str, quiet: bool) -> Document:
+@contextmanager
+def _reading(name: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, as a function of (tokens done, tokens in all); there from the first call to the last token."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("Reading {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task(name, total=None)
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
+    task = bar.add_task(name, total=None)
 
-        def report(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+    def report(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
 
-        return llm.read(text, name=name, progress=report)
+    try:
+        yield report
+    finally:
+        bar.stop()
 
 
 def _typed_questions() -> Iterator[str]:

@@ -206,8 +206,7 @@ def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int],
     for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
         request.local_ids.append(token)
         if config.rechunk and len(request.local_ids) > config.max_local_length:
-            _rechunk(model, request, config)
-            logits[i] = prefill(model, request, config)[-1]
+            logits[i] = _rechunk(model, request, config)
             continue
         _check_room(model, request, config)
         if request.blocks:
@@ -301,13 +300,18 @@ def _plain(model: nn.Module, request: Request, token_ids: Sequence[int], logits_
     return logits[0]
 
 
-def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> None:
-    """Turn the oldest local tokens into new chunks; what stays is the local context of a request like any other."""
+def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
+    """Turn the oldest local tokens into new chunks and go on as a new request would: next-token logits [V]."""
     moved, request.local_ids = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
     request.blocks += encode(model, moved, config)
     max_positions = layout(model).max_positions
     config.check_positions(max_positions)
     config.check_num_chunks(request.num_chunks, max_positions)
+    paid_before = request.paid
+    logits = prefill(model, request, config)[-1]
+    if paid_before is not None and request.paid is not None:
+        request.paid[: len(paid_before)] += paid_before
+    return logits
 
 
 def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None:

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, 
 
 from focusllm.adapter import fingerprint
 from focusllm.base import layout
-from focusllm.chunking import cut, num_local_chunks
+from focusllm.chunking import cut, num_local_chunks, split
 from focusllm.config import FocusConfig
 from focusllm.cost import check_memory, peak_memory
 from focusllm.embedded import resolve_model
@@ -124,21 +124,17 @@ class AnswerStream(Iterator[str]):
     """
 
     def __init__(self, decode: Callable[..., Answer]):
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        self._outcome: Answer | BaseException | None = None
-        arguments = (decode, self._pieces, self._closed)
-        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
+        self._decoding = _Decoding()
+        self._thread = threading.Thread(target=self._decoding.run, args=(decode,), daemon=True)
         self._thread.start()
 
     def __next__(self) -> str:
-        piece = None if self._closed.is_set() else self._pieces.get()
+        piece = None if self._decoding.closed.is_set() else self._decoding.pieces.get()
         if piece is not None:
             return piece
-        self._closed.set()
-        self._thread.join()
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
+        self.close()
+        if isinstance(self._decoding.outcome, BaseException):
+            raise self._decoding.outcome
         raise StopIteration
 
     @property
@@ -146,26 +142,33 @@ class AnswerStream(Iterator[str]):
         """The answer; decodes what is left of it. After `close()`, what had been decoded by then."""
         for _ in self:
             pass
-        assert isinstance(self._outcome, Answer)
-        return self._outcome
+        assert isinstance(self._decoding.outcome, Answer)
+        return self._decoding.outcome
 
     def close(self) -> None:
         """Stop decoding."""
-        self._closed.set()
+        self._decoding.closed.set()
         self._thread.join()
 
     def __del__(self) -> None:
-        self._closed.set()
+        self._decoding.closed.set()
 
-    def _run(
-        self, decode: Callable[..., Answer], pieces: queue.SimpleQueue[str | None], closed: threading.Event
-    ) -> None:
+
+class _Decoding:
+    """What a stream and its thread share; the thread does not hold the stream, so that it can be dropped."""
+
+    def __init__(self) -> None:
+        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.closed = threading.Event()
+        self.outcome: Answer | BaseException | None = None
+
+    def run(self, decode: Callable[..., Answer]) -> None:
         try:
-            self._outcome = decode(pieces.put, _WhenSet(closed))
+            self.outcome = decode(self.pieces.put, _WhenSet(self.closed))
         except BaseException as error:  # raised again where the stream is read
-            self._outcome = error
+            self.outcome = error
         finally:
-            pieces.put(None)
+            self.pieces.put(None)
 
 
 class _TimedStreamer(TextStreamer):
@@ -208,7 +211,6 @@ class FocusLLM:
     model: FocusForCausalLM
     tokenizer: Any
     name: str = ""
-    _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -288,10 +290,8 @@ class FocusLLM:
             name = Path(source).name if self._is_file(source) else "text"  # type: ignore[arg-type]
         if not ids:
             raise DocumentError(f"{name} gives no tokens; give a document with text.")
-        check_memory(self.model.base, self.config, len(ids))
         start = time.perf_counter()
-        with self._reading, _progress(progress, len(ids)) as report:
-            blocks = encode(self.model.base, ids, self.config, report)
+        blocks = self._encode(ids, progress)
         chunks = [
             Chunk(spans[first][0], spans[stop - 1][1], first, stop)
             for first, stop in cut(len(ids), self.config.chunk_length)
@@ -330,8 +330,15 @@ class FocusLLM:
         """
         return AnswerStream(self._question(documents, question, generate))
 
-    def continue_text(self, text: str, *, on_text: Callable[[str], None] = lambda _: None, **generate: Any) -> Answer:
-        """Go on from a text of any length, without a chat template; arguments are those of `ask`.
+    def continue_text(
+        self,
+        text: str,
+        *,
+        progress: bool | Progress = False,
+        on_text: Callable[[str], None] = lambda _: None,
+        **generate: Any,
+    ) -> Answer:
+        """Go on from a text of any length, without a chat template; arguments are those of `read` and `ask`.
 
         Raises:
             DocumentError: an empty text. MemoryLimitError: it would not fit.
@@ -339,8 +346,14 @@ class FocusLLM:
         ids = encode_text(self.tokenizer, check_text(text, "the text")).token_ids
         if getattr(self.tokenizer, "add_bos_token", False):
             ids = [self.tokenizer.bos_token_id, *ids]
-        check_memory(self.model.base, self.config, len(ids))
-        return self._decoder(ids, FocusState(), generate, len(ids))(on_text)
+        far, local = split(ids, self.config)
+        blocks = self._encode(far, progress) if far else []
+        return self._decoder(local, FocusState(blocks), generate, len(ids))(on_text)
+
+    def _encode(self, token_ids: list[int], progress: bool | Progress) -> list[ChunkBlock]:
+        check_memory(self.model.base, self.config, len(token_ids))
+        with _progress(progress, len(token_ids)) as report:
+            return encode(self.model.base, token_ids, self.config, report)
 
     def frame(self, question: str) -> tuple[list[int], list[int]]:
         """The tokens that stand before and after the documents, with the question among the latter.

@@ -21,6 +21,7 @@ from focusllm.adapter import AdapterConfig, injected, load_adapter, remove, save
 from focusllm.base import layout
 from focusllm.chunking import split
 from focusllm.config import FocusConfig
+from focusllm.cost import check_memory
 from focusllm.engine import ChunkBlock, Request, decode, encode, prefill, start_request
 from focusllm.errors import ConfigError, ModelError
 
@@ -136,6 +137,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: a sequence without tokens, another kind of cache, or lengths beyond the model's positions.
+            MemoryLimitError: the far context would not fit.
         """
         if past_key_values is not None and not isinstance(past_key_values, FocusState):
             if past_key_values.get_seq_length() > 0:
@@ -164,6 +166,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
                 state.requests.append(first[text].fork())
                 continue
             far, local = split(text, config) if state.blocks is None else ([], list(text))
+            if far:
+                check_memory(self.base, config, len(far))
             blocks = encode(self.base, far, config) if state.blocks is None else state.blocks
             first[text] = start_request(self.base, blocks, local, config, state.prompt_length)
             logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
