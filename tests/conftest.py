@@ -124,7 +124,6 @@ def llama() -> nn.Module:
 def tiny_llm() -> FocusLLM:
     """A tiny model with the byte tokenizer, as the library's front sees it."""
     model = FocusForCausalLM(with_candidates(build(max_position_embeddings=512)), SMALL.replace(local_length=64))
-    model.adapter_config = AdapterConfig()
     return FocusLLM(model, byte_tokenizer(), "tiny")
 
 

@@ -116,6 +116,18 @@ def test_a_folder_that_peft_wrote(tmp_path: Path) -> None:
     assert torch.equal(injected(model)["model.layers.2.self_attn.v_proj"].lora_A, want)
 
 
+@peft_warns
+def test_rank_stabilised_lora_has_its_own_scale(tmp_path: Path) -> None:
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=True, init_lora_weights=False)
+    theirs = peft.get_peft_model(build(), lora)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert load_adapter(build(), tmp_path).scale == 4.0
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    with pytest.raises(AdapterError, match="uses use_dora"):
+        load_adapter(build(), tmp_path)
+
+
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"num_hidden_layers": 2}, {"num_key_value_heads": 4}])
 def test_adapter_of_another_model(tmp_path: Path, change: dict[str, int]) -> None:
     save_adapter(with_candidates(build(**change)), tmp_path, AdapterConfig())

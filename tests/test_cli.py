@@ -80,14 +80,14 @@ def test_ask_equals_the_library(focusllm, model_folder: Path, story: Path, tiny_
 
 def test_questions_at_a_prompt(focusllm, model_folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     typed = iter(["What?", "Why?", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr("builtins.input", lambda: next(typed))
     code, out, _ = focusllm("ask", story, "-m", model_folder, "--max-new-tokens", 2)
     assert code == 0
     assert out.count("tokens/s") == 2
 
 
 def test_end_of_input_at_a_prompt(focusllm, model_folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(_: str) -> str:
+    def end() -> str:
         raise EOFError
 
     monkeypatch.setattr("builtins.input", end)
@@ -112,6 +112,25 @@ def test_document_from_standard_input(model_folder: Path) -> None:
     result = subprocess.run(command, input=TEXT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["documents"][0]["name"] == "stdin"
+
+
+def test_a_file_whose_content_looks_like_a_path(focusllm, model_folder: Path, story: Path, tmp_path: Path) -> None:
+    (tmp_path / "pointer.txt").write_text(str(story))
+    out = focusllm("ask", tmp_path / "pointer.txt", "-q", "What?", "-m", model_folder, "--max-new-tokens", 2, "--json")[
+        1
+    ]
+    assert json.loads(out)["documents"][0]["num_tokens"] == len(str(story))
+
+
+def test_bad_typed_question_keeps_the_session(
+    focusllm, model_folder: Path, story: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["x" * 500, "What?", ""])
+    monkeypatch.setattr("builtins.input", lambda: next(typed))
+    code, out, err = focusllm("ask", story, "-m", model_folder, "--max-new-tokens", 2, "--json")
+    assert code == 0
+    assert "the question takes" in err
+    assert [answer["question"] for answer in json.loads(out)["answers"]] == ["What?"]
 
 
 def test_generate(focusllm, model_folder: Path, story: Path) -> None:

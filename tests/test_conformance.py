@@ -65,6 +65,13 @@ def test_no_cases(tmp_path: Path) -> None:
         find_cases(tmp_path)
 
 
+def test_damaged_golden_numbers(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "i7_short_memory", tmp_path / "case")
+    (tmp_path / "case" / "golden.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CaseError, match="damaged"):
+        run_case(tmp_path / "case")
+
+
 def test_damaged_case(tmp_path: Path) -> None:
     (tmp_path / "case").mkdir()
     (tmp_path / "case" / "case.json").write_text("{")

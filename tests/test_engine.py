@@ -92,6 +92,7 @@ def test_generation_past_the_positions_of_the_base_model(llama: nn.Module) -> No
         logits = decode(llama, [request], ids[-1:], SMALL)[0]
         assert torch.isfinite(logits).all()
         assert len(request.local_ids) <= SMALL.max_local_length
+    assert [block.length for block in request.blocks[2:]] == [SMALL.rechunk_length] * (len(request.blocks) - 2)
     chunked = [token for block in request.blocks for row in block.token_ids.tolist() for token in row]
     assert chunked + request.local_ids == ids
     assert max(block.length for block in request.blocks) <= SMALL.chunk_length

@@ -136,7 +136,6 @@ def test_pipeline(model: FocusForCausalLM) -> None:
 @pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig(rank=4, alpha=8)])
 def test_saved_and_loaded(tmp_path: Path, adapter: AdapterConfig) -> None:
     model = FocusForCausalLM(with_candidates(build(eos_token_id=None), adapter), SMALL)
-    model.adapter_config = adapter
     expected = model.generate(TEXT, max_new_tokens=20)
     model.save_pretrained(tmp_path)
     again = FocusForCausalLM.from_pretrained(tmp_path)
@@ -145,6 +144,21 @@ def test_saved_and_loaded(tmp_path: Path, adapter: AdapterConfig) -> None:
     assert torch.equal(again.generate(TEXT, max_new_tokens=20), expected)
     base = AutoModelForCausalLM.from_pretrained(tmp_path)  # any tool reads the folder as the base model
     assert torch.equal(base(TEXT).logits, build(eos_token_id=None)(TEXT).logits)
+
+
+def test_saved_after_injecting_by_hand(tmp_path: Path, model: FocusForCausalLM) -> None:
+    with_candidates(model.base, AdapterConfig("qk", rank=3, alpha=6))
+    model.save_pretrained(tmp_path)
+    again = FocusForCausalLM.from_pretrained(tmp_path)
+    assert again.adapter_config == AdapterConfig("qk", rank=3, alpha=6)
+    assert torch.equal(again.generate(TEXT, max_new_tokens=5), model.generate(TEXT, max_new_tokens=5))
+
+
+def test_unloaded_and_saved_leaves_no_old_candidates(tmp_path: Path, model: FocusForCausalLM) -> None:
+    model.save_pretrained(tmp_path)
+    model.unload()
+    model.save_pretrained(tmp_path)
+    assert FocusForCausalLM.from_pretrained(tmp_path).adapter_config is None
 
 
 def test_unload_gives_the_base_back(model: FocusForCausalLM) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from conftest import SMALL, build, byte_tokenizer
 from focusllm import ConfigError, Document, DocumentError, FocusLLM, MemoryLimitError, ModelError
@@ -202,6 +203,47 @@ def test_bad_documents(tiny_llm: FocusLLM, source: object, message: str) -> None
         tiny_llm.read(source)
 
 
+def test_a_text_that_looks_like_a_path(tiny_llm: FocusLLM) -> None:
+    assert tiny_llm.read_text("/etc/passwd", name="odd").text == "/etc/passwd"
+
+
+def test_short_and_long_texts_in_two_threads(tiny_llm: FocusLLM) -> None:
+    """The base model alone and passes of ours take turns."""
+    document = tiny_llm.read(TEXT)
+    expected = tiny_llm.continue_text("short", max_new_tokens=6).text
+    stream = tiny_llm.stream(document, "What?", max_new_tokens=150, eos_token_id=-1)
+    assert {tiny_llm.continue_text("short", max_new_tokens=6).text for _ in range(20)} == {expected}
+    stream.close()
+
+
+def test_too_many_chunks_are_refused_before_reading(tiny_llm: FocusLLM) -> None:
+    calls: list[tuple[int, int]] = []
+    tiny_llm.model.focus_config = tiny_llm.config.replace(chunk_length=2)
+    with pytest.raises(ConfigError, match="use a chunk_length of at least"):
+        tiny_llm.read(TEXT * 4, progress=lambda done, total: calls.append((done, total)))
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"num_beams": 2}, "num_beams is 2"), ({"streamer": None}, "streamer is set by ask itself")],
+)
+def test_arguments_that_do_not_fit_an_answer(tiny_llm: FocusLLM, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_llm.ask(tiny_llm.read(TEXT), "What?", **arguments)
+
+
+def test_generation_config_is_taken(tiny_llm: FocusLLM) -> None:
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    assert tiny_llm.ask(tiny_llm.read(TEXT), "What?", generation_config=config).num_generated_tokens == 3
+
+
+def test_documents_can_be_compared_and_kept_in_sets(tiny_llm: FocusLLM) -> None:
+    a, b = tiny_llm.read(TEXT), tiny_llm.read(TEXT)
+    assert a != b
+    assert len({a, b, a}) == 2
+
+
 @pytest.mark.parametrize("question", ["", "  \n"])
 def test_empty_question(tiny_llm: FocusLLM, question: str) -> None:
     with pytest.raises(DocumentError, match="question is empty"):
@@ -242,6 +284,7 @@ def test_from_pretrained(model_folder: Path, tiny_llm: FocusLLM) -> None:
     [
         ({"dtype": "float7"}, ConfigError, "dtype is 'float7'"),
         ({"device": "tpu9"}, ConfigError, "device is 'tpu9'"),
+        ({"device": "cuda:99"}, ConfigError, "device cuda:99 cannot be used"),
         ({"chunk_length": 5000}, ConfigError, "has 512 positions; use a chunk_length of at most 256"),
         ({"window": 1}, ConfigError, "unknown setting window"),
         ({"model": "/nowhere/at/all"}, ModelError, "cannot be loaded"),

@@ -50,7 +50,8 @@ def test_plain_text(tmp_path: Path, name: str) -> None:
 def test_byte_order_mark_and_other_encodings(tmp_path: Path) -> None:
     assert read_text(write(tmp_path, "bom.txt", b"\xef\xbb\xbftext")) == "text"
     assert read_text(write(tmp_path, "latin.txt", "café".encode("latin-1")), "latin-1") == "café"
-    assert read_text(write(tmp_path, "wide.txt", "café".encode("utf-16")), "utf-16") == "café"
+    for name in ("utf-16", "utf16", "UTF_16"):
+        assert read_text(write(tmp_path, "wide.txt", "café".encode("utf-16")), name) == "café"
 
 
 def test_html(tmp_path: Path) -> None:

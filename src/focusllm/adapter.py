@@ -66,7 +66,7 @@ class CandidateLinear(nn.Module):
     """A base projection, and beside it the trainable one for the candidates of a pass.
 
     Args:
-        base: the projection that is wrapped; its own forward is called, so a quantised one works.
+        base: the projection that is wrapped; its own forward is called, so a quantised one works (low rank only).
         config: full copy or low rank.
         trainable_rows: of a fused projection, the output rows that belong to the chosen letters; None: all.
     """
@@ -76,9 +76,11 @@ class CandidateLinear(nn.Module):
     def __init__(self, base: nn.Linear, config: AdapterConfig, trainable_rows: Tensor | None = None):
         super().__init__()
         self.base = base
+        self.config = config
         self.scale = config.scale
         self.register_buffer("trainable_rows", trainable_rows, persistent=False)
-        place: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
+        dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32  # of a quantised base
+        place: dict[str, Any] = {"device": base.weight.device, "dtype": dtype}
         if config.rank is None:
             self.weight = nn.Parameter(base.weight.detach().clone())
             self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone())
@@ -159,6 +161,11 @@ def injected(model: nn.Module) -> dict[str, CandidateLinear]:
         for name in layer.projections.values()
         if isinstance(module := getattr(layer.module, name), CandidateLinear)
     }
+
+
+def injected_config(model: nn.Module) -> AdapterConfig | None:
+    """The settings of the candidate projections that a model has now; None: it has none."""
+    return next((wrapper.config for wrapper in injected(model).values()), None)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -329,11 +336,10 @@ def _find(source: str | Path) -> Path:
     if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise AdapterError(f"there is no adapter folder {source}; give a folder or a hub repository (owner/name).")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # whatever the hub, its client, a proxy or the disk objects to
         raise AdapterError(
             f"the adapter {source} is neither a folder nor can it be fetched from the hub ({_first_line(error)})."
         ) from error
@@ -344,20 +350,25 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     try:
         if (folder / FOCUS_CONFIG_NAME).exists():
             content = json.loads((folder / FOCUS_CONFIG_NAME).read_text())
-            return AdapterConfig(**content["adapter"]), content["base"]
+            return AdapterConfig(**content["adapter"]), dict(content["base"])
         content = json.loads((folder / PEFT_CONFIG_NAME).read_text())
         letters = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "dense": "o", "qkv_proj": "qkv"}
         if content.get("peft_type") != "LORA" or set(content["target_modules"]) - set(letters):
             raise AdapterError(
                 f"{folder / PEFT_CONFIG_NAME} is not LoRA on attention projections; train one with q, k, v, o."
             )
+        for name in ("use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern"):
+            if content.get(name):
+                raise AdapterError(f"{folder / PEFT_CONFIG_NAME} uses {name}, which is not supported; use plain LoRA.")
         projections = "".join(sorted(letters[name] for name in content["target_modules"]))
-        return AdapterConfig(projections=projections, rank=content["r"], alpha=content["lora_alpha"]), {}
+        rank, alpha = content["r"], content["lora_alpha"]
+        alpha = alpha * rank**0.5 if content.get("use_rslora") else alpha  # scaled by alpha / sqrt(rank)
+        return AdapterConfig(projections=projections, rank=rank, alpha=alpha), {}
     except FileNotFoundError as error:
         raise AdapterError(
             f"{folder} is not an adapter: it has neither {FOCUS_CONFIG_NAME} nor {PEFT_CONFIG_NAME}."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"the settings of the adapter in {folder} are damaged ({error!r}).") from error
 
 

@@ -166,8 +166,8 @@ def _partial_by_formula(
     """The same by the formula, for devices without a kernel that returns the softmax sums."""
     wide = torch.promote_types(query.dtype, torch.float32)
     rows, heads, length, width = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, length, width)
-    scores = (grouped @ key[:, :, None].transpose(-1, -2)).to(wide) * scale  # [B, K, G, T, S]
+    grouped = (query * scale).reshape(rows, key.shape[1], -1, length, width)  # scaled first: float16 would overflow
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).to(wide)  # [B, K, G, T, S]
     if causal:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:

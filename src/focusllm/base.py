@@ -128,6 +128,17 @@ def run(
         return logits
 
 
+def run_plain(model: nn.Module, input_ids: Tensor, cache: Any, logits_to_keep: int) -> Tensor:
+    """The base model alone, with its own attention and its own cache: logits [B, n, V].
+
+    While a pass is under way the model's attention is ours, so this waits for it as other passes do. Code that calls
+    the model itself must not do so while another thread reads or answers.
+    """
+    with _one_pass_at_a_time:
+        logits: Tensor = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep).logits
+    return logits
+
+
 @contextmanager
 def _entered(model: nn.Module, this: _Pass) -> Iterator[None]:
     """Route the model's attention to ours for one pass. Passes of several threads take turns."""

@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this share.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")]
 
 EXIT_BAD_INPUT = 2
 
@@ -103,13 +103,19 @@ def ask(
     read = []
     for name, text in texts:
         with _reading(name, quiet=as_json) as progress:
-            read.append(llm.read(text, name=name, progress=progress))
+            read.append(llm.read_text(text, name=name, progress=progress))
     sampling = _sampling(max_new_tokens, temperature, top_p, seed)
     answers = []
     for number, text in enumerate(question if question is not None else _typed_questions()):
         if number and not as_json:
             print()
-        answer = llm.ask(read, text, on_text=_printer(as_json), **sampling)
+        try:
+            answer = llm.ask(read, text, on_text=_printer(as_json), **sampling)
+        except FocusError as error:
+            if question is not None:
+                raise
+            _notify(f"focusllm: {error}")  # typed: the next one may be better, and the documents are read
+            continue
         if as_json:
             answers.append({"question": text, **answer.to_dict(num_citations)})
         else:
@@ -294,7 +300,8 @@ def _typed_questions() -> Iterator[str]:
     """Questions from the terminal until an empty one or the end of input."""
     while True:
         try:
-            text = input("\nQuestion (empty to leave): ")
+            print("\nQuestion (empty to leave): ", end="", file=sys.stderr, flush=True)
+            text = input()
         except EOFError:
             return
         if not text.strip():

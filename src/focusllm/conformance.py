@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,10 +84,10 @@ def run_case(folder: Path) -> CaseResult:
         case = json.loads((folder / "case.json").read_text())
         golden = load_file(folder / "golden.safetensors")
         weights = load_file(folder / case["weights"])
-        kind, result = case["kind"], CaseResult(case["name"])
-    except (OSError, ValueError, KeyError) as error:
+        replay = {"inference": _replay_inference, "training": _replay_training}[case["kind"]]
+        result = CaseResult(case["name"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CaseError(f"the golden case {folder.name} is damaged ({error}).") from error
-    replay = {"inference": _replay_inference, "training": _replay_training}[kind]
     for dtype in TOLERANCE:
         replay(case, golden, _build(case, weights, dtype), dtype, result)
     return result

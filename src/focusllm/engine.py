@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from focusllm.base import layout
+from focusllm.base import layout, run_plain
 from focusllm.chunking import cut
 from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all) while a long read goes on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChunkBlock:
     """Chunks of equal length, encoded: `token_ids` [R, C] and their keys and values [R, K, C, D] a layer."""
 
@@ -81,7 +81,7 @@ def encode(
     return blocks
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """All that one request knows.
 
@@ -205,7 +205,7 @@ def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int],
     together: list[int] = []
     for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
         request.local_ids.append(token)
-        if config.rechunk and len(request.local_ids) > config.max_local_length:
+        if config.rechunk and len(request.local_ids) >= config.max_local_length:
             logits[i] = _rechunk(model, request, config)
             continue
         _check_room(model, request, config)
@@ -293,20 +293,16 @@ def _local_from_start(model: nn.Module, request: Request, config: FocusConfig, l
 
 def _plain(model: nn.Module, request: Request, token_ids: Sequence[int], logits_to_keep: int) -> Tensor:
     """The base model alone: logits [n, V]."""
-    output = model(
-        _tensor(model, [token_ids]), past_key_values=request.plain_kv, use_cache=True, logits_to_keep=logits_to_keep
-    )
-    logits: Tensor = output.logits
-    return logits[0]
+    return run_plain(model, _tensor(model, [token_ids]), request.plain_kv, logits_to_keep)[0]
 
 
 def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     """Turn the oldest local tokens into new chunks and go on as a new request would: next-token logits [V]."""
-    moved, request.local_ids = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
-    request.blocks += encode(model, moved, config)
+    moved, kept = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
     max_positions = layout(model).max_positions
     config.check_positions(max_positions)
-    config.check_num_chunks(request.num_chunks, max_positions)
+    config.check_num_chunks(request.num_chunks + len(cut(len(moved), config.chunk_length)), max_positions)
+    request.blocks, request.local_ids = request.blocks + encode(model, moved, config), _with_bos(kept, config)
     paid_before = request.paid
     logits = prefill(model, request, config)[-1]
     if paid_before is not None and request.paid is not None:
@@ -323,8 +319,8 @@ def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None
     if taken > max_positions:
         request.local_ids.pop()
         raise ConfigError(
-            f"the next token needs position {taken}, but the base model has {max_positions}; set rechunk=True or "
-            f"use a smaller chunk_length."
+            f"the next token needs position {taken}, but the base model has {max_positions}; use a smaller "
+            f"{'local_length' if config.rechunk else 'chunk_length, or set rechunk=True'}."
         )
 
 

@@ -14,8 +14,7 @@ from focusllm.adapter import AdapterConfig, inject, read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import resolve_model
-from focusllm.errors import ModelError
-from focusllm.modeling import parse_dtype, saved_adapter, saved_settings
+from focusllm.modeling import cannot_load, parse_dtype, saved_adapter, saved_settings
 
 
 def describe(
@@ -34,15 +33,15 @@ def describe(
     config = (saved_settings(path) or FocusConfig()).replace(**settings)
     try:
         base_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # as when loading the model
+        raise cannot_load(model, error) from error
     asked = parse_dtype(dtype)
     chosen = asked if isinstance(asked, torch.dtype) else getattr(base_config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(base_config, dtype=chosen)
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{base_config.model_type} is not a causal language model that transformers knows.") from error
+    except Exception as error:
+        raise cannot_load(model, error) from error
     found = layout(skeleton)
     config.check_positions(found.max_positions)
     source = adapter or saved_adapter(path)

@@ -30,7 +30,7 @@ from focusllm.engine import ChunkBlock, Progress, encode
 from focusllm.errors import ConfigError, DocumentError, ModelError
 from focusllm.modeling import FocusForCausalLM, FocusState, parse_dtype
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
-from focusllm.text import decode_ids, encode_text, frame_question
+from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Chunk:
     last_token: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Document:
     """A text that was read once: its chunks' keys and values, and where each chunk is in the text.
 
@@ -253,7 +253,12 @@ class FocusLLM:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the tokenizer of {model} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return cls(loaded.to(device), tokenizer, str(model))
+        try:
+            loaded = loaded.to(device)
+        except (AssertionError, RuntimeError, NotImplementedError) as error:  # no such device, or no room on it
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"device {device} cannot be used: {reason}") from error
+        return cls(loaded, tokenizer, str(model))
 
     @property
     def config(self) -> FocusConfig:
@@ -285,9 +290,20 @@ class FocusLLM:
             DocumentError: a missing file, one that is not text, or one without text.
             MemoryLimitError: it would not fit; raised before anything is computed.
         """
-        text, ids, spans = self._tokens(source, encoding)
+        is_file = self._is_file(source)
+        text, ids, spans = self._tokens(source, encoding, is_file)
         if name is None:
-            name = Path(source).name if self._is_file(source) else "text"  # type: ignore[arg-type]
+            name = Path(source).name if is_file else "text"  # type: ignore[arg-type]
+        return self._read(name, text, ids, spans, progress)
+
+    def read_text(self, text: str, *, name: str = "text", progress: bool | Progress = False) -> Document:
+        """`read` for what is certainly a text, even if it looks like a path."""
+        encoded = encode_text(self.tokenizer, check_text(text, name))
+        return self._read(name, text, encoded.token_ids, encoded.spans, progress)
+
+    def _read(
+        self, name: str, text: str, ids: list[int], spans: list[tuple[int, int]], progress: bool | Progress
+    ) -> Document:
         if not ids:
             raise DocumentError(f"{name} gives no tokens; give a document with text.")
         start = time.perf_counter()
@@ -314,7 +330,7 @@ class FocusLLM:
             question: put behind them, in the model's chat template.
             on_text: called with pieces of the answer as they become final.
             generate: arguments of transformers' `generate()` (max_new_tokens, do_sample, temperature, stop_strings,
-                ...). By default at most 256 tokens, greedy.
+                generation_config, ...) for one sequence. By default at most 256 tokens, greedy.
 
         Raises:
             DocumentError: an empty question, or one longer than the local context.
@@ -344,14 +360,15 @@ class FocusLLM:
             DocumentError: an empty text. MemoryLimitError: it would not fit.
         """
         ids = encode_text(self.tokenizer, check_text(text, "the text")).token_ids
-        if getattr(self.tokenizer, "add_bos_token", False):
-            ids = [self.tokenizer.bos_token_id, *ids]
+        ids = [*start_tokens(self.tokenizer), *ids]
         far, local = split(ids, self.config)
         blocks = self._encode(far, progress) if far else []
         return self._decoder(local, FocusState(blocks), generate, len(ids))(on_text)
 
     def _encode(self, token_ids: list[int], progress: bool | Progress) -> list[ChunkBlock]:
         check_memory(self.model.base, self.config, len(token_ids))
+        num_chunks = len(cut(len(token_ids), self.config.chunk_length))
+        self.config.check_num_chunks(num_chunks, layout(self.model.base).max_positions)
         with _progress(progress, len(token_ids)) as report:
             return encode(self.model.base, token_ids, self.config, report)
 
@@ -397,8 +414,17 @@ class FocusLLM:
         places: Sequence[tuple[int, int]] = (),
     ) -> Callable[..., Answer]:
         """A function that decodes from a state, which may hold documents; `places` says what its chunks are."""
+        taken = {"streamer", "past_key_values", "attention_mask", "inputs", "input_ids"} & set(generate)
+        if taken:
+            raise ConfigError(f"{', '.join(sorted(taken))} is set by ask itself; use model.generate() to choose it.")
+        for name in ("num_beams", "num_return_sequences"):
+            if generate.get(name, 1) != 1:
+                raise ConfigError(
+                    f"{name} is {generate[name]}; an answer is one sequence, use model.generate() for more."
+                )
         inputs = torch.tensor([input_ids], device=self.model.device)
-        arguments: dict[str, Any] = {"max_new_tokens": 256, "do_sample": False, **generate}
+        defaults = {} if "generation_config" in generate else {"max_new_tokens": 256, "do_sample": False}
+        arguments: dict[str, Any] = {**defaults, **generate}
         criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
         if "stop_strings" in arguments:
             arguments["tokenizer"] = self.tokenizer
@@ -438,10 +464,9 @@ class FocusLLM:
         self.tokenizer.save_pretrained(folder)
 
     def _tokens(
-        self, source: str | Path | Sequence[int], encoding: str
+        self, source: str | Path | Sequence[int], encoding: str, is_file: bool
     ) -> tuple[str, list[int], list[tuple[int, int]]]:
         if isinstance(source, str | Path):
-            is_file = self._is_file(source)
             text = read_text(source, encoding) if is_file else check_text(str(source), "the text")
             encoded = encode_text(self.tokenizer, text)
             return text, encoded.token_ids, encoded.spans
@@ -460,8 +485,7 @@ class FocusLLM:
             return True
         if not isinstance(source, str) or len(source) > 1000 or "\n" in source:
             return False
-        looks_like_one = Path(source).suffix.lower() in DOCUMENT_SUFFIXES and " " not in source.strip()
-        return os.path.isfile(source) or looks_like_one
+        return os.path.exists(source) or Path(source).suffix.lower() in DOCUMENT_SUFFIXES
 
     def _reader(self) -> dict[str, Any]:
         return {**fingerprint(self.model.base), "model": self.name, "dtype": str(self.model.dtype)}
@@ -494,7 +518,8 @@ def _citations(
 ) -> list[Citation]:
     if paid is None or not places:
         return []
-    shares = (paid / paid.sum()).tolist()[: len(places)]  # chunks that generated text became come after
+    paid = paid[: len(places)]  # chunks that generated text became come after
+    shares = (paid / paid.sum()).tolist()
     found = []
     for (number, index), share in zip(places, shares, strict=True):
         document = documents[number]

@@ -7,19 +7,19 @@ Sampling, logits processors, stopping criteria, stop strings and streamers are t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from focusllm.adapter import AdapterConfig, injected, load_adapter, remove, save_adapter
+from focusllm.adapter import AdapterConfig, injected, injected_config, load_adapter, remove, save_adapter
 from focusllm.base import layout
-from focusllm.chunking import split
+from focusllm.chunking import cut, split
 from focusllm.config import FocusConfig
 from focusllm.cost import check_memory
 from focusllm.engine import ChunkBlock, Request, decode, encode, prefill, start_request
@@ -98,19 +98,21 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base = base
         self.focus_config = focus_config or FocusConfig()
-        self.adapter_config: AdapterConfig | None = None
         self.generation_config: GenerationConfig = base.generation_config
         self.eval()
 
+    @property
+    def adapter_config(self) -> AdapterConfig | None:
+        """Settings of the candidate projections that the model has; None: none, so candidates are untrained."""
+        return injected_config(self.base)
+
     def load_candidates(self, source: str | Path) -> AdapterConfig:
         """Load candidate projections from a folder or the hub (see `focusllm.adapter.load_adapter`)."""
-        self.adapter_config = load_adapter(self.base, source)
-        return self.adapter_config
+        return load_adapter(self.base, source)
 
     def unload(self) -> Any:
         """Remove the candidate projections and return the base model, bit for bit what it was."""
         remove(self.base)
-        self.adapter_config = None
         return self.base
 
     def forward(
@@ -168,6 +170,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             far, local = split(text, config) if state.blocks is None else ([], list(text))
             if far:
                 check_memory(self.base, config, len(far))
+                config.check_num_chunks(len(cut(len(far), config.chunk_length)), layout(self.base).max_positions)
             blocks = encode(self.base, far, config) if state.blocks is None else state.blocks
             first[text] = start_request(self.base, blocks, local, config, state.prompt_length)
             logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
@@ -211,14 +214,14 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a folder that any tool reads as the base model, with the candidate projections in a folder below.
 
-        Raises:
-            AdapterError: never for a model without candidate projections; they are just not written.
+        A model without candidate projections leaves none in the folder.
         """
         folder = Path(save_directory)
         wrappers = injected(self.base)
-        if wrappers:
-            adapter_config = self.adapter_config or AdapterConfig()
-            save_adapter(self.base, folder / ADAPTER_FOLDER, adapter_config, str(self.config.name_or_path))
+        if self.adapter_config is not None:
+            save_adapter(self.base, folder / ADAPTER_FOLDER, self.adapter_config, str(self.config.name_or_path))
+        else:
+            shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier save
         base_only = {
             name.replace(".base.", "."): tensor
             for name, tensor in self.base.state_dict().items()
@@ -253,13 +256,18 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         focus_config = focus_config or saved_settings(folder)
         try:
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"the model {pretrained_model_name_or_path} cannot be loaded: {reason}") from error
+        except Exception as error:  # a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
+            raise cannot_load(pretrained_model_name_or_path, error) from error
         model = cls(base, focus_config)
         if adapter is not None:
             model.load_candidates(adapter)
         return model
+
+
+def cannot_load(model: str | Path, error: Exception) -> ModelError:
+    """The error of a model that transformers cannot load, with the first line of the reason."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(f"the model {model} cannot be loaded: {reason}")
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -287,7 +295,7 @@ def saved_settings(folder: str | Path) -> FocusConfig | None:
         return None
     try:
         return FocusConfig().replace(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}); save the model again.") from error
 
 

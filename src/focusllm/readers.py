@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from pathlib import Path
 
@@ -54,14 +55,16 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
     Raises:
         DocumentError: binary data, an unknown encoding, or bytes that are not in it.
     """
-    if b"\0" in data[:65536] and not encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32")):
+    try:
+        codec = codecs.lookup(encoding).name
+    except LookupError as error:
+        raise DocumentError(f"{encoding!r} is not a known encoding; try utf-8 or latin-1.") from error
+    if b"\0" in data[:65536] and not codec.startswith(("utf-16", "utf-32")):
         raise DocumentError(
             f"{name} is not text (it has NUL bytes); give a text, Markdown, HTML, PDF or source file, or an encoding."
         )
     try:
-        return data.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
-    except LookupError as error:
-        raise DocumentError(f"{encoding!r} is not a known encoding; try utf-8 or latin-1.") from error
+        return data.decode("utf-8-sig" if codec == "utf-8" else codec)
     except UnicodeDecodeError as error:
         raise DocumentError(
             f"{name} is not {encoding}: byte 0x{data[error.start]:02x} at position {error.start:,}; name its encoding "
@@ -83,14 +86,15 @@ def _from_pdf(name: str, data: bytes) -> str:
     import io
 
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
 
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
             raise DocumentError(f"{name} is protected by a password; save it without one.")
         text = "\n\n".join(page.extract_text() for page in reader.pages)
-    except (PyPdfError, ValueError, KeyError, OSError) as error:
+    except DocumentError:
+        raise
+    except Exception as error:  # pypdf raises many kinds on damaged or encrypted files
         raise DocumentError(f"{name} is not a PDF that can be read ({error}).") from error
     if not text.strip():
         raise DocumentError(f"{name} has {len(reader.pages)} pages but no text in them (scans?); run OCR on it first.")

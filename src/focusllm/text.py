@@ -34,6 +34,12 @@ def decode_ids(tokenizer: Any, token_ids: list[int]) -> tuple[str, list[tuple[in
     return "".join(tokenizer.decode([token]) for token in token_ids), spans
 
 
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer itself puts in front of a text, if it does."""
+    ids = list(tokenizer("a").input_ids)
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
 def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     """The tokens before and after the document in the model's chat template (or a plain question without one).
 
@@ -45,8 +51,7 @@ def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]
     before, after = _chat_frame(tokenizer)
     arguments: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     if before is None:
-        bos = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-        return bos, encode_text(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:").token_ids
+        return start_tokens(tokenizer), encode_text(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:").token_ids
     asked = encode_text(tokenizer, f"\n\n{question.strip()}").token_ids
     return list(tokenizer(before, **arguments).input_ids), asked + list(tokenizer(after, **arguments).input_ids)
 
