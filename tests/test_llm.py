@@ -284,7 +284,7 @@ def test_from_pretrained(model_folder: Path, tiny_llm: FocusLLM) -> None:
     [
         ({"dtype": "float7"}, ConfigError, "dtype is 'float7'"),
         ({"device": "tpu9"}, ConfigError, "device is 'tpu9'"),
-        ({"device": "cuda:99"}, ConfigError, "device cuda:99 cannot be used"),
+        ({"device": "cuda:99"}, ConfigError, "device is 'cuda:99', which cannot be used"),
         ({"chunk_length": 5000}, ConfigError, "has 512 positions; use a chunk_length of at most 256"),
         ({"window": 1}, ConfigError, "unknown setting window"),
         ({"model": "/nowhere/at/all"}, ModelError, "cannot be loaded"),

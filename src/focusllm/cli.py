@@ -167,11 +167,14 @@ def generate(
 def verify(
     model: Annotated[str | None, typer.Argument(help="smollm2-135m, a folder, or a hub id.")] = None,
     cases: Annotated[Path | None, typer.Option(help="Run the golden cases in this folder.")] = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = "float32",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Check that the method computes on a model what it should, or replay golden cases."""
+    """Check that the method computes on a model what it should, or replay golden cases.
+
+    float32 shows mistakes best; in a 16-bit type the limits are as wide as its rounding.
+    """
     if model is None and cases is None:
         _fail(FocusError("there is nothing to verify; name a model, or a folder with --cases."))
     results: list[dict[str, Any]] = []
@@ -361,9 +364,11 @@ def _verify_model(model: str, dtype: str, device: str | None, quiet: bool) -> li
 
 def _load_base(model: str, dtype: str, device: str | None, quiet: bool) -> Any:
     with _calm_libraries(), _status("Loading the model", quiet):
-        from focusllm.llm import FocusLLM
+        from focusllm.embedded import resolve_model
+        from focusllm.modeling import FocusForCausalLM, on_device, parse_dtype
 
-        return FocusLLM.from_pretrained(model, dtype=dtype, device=device, notify=_notify).model.base
+        path = resolve_model(model, _notify)  # without a tokenizer, and whatever its positions allow
+        return on_device(FocusForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype)), device).base
 
 
 @contextmanager

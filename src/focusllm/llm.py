@@ -28,7 +28,7 @@ from focusllm.cost import check_memory, peak_memory
 from focusllm.embedded import resolve_model
 from focusllm.engine import ChunkBlock, Progress, encode
 from focusllm.errors import ConfigError, DocumentError, ModelError
-from focusllm.modeling import FocusForCausalLM, FocusState, parse_dtype
+from focusllm.modeling import FocusForCausalLM, FocusState, on_device, parse_dtype
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
 
@@ -239,12 +239,6 @@ class FocusLLM:
             ConfigError, ModelError, AdapterError: with the value, the limit and the remedy.
         """
         path = resolve_model(model, notify)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"device is {device!r}; it must be cpu, cuda, cuda:0, ...") from error
         dtype = parse_dtype(dtype)
         loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=adapter, dtype=dtype)
         loaded.focus_config = loaded.focus_config.replace(**settings)
@@ -253,12 +247,7 @@ class FocusLLM:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the tokenizer of {model} cannot be loaded: {str(error).splitlines()[0]}") from error
-        try:
-            loaded = loaded.to(device)
-        except (AssertionError, RuntimeError, NotImplementedError) as error:  # no such device, or no room on it
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"device {device} cannot be used: {reason}") from error
-        return cls(loaded, tokenizer, str(model))
+        return cls(on_device(loaded, device), tokenizer, str(model))
 
     @property
     def config(self) -> FocusConfig:

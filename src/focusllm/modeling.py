@@ -284,6 +284,21 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return chosen
 
 
+def on_device(model: FocusForCausalLM, device: str | torch.device | None) -> FocusForCausalLM:
+    """Move a model; None: to a GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device, or no room on it.
+    """
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        moved: FocusForCausalLM = model.to(torch.device(chosen))
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"device is {str(chosen)!r}, which cannot be used ({reason}); try cpu or cuda.") from error
+    return moved
+
+
 def saved_settings(folder: str | Path) -> FocusConfig | None:
     """The lengths and options that were saved with a model, if any.
 
