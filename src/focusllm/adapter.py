@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from focusllm.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
-from focusllm.errors import AdapterError, ConfigError
+from focusllm.errors import AdapterError, ConfigError, first_line
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -341,7 +341,7 @@ def _find(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "README.md"]))
     except Exception as error:  # whatever the hub, its client, a proxy or the disk objects to
         raise AdapterError(
-            f"the adapter {source} is neither a folder nor can it be fetched from the hub ({_first_line(error)})."
+            f"the adapter {source} is neither a folder nor can it be fetched from the hub ({first_line(error)})."
         ) from error
 
 
@@ -390,10 +390,6 @@ class _whole_file:
             self.temporary.replace(self.path)
         else:
             self.temporary.unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _model_card(config: AdapterConfig, base_name: str, num_parameters: int) -> str:

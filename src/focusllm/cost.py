@@ -107,6 +107,17 @@ def check_memory(model: nn.Module, config: FocusConfig, num_tokens: int) -> None
     )
 
 
+def check_read(model: nn.Module, config: FocusConfig, num_tokens: int) -> None:
+    """Refuse a read whose chunks would not fit, into memory or into the local pass, before anything is computed.
+
+    Raises:
+        MemoryLimitError: as `check_memory`.
+        ConfigError: more chunks than the base model has positions for.
+    """
+    check_memory(model, config, num_tokens)
+    config.check_num_chunks(len(cut(num_tokens, config.chunk_length)), layout(model).max_positions)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held on a device so far."""
     if device.type == "cuda":

@@ -262,7 +262,6 @@ def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor
         for block, tail in zip(request.blocks, request.tails, strict=True):
             pairs.append(pair.expand(block.num_chunks, -1))
             starts.append(torch.full((block.num_chunks,), block.length + tail.length))
-        request.newest = request.local_ids[-1]
     device = next(model.parameters()).device
     chunks = Segment([block.kv for request in requests for block in request.blocks])
     tails = Segment([tail for request in requests for tail in request.tails])
@@ -270,9 +269,10 @@ def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor
 
 
 def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
-    """Append the token that is an ordinary one now to every row."""
+    """Append the token that is an ordinary one now to every row; the newest one will be in the next step."""
     first = 0
     for request in requests:
+        request.newest = request.local_ids[-1]
         for tail in request.tails:
             tail.append(ordinary.rows(first, first + tail.num_rows))
             first += tail.num_rows

@@ -33,3 +33,8 @@ class DocumentError(FocusError):
 
 class MemoryLimitError(FocusError):
     """An operation that would need more memory than is free."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none: the reason inside a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

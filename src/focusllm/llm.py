@@ -24,10 +24,10 @@ from focusllm.adapter import fingerprint
 from focusllm.base import layout
 from focusllm.chunking import cut, num_local_chunks, split
 from focusllm.config import FocusConfig
-from focusllm.cost import check_memory, peak_memory
+from focusllm.cost import check_read, peak_memory
 from focusllm.embedded import resolve_model
 from focusllm.engine import ChunkBlock, Progress, encode
-from focusllm.errors import ConfigError, DocumentError, ModelError
+from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
 from focusllm.modeling import FocusForCausalLM, FocusState, on_device, parse_dtype
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
@@ -246,7 +246,7 @@ class FocusLLM:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"the tokenizer of {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
         return cls(on_device(loaded, device), tokenizer, str(model))
 
     @property
@@ -355,9 +355,7 @@ class FocusLLM:
         return self._decoder(local, FocusState(blocks), generate, len(ids))(on_text)
 
     def _encode(self, token_ids: list[int], progress: bool | Progress) -> list[ChunkBlock]:
-        check_memory(self.model.base, self.config, len(token_ids))
-        num_chunks = len(cut(len(token_ids), self.config.chunk_length))
-        self.config.check_num_chunks(num_chunks, layout(self.model.base).max_positions)
+        check_read(self.model.base, self.config, len(token_ids))
         with _progress(progress, len(token_ids)) as report:
             return encode(self.model.base, token_ids, self.config, report)
 

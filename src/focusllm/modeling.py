@@ -19,11 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from focusllm.adapter import AdapterConfig, injected, injected_config, load_adapter, remove, save_adapter
 from focusllm.base import layout
-from focusllm.chunking import cut, split
+from focusllm.chunking import split
 from focusllm.config import FocusConfig
-from focusllm.cost import check_memory
+from focusllm.cost import check_read
 from focusllm.engine import ChunkBlock, Request, decode, encode, prefill, start_request
-from focusllm.errors import ConfigError, ModelError
+from focusllm.errors import ConfigError, ModelError, first_line
 
 ADAPTER_FOLDER = "candidate_projections"
 SETTINGS_NAME = "focus_settings.json"
@@ -169,8 +169,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
                 continue
             far, local = split(text, config) if state.blocks is None else ([], list(text))
             if far:
-                check_memory(self.base, config, len(far))
-                config.check_num_chunks(len(cut(len(far), config.chunk_length)), layout(self.base).max_positions)
+                check_read(self.base, config, len(far))
             blocks = encode(self.base, far, config) if state.blocks is None else state.blocks
             first[text] = start_request(self.base, blocks, local, config, state.prompt_length)
             logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
@@ -266,8 +265,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
 def cannot_load(model: str | Path, error: Exception) -> ModelError:
     """The error of a model that transformers cannot load, with the first line of the reason."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ModelError(f"the model {model} cannot be loaded: {reason}")
+    return ModelError(f"the model {model} cannot be loaded: {first_line(error)}")
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -294,7 +292,7 @@ def on_device(model: FocusForCausalLM, device: str | torch.device | None) -> Foc
     try:
         moved: FocusForCausalLM = model.to(torch.device(chosen))
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(f"device is {str(chosen)!r}, which cannot be used ({reason}); try cpu or cuda.") from error
     return moved
 
