@@ -15,9 +15,12 @@ if TYPE_CHECKING:
         FocusError,
         MemoryLimitError,
         ModelError,
+        TrainingError,
     )
     from focusllm.llm import Answer, AnswerStream, Citation, Document, FocusLLM
     from focusllm.modeling import FocusForCausalLM, FocusState
+    from focusllm.training.config import TrainConfig
+    from focusllm.training.run import train
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ _HOMES = {
     "FocusError": "errors",
     "MemoryLimitError": "errors",
     "ModelError": "errors",
+    "TrainingError": "errors",
     "Answer": "llm",
     "AnswerStream": "llm",
     "Citation": "llm",
@@ -42,6 +46,8 @@ _HOMES = {
     "FocusLLM": "llm",
     "FocusForCausalLM": "modeling",
     "FocusState": "modeling",
+    "TrainConfig": "training.config",
+    "train": "training.run",
 }
 
 __all__ = [
@@ -60,11 +66,14 @@ __all__ = [
     "FocusState",
     "MemoryLimitError",
     "ModelError",
+    "TrainConfig",
+    "TrainingError",
     "inject",
     "load_adapter",
     "push_adapter",
     "remove",
     "save_adapter",
+    "train",
 ]
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class AdapterConfig:
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"rank is {self.rank}; it must be at least 1, or none for full copies.")
 
+    def replace(self, **changes: Any) -> AdapterConfig:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
     @property
     def scale(self) -> float:
         """Factor of the low-rank update."""
@@ -69,21 +73,29 @@ class CandidateLinear(nn.Module):
         base: the projection that is wrapped; its own forward is called, so a quantised one works (low rank only).
         config: full copy or low rank.
         trainable_rows: of a fused projection, the output rows that belong to the chosen letters; None: all.
+        dtype: of the trainable weights; None: the base's (float32 if that is quantised).
     """
 
     trainable_rows: Tensor | None
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig, trainable_rows: Tensor | None = None):
+    def __init__(
+        self,
+        base: nn.Linear,
+        config: AdapterConfig,
+        trainable_rows: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.base = base
         self.config = config
         self.scale = config.scale
         self.register_buffer("trainable_rows", trainable_rows, persistent=False)
-        dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32  # of a quantised base
+        if dtype is None:
+            dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
         place: dict[str, Any] = {"device": base.weight.device, "dtype": dtype}
         if config.rank is None:
-            self.weight = nn.Parameter(base.weight.detach().clone())
-            self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone())
+            self.weight = nn.Parameter(base.weight.detach().to(dtype, copy=True))
+            self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().to(dtype, copy=True))
         else:
             self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **place))
             self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **place))
@@ -122,8 +134,11 @@ class CandidateLinear(nn.Module):
         return out
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> dict[str, CandidateLinear]:
+def inject(model: nn.Module, config: AdapterConfig, dtype: torch.dtype | None = None) -> dict[str, CandidateLinear]:
     """Give a base model candidate projections; a call with other settings replaces earlier ones.
+
+    Args:
+        dtype: of the trainable weights (training wants float32 beside a 16-bit base); None: the base's.
 
     Returns:
         The new modules by the path of the projection that they wrap.
@@ -139,7 +154,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> dict[str, CandidateLinear
             chosen = [letter for letter in letters if letter in config.projections]
             if chosen:
                 wrapper = CandidateLinear(
-                    getattr(layer.module, name), config, _rows_of(found, letters, chosen, layer, name)
+                    getattr(layer.module, name), config, _rows_of(found, letters, chosen, layer, name), dtype
                 )
                 setattr(layer.module, name, wrapper)
                 injected[f"{layer.path}.{name}"] = wrapper
@@ -210,8 +225,19 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def save_adapter(model: nn.Module, folder: str | Path, config: AdapterConfig, base_name: str = "") -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    config: AdapterConfig,
+    base_name: str = "",
+    tensors: dict[str, Tensor] | None = None,
+    notes: str = "",
+) -> None:
     """Write the candidate projections of a model; files are replaced one by one, each whole or not at all.
+
+    Args:
+        tensors: what to write instead of the model's own, by the same paths (a copy, or shards put together).
+        notes: Markdown for the end of the model card.
 
     Raises:
         AdapterError: the model has none.
@@ -222,13 +248,13 @@ def save_adapter(model: nn.Module, folder: str | Path, config: AdapterConfig, ba
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     low_rank = config.rank is not None
-    tensors = {
-        f"{PEFT_PREFIX if low_rank else ''}{path}.{name}{'.weight' if low_rank else ''}": tensor.detach().contiguous()
-        for path, wrapper in wrappers.items()
-        for name, tensor in wrapper.own_parameters().items()
+    given = tensors or {f"{path}.{n}": p for path, x in wrappers.items() for n, p in x.own_parameters().items()}
+    named = {
+        f"{PEFT_PREFIX if low_rank else ''}{path}{'.weight' if low_rank else ''}": tensor.detach().contiguous()
+        for path, tensor in given.items()
     }
     with _whole_file(folder / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(named, temporary, metadata={"format": "pt"})
     targets = sorted({path.rpartition(".")[2] for path in wrappers})
     peft_config: dict[str, Any] = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM"}
     if low_rank:
@@ -249,13 +275,13 @@ def save_adapter(model: nn.Module, folder: str | Path, config: AdapterConfig, ba
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     if not (folder / "README.md").exists():
         with _whole_file(folder / "README.md") as temporary:
-            temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in tensors.values())))
+            temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in named.values()), notes))
 
 
-def load_adapter(model: nn.Module, source: str | Path) -> AdapterConfig:
+def load_adapter(model: nn.Module, source: str | Path, dtype: torch.dtype | None = None) -> AdapterConfig:
     """Inject candidate projections from a folder or a hub repository; nothing is changed if they do not fit.
 
-    A folder that PEFT wrote (LoRA on any of q, k, v, o) loads as well.
+    A folder that PEFT wrote (LoRA on any of q, k, v, o) loads as well. dtype: as `inject` takes it.
 
     Raises:
         AdapterError: no such folder, damaged files, or another model's projections.
@@ -284,7 +310,7 @@ def load_adapter(model: nn.Module, source: str | Path) -> AdapterConfig:
             f"{f' (and {len(problems) - 1} more)' if problems[1:] else ''}; use an adapter for this model."
         )
     with torch.no_grad():
-        for path, wrapper in inject(model, config).items():
+        for path, wrapper in inject(model, config, dtype).items():
             for name, parameter in wrapper.own_parameters().items():
                 key = f"{PEFT_PREFIX}{path}.{name}.weight" if wrapper.is_low_rank else f"{path}.{name}"
                 parameter.copy_(tensors[key])
@@ -392,7 +418,7 @@ class _whole_file:
             self.temporary.unlink(missing_ok=True)
 
 
-def _model_card(config: AdapterConfig, base_name: str, num_parameters: int) -> str:
+def _model_card(config: AdapterConfig, base_name: str, num_parameters: int, notes: str) -> str:
     kind = "full copies" if config.rank is None else f"low rank ({config.rank}, alpha {config.alpha or config.rank})"
     letters = ", ".join(config.projections)
     trained = "\n".join(f"| {name} | {value} |" for name, value in config.trained.items())
@@ -407,4 +433,5 @@ def _model_card(config: AdapterConfig, base_name: str, num_parameters: int) -> s
         f"```python\nfrom focusllm import FocusLLM\n\n{load}\n```\n"
         + (f"\n| trained with | |\n|---|---|\n{trained}\n" if trained else "")
         + "\nApplied as an ordinary LoRA it changes every token, which is not what it was trained for.\n"
+        + notes
     )

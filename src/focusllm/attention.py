@@ -42,7 +42,7 @@ def attend(
     Args:
         query: [B, H, T, D]. key, value: [B, K, T, D], of the same new tokens.
         segments: earlier tokens; all segments are cut into blocks at the same rows.
-        mask: [T, T], True where a new token sees a new token; None: causal.
+        mask: [T, T] or [B, T, T], True where a new token sees a new token; None: causal.
         scale: factor of the scores.
         watch: report what the newest token pays to the first segment.
 
@@ -65,7 +65,8 @@ def attend(
         past = [(k, v, n, m if m is None or m.dim() == 2 else m[rows]) for k, v, n, m in past]
         few = query.shape[1] // key.shape[1] * query.shape[2] <= FEW_QUERIES and all(m is None for *_, m in past)
         function = _attend_few if few and mask is None else _attend_many
-        out, share = function(query[rows], key[rows], value[rows], past, mask, scale, watch)
+        own = mask if mask is None or mask.dim() == 2 else mask[rows]
+        out, share = function(query[rows], key[rows], value[rows], past, own, scale, watch)
         outs.append(out)
         paid.append(share)
         start = rows.stop

@@ -192,6 +192,52 @@ def verify(
 
 
 @app.command()
+def train(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Folders or files of text, JSONL, or datasets as hf:owner/name.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoints, logs and the adapter.")
+    ] = Path("focusllm-training"),
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Settings as TOML; options change them.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")] = None,
+    init_adapter: Annotated[str | None, typer.Option("--adapter", help="Begin from these projections.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: auto, float32 or bfloat16.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Highest rate.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Rank of the projections; 0: full copies.")] = None,
+    projections: Annotated[str | None, typer.Option(help="Which ones: any of the letters q, k, v, o.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another one draws other samples.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train candidate projections on your text; run it again to go on where it stopped.
+
+    Under `accelerate launch` or `torchrun` the processes share each step's memories.
+    """
+    from focusllm.training.config import TrainConfig
+
+    names = ("model", "init_adapter", "dtype", "steps", "learning_rate", "rank", "projections", "seed")
+    changes = {name: value for name in names if (value := locals()[name]) is not None}
+    if sources:
+        changes["sources"] = sources
+    settings = TrainConfig.from_file(config, **changes) if config else TrainConfig.from_dict(changes)
+    with _calm_libraries(), _training_progress(settings.steps, quiet=as_json) as (report, reading, last):
+        from focusllm.training.run import train as run_training
+
+        try:
+            folder = run_training(settings, output, report=report, reading=reading, notify=_notify)
+        except KeyboardInterrupt:
+            _notify(f"Stopped; everything is saved in {output}. Run the same command again to go on.")
+            sys.exit(130)
+    if as_json:
+        print(json.dumps({"adapter": str(folder), **last}, indent=2))
+    else:
+        print(f"The adapter is in {folder} (focusllm ask --adapter {folder} ...), the curve in {output / 'loss.png'}.")
+
+
+@app.command()
 def info(
     model: Model = "smollm2-135m",
     adapter: Adapter = None,
@@ -297,6 +343,39 @@ def _reading(name: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield report
     finally:
         bar.stop()
+
+
+@contextmanager
+def _training_progress(
+    steps: int, quiet: bool
+) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str, int], None], dict[str, Any]]]:
+    """A live line: step, losses by objective, supervised tokens a second, time left. Evaluations stay above it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    last: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("Preparing", total=None)
+
+        def losses(found: dict[str, Any]) -> str:
+            return "  ".join(f"{name} {values['loss']:.2f}" for name, values in found["objectives"].items())
+
+        def report(entry: dict[str, Any]) -> None:
+            last.update(entry)
+            if "evaluation" in entry:
+                bar.console.print(f"step {entry['step']}, held out: {losses(entry['evaluation'])}")
+                if "without_memory" in entry:
+                    bar.console.print(f"the same without memory: {losses(entry['without_memory'])}")
+            else:
+                rate = entry["labels"] / entry["seconds"]
+                text = f"{losses(entry)}  {rate:.0f} tokens/s"
+                bar.update(task, description=text, completed=entry["step"], total=steps)
+
+        def reading(source: str, tokens: int) -> None:
+            bar.update(task, description=f"Reading {source}: {tokens:,} tokens")
+
+        yield report, reading, last
 
 
 def _typed_questions() -> Iterator[str]:

@@ -5,7 +5,8 @@
     ├── ModelError             a base model that cannot work, or that cannot be loaded
     ├── AdapterError           candidate projections of another model, or a damaged file
     ├── DocumentError          a document or a question that cannot be read
-    └── MemoryLimitError       more memory is needed than there is (announced before it is spent)
+    ├── MemoryLimitError       more memory is needed than there is (announced before it is spent)
+    └── TrainingError          a training that cannot go on; says what is saved and how to go on
 
 The command line prints the message of a `FocusError` as one line and exits with code 2.
 """
@@ -33,6 +34,10 @@ class DocumentError(FocusError):
 
 class MemoryLimitError(FocusError):
     """An operation that would need more memory than is free."""
+
+
+class TrainingError(FocusError):
+    """A training that cannot begin or go on."""
 
 
 def first_line(error: BaseException) -> str:

@@ -49,8 +49,8 @@ from focusllm.rope import move_keys, rotation
 class Over:
     """Attention of a pass to segments of earlier tokens and to itself; keeps the new keys and values."""
 
-    def __init__(self, segments: Sequence[Segment] = (), watch: bool = False):
-        self.segments, self.watch = segments, watch
+    def __init__(self, segments: Sequence[Segment] = (), watch: bool = False, own_mask: Tensor | None = None):
+        self.segments, self.watch, self.own_mask = segments, watch, own_mask
         self.kv = KV([], [])
         self.paid: list[Tensor] = []
 
@@ -59,7 +59,7 @@ class Over:
         self.kv.keys.append(key)
         self.kv.values.append(value)
         past = [segment.layer(layer) for segment in self.segments]
-        out, paid = attend(query, key, value, past, None, scale, self.watch)
+        out, paid = attend(query, key, value, past, self.own_mask, scale, self.watch)
         self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
         return out
 
@@ -111,14 +111,14 @@ def to_slots(model: nn.Module, candidates: KV, positions: Tensor, first_slot: in
     """
     delta = first_slot + torch.arange(candidates.num_rows, device=positions.device) - positions
     lined_up = candidates.map(lambda tensor: tensor.transpose(0, 2))
-    move = _mover(model, delta)
+    move = mover(model, delta[None])
     return KV([move(i, key) for i, key in enumerate(lined_up.keys)], lined_up.values)
 
 
-def _mover(model: nn.Module, delta: Tensor) -> Callable[[int, Tensor], Tensor]:
-    """A function of (layer, keys [1, K, R, D]) that moves key i by delta[i] positions."""
+def mover(model: nn.Module, delta: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """A function of (layer, keys [B, K, T, D]) that moves keys by delta [B, T] positions."""
     found = layout(model)
-    turn = rotation(delta[None], found.inv_freq.to(delta.device))
+    turn = rotation(delta, found.inv_freq.to(delta.device))
     return lambda layer, keys: move_keys(keys, turn, found.interleaved) if found.layers[layer].rotary else keys
 
 
@@ -171,7 +171,7 @@ def decode_pass(
     """
     rows, counts = pairs.shape[0], list(num_chunks)
     slots = torch.cat([torch.arange(count, device=start.device) for count in counts])
-    move = _mover(model, slots - (start + 1))
+    move = mover(model, (slots - (start + 1))[None])
     over_rows, local_kv = Over(row), KV([], [])
     candidates = [KV([], []) for _ in counts]
     totals: list[Tensor] = []

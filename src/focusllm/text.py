@@ -48,7 +48,7 @@ def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]
     """
     if not question.strip():
         raise DocumentError("the question is empty; ask something.")
-    before, after = _chat_frame(tokenizer)
+    before, after = chat_frame(tokenizer)
     arguments: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     if before is None:
         return start_tokens(tokenizer), encode_text(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:").token_ids
@@ -56,7 +56,7 @@ def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]
     return list(tokenizer(before, **arguments).input_ids), asked + list(tokenizer(after, **arguments).input_ids)
 
 
-def _chat_frame(tokenizer: Any) -> tuple[str | None, str]:
+def chat_frame(tokenizer: Any) -> tuple[str | None, str]:
     """What the chat template writes around a user's message; None if there is no usable template."""
     if not getattr(tokenizer, "chat_template", None):
         return None, ""

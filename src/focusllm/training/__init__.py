@@ -1,0 +1,1 @@
+"""Training candidate projections: data, samples, losses, the loop, checkpoints, and what is kept of it."""

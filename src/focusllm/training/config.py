@@ -1,0 +1,193 @@
+"""What a training is: every setting, checked once, to and from a TOML file. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from focusllm.errors import ConfigError
+
+Schedule = Literal["cosine", "linear", "constant"]
+Supervision = Literal["dense", "exact"]
+TEXT_OBJECTIVES = ("continuation", "repetition")
+TASK_OBJECTIVES = ("facts", "tables", "stories", "multihop")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from.
+
+    Raises:
+        ConfigError: a weight that is not positive.
+    """
+
+    path: str
+    """A folder or file of text, a JSONL file, or the name of a Hugging Face dataset as `hf:owner/name`."""
+    weight: float = 1.0
+    """How often it is drawn from, relative to the other sources."""
+    column: str = "text"
+    """The column with the text; `messages`, or `prompt` and `completion`, are found by themselves."""
+    split: str = "train"
+    """The split of a dataset."""
+    subset: str | None = None
+    """The subset (configuration) of a dataset."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"the weight of {self.path} is {self.weight}; it must be above 0.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training. All lengths are in tokens; of several lengths, each memory draws one.
+
+    Raises:
+        ConfigError: with the setting, its value and what it may be.
+    """
+
+    sources: tuple[Source, ...] = ()
+    held_out: tuple[Source, ...] = ()
+    """Never trained on: what the loss is evaluated on during training. Empty: the last 2% of every source."""
+    model: str = "smollm2-135m"
+    dtype: str = "auto"
+    """Type of the frozen base model; trainable weights are float32. auto: bfloat16 where it is fast, else float32."""
+
+    # The trainable projections.
+    projections: str = "qkvo"
+    rank: int | None = 64
+    """Rank of low-rank projections; 0 in a file, None here: full copies, as in the paper."""
+    alpha: float | None = None
+    init_adapter: str | None = None
+    """Begin from these projections instead of untrained ones."""
+
+    # What a sample is.
+    supervision: Supervision = "dense"
+    """dense: every answer token is a label; exact: the first one only, the paper's loss (slow)."""
+    objectives: dict[str, float] = field(default_factory=lambda: {"continuation": 0.5, "repetition": 0.5})
+    """Share of the samples of each objective: continuation, repetition, facts, tables, stories, multihop."""
+    stories: tuple[str, ...] = ()
+    """bAbI files for the objective `stories`."""
+    multihop: tuple[str, ...] = ()
+    """HotpotQA or MuSiQue files for the objective `multihop`."""
+    chunk_lengths: tuple[int, ...] = (128, 256, 512, 1024)
+    memory_lengths: tuple[int, ...] = (1024, 2048, 4096)
+    local_lengths: tuple[int, ...] = (64, 128, 256)
+    prompt_lengths: tuple[int, ...] = (16, 32, 64)
+    answer_length: int = 64
+    """Supervised tokens of a continuation or repetition."""
+    samples_per_memory: int = 6
+    """Samples that share one encoded memory."""
+    memories_per_step: int = 1
+    """Memories of one optimiser step, over all processes."""
+
+    # The optimiser.
+    steps: int = 1000
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    schedule: Schedule = "cosine"
+    final_learning_rate: float = 0.1
+    """Where the schedule ends, as a share of the learning rate."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    checkpointed: bool = False
+    """Recompute the passes for the gradients instead of keeping activations: less memory, a third more time."""
+
+    # What is kept.
+    evaluate_every: int = 100
+    evaluation_memories: int = 8
+    save_every: int = 50
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_lengths", "memory_lengths", "local_lengths", "prompt_lengths"):
+            lengths = getattr(self, name)
+            if not lengths or any(not isinstance(length, int) or length < 1 for length in lengths):
+                raise ConfigError(f"{name} is {lengths!r}; give one or more whole numbers of at least 1.")
+        for name in ("answer_length", "samples_per_memory", "memories_per_step", "steps", "evaluate_every"):
+            self._at_least(name, 1)
+        for name in ("evaluation_memories", "save_every", "keep_last"):
+            self._at_least(name, 1)
+        for name in ("warmup_steps", "seed"):
+            self._at_least(name, 0)
+        known = (*TEXT_OBJECTIVES, *TASK_OBJECTIVES)
+        odd = sorted(set(self.objectives) - set(known))
+        if odd:
+            raise ConfigError(f"objectives has {', '.join(odd)}; known are {', '.join(known)}.")
+        shares = list(self.objectives.values())
+        if not shares or min(shares) < 0 or sum(shares) <= 0:
+            raise ConfigError(f"objectives is {self.objectives}; give shares of at least 0 that are not all 0.")
+        for name in ("stories", "multihop"):
+            if self.objectives.get(name) and not getattr(self, name):
+                raise ConfigError(f"objectives asks for {name}, but {name} names no files; name some or leave it out.")
+        if max(self.chunk_lengths) > max(self.memory_lengths):
+            raise ConfigError(
+                f"chunk_lengths go up to {max(self.chunk_lengths)}, but memory_lengths only to "
+                f"{max(self.memory_lengths)}; a memory holds at least one chunk."
+            )
+        if self.supervision not in ("dense", "exact"):
+            raise ConfigError(f"supervision is {self.supervision!r}; it must be dense or exact.")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ConfigError(f"schedule is {self.schedule!r}; it must be cosine, linear or constant.")
+        if not self.learning_rate > 0 or not self.clip > 0 or self.weight_decay < 0:
+            raise ConfigError("learning_rate and clip must be above 0, weight_decay at least 0.")
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether base + low rank is trained rather than full copies."""
+        return self.rank is not None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TrainConfig:
+        """Settings from what a TOML or JSON file holds.
+
+        Raises:
+            ConfigError: unknown settings, or values that cannot work.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(content) - names)
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {', '.join(sorted(names))}.")
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
+        try:
+            for name in ("sources", "held_out"):
+                if name in settings:
+                    settings[name] = tuple(
+                        Source(source) if isinstance(source, str) else Source(**source) for source in settings[name]
+                    )
+        except TypeError as error:
+            raise ConfigError(f"a source is wrong ({error}); it has path, weight, column, split and subset.") from error
+        if settings.get("rank") == 0:
+            settings["rank"] = None
+        return cls(**settings)
+
+    @classmethod
+    def from_file(cls, path: str | Path, **changes: Any) -> TrainConfig:
+        """Settings from a TOML file, some of them changed.
+
+        Raises:
+            ConfigError: no such file, or one that is not TOML; as `from_dict`.
+        """
+        try:
+            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"the settings {path} cannot be read ({error}); give a TOML file.") from error
+        return cls.from_dict({**content, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as JSON takes them."""
+        return {**dataclasses.asdict(self), "rank": self.rank or 0}
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some settings changed, checked again."""
+        return TrainConfig.from_dict({**self.to_dict(), **changes})

@@ -1,0 +1,203 @@
+"""Text for training: read in a stream, tokenised once, kept as one memory-mapped array of token ids a source.
+
+    folder, JSONL, Hugging Face dataset --> documents --> token ids, document after document --> tokens.npy
+                                                          where each document ends            --> ends.npy
+                                                          where its answer begins (or -1)     --> answers.npy
+
+A source that has not changed is not tokenised again. Documents are never joined: a sample lies in one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from focusllm.errors import ConfigError, DocumentError, first_line
+from focusllm.readers import DOCUMENT_SUFFIXES, read_text
+from focusllm.text import encode_text
+from focusllm.training.config import Source
+
+Report = Callable[[str, int], None]
+"""Called with (source, tokens so far) while a source is tokenised."""
+SUFFIXES = {*DOCUMENT_SUFFIXES, ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts"} - {".json"}
+FORMAT = 1
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokenised documents.
+
+    Args:
+        tokens: [all tokens], memory-mapped. starts, ends: [D], where each document lies in them.
+        answers: [D], index in the document of the first supervised token; -1: any token may be.
+    """
+
+    name: str
+    tokens: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    answers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[D], in tokens."""
+        lengths: np.ndarray = self.ends - self.starts
+        return lengths
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids of a document."""
+        tokens: np.ndarray = self.tokens[self.starts[index] : self.ends[index]]
+        return tokens
+
+    def split(self, every: int = 50) -> tuple[Corpus, Corpus]:
+        """What is trained on, and what is kept from it: one document of `every`, or the end of the only one."""
+        if len(self) == 1 and self.answers[0] < 0:
+            cut = self.starts + self.lengths * (every - 1) // every
+            return replace(self, ends=cut), replace(self, starts=cut)
+        kept = np.arange(len(self)) % every == min(every, len(self)) - 1
+        parts = [(self.starts[which], self.ends[which], self.answers[which]) for which in (~kept, kept)]
+        trained, held_out = (Corpus(self.name, self.tokens, *part) for part in parts)
+        return trained, held_out
+
+
+def load_corpus(source: Source, tokenizer: Any, folder: Path, report: Report = lambda *_: None) -> Corpus:
+    """Tokenise a source into `folder`, unless that has been done.
+
+    Raises:
+        DocumentError: no text, or a file that cannot be read; ConfigError: a dataset without the named column.
+    """
+    target = folder / f"{_key(source, tokenizer)}"
+    if not (target / "source.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder, prefix=f"{target.name}.part."))
+        try:
+            _tokenise(source, tokenizer, part, report)
+            part.rename(target)
+        except OSError:
+            if not (target / "source.json").exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    tokens = np.load(target / "tokens.npy", mmap_mode="r")
+    ends, answers = np.load(target / "ends.npy"), np.load(target / "answers.npy")
+    return Corpus(source.path, tokens, np.concatenate([[0], ends[:-1]]), ends, answers)
+
+
+def _tokenise(source: Source, tokenizer: Any, folder: Path, report: Report) -> None:
+    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    ends, answers, total = [], [], 0
+    raw = folder / "tokens.raw"
+    with raw.open("wb") as file:
+        for before, after in documents(source, tokenizer):
+            ids = encode_text(tokenizer, before).token_ids if isinstance(before, str) else before
+            supervised = [*encode_text(tokenizer, after).token_ids, tokenizer.eos_token_id] if after else []
+            if not ids:
+                continue
+            np.asarray([*ids, *supervised], dtype=kind).tofile(file)
+            total += len(ids) + len(supervised)
+            ends.append(total)
+            answers.append(len(ids) if supervised else -1)
+            report(source.path, total)
+    if not total:
+        raise DocumentError(f"{source.path} has no text; name a folder, a file or a dataset with some.")
+    np.save(folder / "tokens.npy", np.memmap(raw, dtype=kind, mode="r"))
+    raw.unlink()
+    np.save(folder / "ends.npy", np.asarray(ends, dtype=np.int64))
+    np.save(folder / "answers.npy", np.asarray(answers, dtype=np.int64))
+    (folder / "source.json").write_text(json.dumps({"path": source.path, "tokens": total, "documents": len(ends)}))
+
+
+def documents(source: Source, tokenizer: Any) -> Iterator[tuple[str | list[int], str]]:
+    """The documents of a source as (text or token ids, supervised answer or "")."""
+    if source.path.startswith("hf:"):
+        for row in _dataset(source):
+            yield _row(row, source, tokenizer, f"the dataset {source.path[3:]}")
+        return
+    path = Path(source.path)
+    if not path.exists():
+        raise DocumentError(f"there is no file or folder {path}; name one, or a dataset as hf:owner/name.")
+    for file in files(path):
+        if file.suffix in (".jsonl", ".ndjson"):
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _row(_parsed(line, file, number), source, tokenizer, f"{file}, line {number}")
+        else:
+            try:
+                yield read_text(file), ""
+            except DocumentError as error:
+                if file == path:
+                    raise
+                logger.warning("left out: %s", error)  # one odd file among many
+
+
+def files(path: Path) -> list[Path]:
+    """The files with text in a folder, in a fixed order; a file is itself."""
+    if path.is_file():
+        return [path]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in {*SUFFIXES, ".jsonl", ".ndjson"}]
+    return [file for file in found if file.is_file() and file.stat().st_size]
+
+
+def _parsed(line: str, file: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DocumentError(f"{file}, line {number} is not JSON ({error}); one JSON object a line.") from error
+    if not isinstance(row, dict):
+        raise DocumentError(f"{file}, line {number} is not a JSON object; one JSON object a line.")
+    return row
+
+
+def _row(row: dict[str, Any], source: Source, tokenizer: Any, place: str) -> tuple[str | list[int], str]:
+    """A row's text, or its prompt and answer."""
+    if isinstance(row.get(source.column), str):
+        return row[source.column], ""
+    if isinstance(row.get("messages"), list) and row["messages"]:
+        *asked, answer = row["messages"]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(ids), str(answer["content"])
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return row["prompt"], row["completion"]
+    raise ConfigError(
+        f"{place} has no text in a column {source.column!r}, nor messages, nor prompt and completion; it has "
+        f"{', '.join(sorted(row)) or 'nothing'}. Name the column of the text."
+    )
+
+
+def _dataset(source: Source) -> Iterator[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError("Hugging Face datasets need the package datasets: pip install 'focusllm[train]'.") from error
+    name = source.path[3:]
+    try:
+        yield from load_dataset(name, source.subset, split=source.split, streaming=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the hub, its client, a proxy or a malformed file objects to
+        raise DocumentError(f"the dataset {name} cannot be read ({first_line(error)}).") from error
+
+
+def _key(source: Source, tokenizer: Any) -> str:
+    """Changes when the files, or how they are tokenised, change."""
+    digest = hashlib.sha256(f"{FORMAT} {source.path} {source.column} {source.split} {source.subset}".encode())
+    digest.update(f"{len(tokenizer)} {tokenizer.name_or_path}".encode())
+    if not source.path.startswith("hf:") and Path(source.path).exists():
+        for file in files(Path(source.path)):
+            stat = file.stat()
+            digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,236 @@
+"""Dense supervision: one pass over the rows and one over the local contexts, and every answer position has its label.
+
+The paper's training supervises one token a sequence. Cached decoding, teacher-forced, supervises them all:
+
+    row i        [ chunk i | prompt | answer ] of every sample, packed: ordinary tokens, frozen, read without a graph
+                                 c c c c       a candidate at each answer position: sees chunk i, its own sample's
+                                 | | | |       tokens before it, and itself
+                                 v v v v
+    local pass   [ sets of candidates | local context | answer ]   each answer position sees the set that was made
+                                                                   there, earlier positions the first set
+
+Several samples share the chunks of one memory, which are encoded once. The result is exactly what `cached` decoding
+computes step by step (tested), so what is trained is what is used.
+
+Letters: S samples, R chunks (rows), C tokens of a chunk, N candidates a row (all samples' answer positions), M the
+answer positions of a sample, T tokens, K key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from focusllm.base import run
+from focusllm.focus import Over, focus_logits, mover
+from focusllm.kv import KV, Segment
+
+PACK_LABELS = 128
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A local context with its answer, to be decoded from some memory."""
+
+    token_ids: Sequence[int]
+    """The local context, then the answer."""
+    num_answers: int
+    """How many tokens at the end are labels; at least one token stands before them."""
+    prompt_length: int
+    """Most tokens of the dynamic prompt."""
+    objective: str = "continuation"
+    """What the loss is reported under."""
+
+    @property
+    def newest(self) -> int:
+        """Index of the token that is the newest when the first answer token is predicted."""
+        return len(self.token_ids) - self.num_answers - 1
+
+    @property
+    def start(self) -> int:
+        """Index of the first token of the dynamic prompt."""
+        return max(0, self.newest + 1 - self.prompt_length)
+
+
+def dense_loss(
+    model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Losses and labels of all answer tokens.
+
+    Args:
+        chunk_kv: [R, K, C, D] a layer, from `encode_chunks`.
+        checkpointed: keep no activations but recompute both passes for the gradients: less memory, a third more time.
+
+    Returns:
+        Cross entropies [labels], in the order of the samples, and how many of them are right under greedy decoding
+        (a boolean tensor of the same shape).
+    """
+    logits = dense_logits(model, chunk_kv, samples, checkpointed)
+    labels = torch.tensor([x for s in samples for x in s.token_ids[-s.num_answers :]], device=logits.device)
+    wide = logits.float() if logits.dtype.itemsize == 2 else logits
+    return F.cross_entropy(wide, labels, reduction="none"), logits.detach().argmax(-1) == labels
+
+
+def exact_loss(model: nn.Module, chunks: Tensor | Sequence[Tensor], sample: Sample) -> tuple[Tensor, Tensor]:
+    """The paper's loss: one label a sequence, the first answer token (section 3.4).
+
+    Args:
+        chunks: [R, C] token ids, or R tensors of them.
+
+    Returns:
+        Cross entropy and whether the label is the likeliest token, both scalars.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor(list(sample.token_ids[: sample.newest + 2]), device=device)
+    logits = focus_logits(model, list(chunks), ids[sample.start : -1], ids[:-1])[-1]
+    wide = logits.float() if logits.dtype.itemsize == 2 else logits
+    return F.cross_entropy(wide, ids[-1]), logits.detach().argmax() == ids[-1]
+
+
+def dense_logits(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False) -> Tensor:
+    """Logits [labels, V] of all answer tokens, in the order of the samples; differentiable in the projections."""
+    call: Callable[..., tuple[Tensor, ...]] = _recomputed if checkpointed and torch.is_grad_enabled() else _plainly
+    logits: dict[int, Tensor] = {}
+    for pack in _packs(samples):
+        places = _Places([samples[i] for i in pack], chunk_kv.length, chunk_kv.keys[0].device)
+        with torch.no_grad():
+            rows = ordinary_pass(model, chunk_kv, places)
+        made = call(lambda *flat, at=places: _flat(candidate_sets(model, chunk_kv, _unflat(flat), at)), *_flat(rows))
+        (result,) = call(lambda *flat, at=places: (local_logits(model, _unflat(flat), at),), *made)
+        logits |= dict(zip(pack, torch.split(result, [samples[i].num_answers for i in pack]), strict=True))
+    return torch.cat([logits[i] for i in range(len(samples))])
+
+
+def _packs(samples: Sequence[Sample]) -> list[list[int]]:
+    """Which samples go through the passes together: alike in length, and with at most `PACK_LABELS` labels.
+
+    Packed samples are masked from each other, which costs attention to what is masked, and padded to the longest.
+    """
+    packs: list[list[int]] = []
+    for i in sorted(range(len(samples)), key=lambda i: len(samples[i].token_ids)):
+        if packs and sum(samples[j].num_answers for j in packs[-1]) + samples[i].num_answers <= PACK_LABELS:
+            packs[-1].append(i)
+        else:
+            packs.append([i])
+    return packs
+
+
+def ordinary_pass(model: nn.Module, chunk_kv: KV, places: _Places) -> KV:
+    """The samples' prompt and answer tokens behind every chunk, as the base model reads them: [R, K, T, D] a layer."""
+    rows = chunk_kv.num_rows
+    attention = Over([Segment([chunk_kv])], own_mask=places.row_mask)
+    if places.row_tokens.numel():
+        run(model, places.row_tokens.expand(rows, -1), places.row_positions[None], attention)
+        return attention.kv
+    return chunk_kv.tokens(0, 0)
+
+
+def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: _Places) -> KV:
+    """A candidate at every answer position of every row, keys moved to the slots: [R, K, N, D] a layer."""
+    rows, count = chunk_kv.num_rows, len(places.candidate_tokens)
+    segments = [Segment([chunk_kv])]
+    if ordinary.length:
+        segments.append(Segment([ordinary], places.candidate_mask))
+    own = torch.eye(count, dtype=torch.bool, device=places.candidate_tokens.device)
+    attention = Over(segments, own_mask=own)
+    positions = places.candidate_positions[None]
+    run(model, places.candidate_tokens.expand(rows, -1), positions, attention, candidates=slice(0, count))
+    slots = torch.arange(rows, device=own.device)[:, None]
+    move = mover(model, slots - positions)
+    return KV([move(i, key) for i, key in enumerate(attention.kv.keys)], attention.kv.values)
+
+
+def local_logits(model: nn.Module, candidates: KV, places: _Places) -> Tensor:
+    """The local passes of all samples as one batch, each over its own candidate sets: logits [labels, V]."""
+    rows, _, _, width = candidates.keys[0].shape
+    shape = places.set_of.shape  # [S, most sets of a sample]
+
+    def by_sample(made: Tensor) -> Tensor:  # [R, K, N, D] -> [S, K, sets * R, D], a sample's sets one after another
+        chosen = made.permute(1, 2, 0, 3).index_select(1, places.set_of.flatten())  # [K, S * sets, R, D]
+        return chosen.reshape(-1, shape[0], shape[1] * rows, width).transpose(0, 1)
+
+    sets = candidates.map(by_sample)
+    attention = Over([Segment([sets], places.sees_set.repeat_interleave(rows, 2))], own_mask=places.local_mask)
+    positions = places.local_positions + rows
+    logits = run(model, places.local_tokens, positions, attention, logits_to_keep=shape[1])
+    assert logits is not None
+    return logits[places.is_answer]
+
+
+class _Places:
+    """Where everything of S samples lies: packed in the rows, side by side in the local batch, padded on the left."""
+
+    def __init__(self, samples: Sequence[Sample], chunk_length: int, device: torch.device):
+        row_tokens: list[int] = []
+        row_positions: list[int] = []
+        row_sample: list[int] = []
+        made_tokens: list[int] = []
+        made_positions: list[int] = []
+        made_sample: list[int] = []
+
+        def as_tensor(numbers: Sequence[int] | list[list[int]]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long, device=device)
+
+        for i, sample in enumerate(samples):
+            tokens, start, newest, last = sample.token_ids, sample.start, sample.newest, len(sample.token_ids) - 2
+            row_tokens += tokens[start:last]
+            row_positions += range(chunk_length, chunk_length + last - start)
+            row_sample += [i] * (last - start)
+            made_tokens += tokens[newest : last + 1]
+            made_positions += range(chunk_length + newest - start, chunk_length + last + 1 - start)
+            made_sample += [i] * sample.num_answers
+        self.row_tokens, self.row_positions = as_tensor(row_tokens), as_tensor(row_positions)
+        self.candidate_tokens, self.candidate_positions = as_tensor(made_tokens), as_tensor(made_positions)
+        of_row, of_candidate = as_tensor(row_sample), as_tensor(made_sample)
+        self.row_mask = (of_row[:, None] == of_row) & (self.row_positions[:, None] >= self.row_positions)
+        """[T, T]: a sample's tokens see its own earlier ones."""
+        self.candidate_mask = (of_candidate[:, None] == of_row) & (
+            self.candidate_positions[:, None] > self.row_positions
+        )
+        """[N, T]: a candidate sees its own sample's tokens before it."""
+
+        lengths = as_tensor([len(sample.token_ids) - 1 for sample in samples])[:, None]
+        answers = as_tensor([sample.num_answers for sample in samples])[:, None]
+        longest, most = int(lengths.max()), int(answers.max())
+        padded = [[0] * (longest + 1 - len(s.token_ids)) + list(s.token_ids[:-1]) for s in samples]
+        self.local_tokens = as_tensor(padded)
+        index = torch.arange(longest, device=device)[None]
+        padding = longest - lengths  # [S, 1]
+        self.local_positions = (index - padding).clamp(min=0)
+        causal = index[0][:, None] >= index[0]
+        is_token = index >= padding
+        self.local_mask = causal & (is_token[:, None] | torch.eye(longest, dtype=torch.bool, device=device))
+        """[S, T, T]: padding is seen by nobody but itself."""
+        column = torch.arange(most, device=device)[None]
+        self.is_answer = column >= most - answers
+        """[S, most]: which of the last columns have a label."""
+        first = torch.cumsum(answers, 0) - answers
+        self.set_of = (first + (column - (most - answers)).clamp(min=0)).clamp(max=len(made_tokens) - 1)
+        """[S, most]: which of the N candidates belongs to each column; padding repeats the first."""
+        own = torch.maximum(index - (longest - most), most - answers)  # the column whose set each token sees
+        self.sees_set = own[:, :, None] == column[:, None]
+        """[S, T, most]."""
+
+
+def _plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    return function(*tensors)
+
+
+def _recomputed(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    # The pass enters its own routing inside the function, so the second run sees what the first one saw.
+    made: tuple[Tensor, ...] = checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return made
+
+
+def _flat(kv: KV) -> tuple[Tensor, ...]:
+    return (*kv.keys, *kv.values)
+
+
+def _unflat(tensors: Sequence[Tensor]) -> KV:
+    half = len(tensors) // 2
+    return KV(list(tensors[:half]), list(tensors[half:]))

@@ -1,0 +1,357 @@
+"""The training loop: one for a CPU, a GPU, and several processes.
+
+    for step in steps:
+        memories = sampler.draw(step, 0 .. memories_per_step - 1), shared out among the processes
+        encode chunks (frozen, no graph) -> dense_loss -> gradients of the candidate projections -> AdamW
+        every now and then: evaluate on held-out text, write a checkpoint
+
+The base model is frozen and may be in a 16-bit type; the candidate projections are float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from focusllm.adapter import AdapterConfig, inject, injected, load_adapter, save_adapter, trainable_parameters
+from focusllm.base import layout, run
+from focusllm.errors import TrainingError
+from focusllm.focus import Over, encode_chunks
+from focusllm.training import checkpoint
+from focusllm.training.config import TrainConfig
+from focusllm.training.dense import Sample, dense_loss, exact_loss
+from focusllm.training.sampling import Memory, Sampler, check_positions
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last")
+Report = Callable[[dict[str, Any]], None]
+
+
+class MemoryLoss(nn.Module):
+    """The loss of one memory's samples, as a module that several processes can wrap."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Cross entropies and hits, [labels] each."""
+        device = next(self.model.parameters()).device
+        chunks = torch.as_tensor(memory.chunks, dtype=torch.long, device=device)
+        if self.config.supervision == "exact":
+            both = [exact_loss(self.model, chunks, sample) for sample in memory.samples]
+            return torch.stack([loss for loss, _ in both]), torch.stack([hit for _, hit in both])
+        kv = encode_chunks(self.model, chunks)
+        return dense_loss(self.model, kv, memory.samples, self.config.checkpointed)
+
+
+@dataclass
+class Meter:
+    """Sums of losses and hits by objective."""
+
+    sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+
+    def add(self, samples: list[Sample], losses: Tensor, hits: Tensor) -> None:
+        """Take one memory's labels in."""
+        sizes = [sample.num_answers for sample in samples]
+        both = zip(samples, _split(losses.detach().double(), sizes), _split(hits.double(), sizes), strict=True)
+        for sample, loss, hit in both:
+            found = self.sums[sample.objective]
+            for i, value in enumerate((float(loss.sum()), float(hit.sum()), float(len(loss)))):
+                found[i] += value
+
+    def gathered(self, accelerator: Accelerator) -> Meter:
+        """The same over all processes."""
+        if accelerator.num_processes == 1:
+            return self
+        everywhere: list[dict[str, list[float]]] = [{}] * accelerator.num_processes
+        torch.distributed.all_gather_object(everywhere, dict(self.sums))
+        total = Meter()
+        for one in everywhere:
+            for name, values in one.items():
+                total.sums[name] = [a + b for a, b in zip(total.sums[name], values, strict=True)]
+        return total
+
+    def result(self) -> dict[str, Any]:
+        """Mean loss (nats a label), share of hits and labels: in all, and by objective."""
+        total = [sum(values[i] for values in self.sums.values()) for i in range(3)]
+        by = {
+            name: {"loss": s / n, "accuracy": h / n, "labels": int(n)} for name, (s, h, n) in sorted(self.sums.items())
+        }
+        return {"loss": total[0] / total[2], "labels": int(total[2]), "objectives": by}
+
+
+def _split(values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return torch.split(values, sizes)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step (counted from 0): warm-up, then the schedule down to its final share."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    least = config.final_learning_rate
+    share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    return config.learning_rate * (share if config.schedule == "constant" else least + (1 - least) * share)
+
+
+class Training:
+    """A training in a folder.
+
+    Args:
+        config: what to train and how.
+        model: the base model; candidate projections are injected.
+        sampler, held_out: where memories come from; held_out None: no evaluation.
+        output: the folder for checkpoints, logs and the adapter.
+        base_name: the base model's name, for the adapter's card.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        sampler: Sampler,
+        held_out: Sampler | None,
+        output: Path,
+        base_name: str = "",
+        accelerator: Accelerator | None = None,
+    ):
+        self.config, self.sampler, self.held_out, self.output = config, sampler, held_out, Path(output)
+        self.base_name = base_name
+        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        check_positions(config, layout(model).max_positions)
+        if config.memories_per_step % self.accelerator.num_processes:
+            raise TrainingError(
+                f"memories_per_step is {config.memories_per_step}, which cannot be shared out evenly among "
+                f"{self.accelerator.num_processes} processes; use a multiple."
+            )
+        self.adapter_config = AdapterConfig(config.projections, config.rank, config.alpha)
+        self.step = 0
+        self.best: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        found = checkpoint.all_of(self.output)
+        self.base = model
+        self._place(found[-1] if found else None)
+
+    def _place(self, resumed: Path | None) -> None:
+        """Inject the projections, from a checkpoint if there is one, and make the optimizer."""
+        model, config = self.base, self.config
+        torch.manual_seed(config.seed)
+        source = resumed or config.init_adapter
+        model.requires_grad_(False)
+        if source:
+            loaded = load_adapter(model, source, torch.float32)
+            asked = self.adapter_config
+            if (loaded.projections, loaded.rank, loaded.scale) != (asked.projections, asked.rank, asked.scale):
+                raise TrainingError(
+                    f"the projections in {source} are {loaded.projections} of rank {loaded.rank}, not "
+                    f"{config.projections} of rank {config.rank}; use the settings that they were trained with."
+                )
+        else:
+            inject(model, self.adapter_config, torch.float32)
+        trained = list(trainable_parameters(model).values())
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self.module = self.accelerator.prepare(MemoryLoss(model, config))
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        )
+        if resumed:
+            self._restore(resumed)
+
+    def _restore(self, folder: Path) -> None:
+        state, optimizer = checkpoint.load(folder)
+        before, now = state["config"], json.loads(json.dumps(self.config.to_dict()))
+        odd = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
+        if odd:
+            raise TrainingError(
+                f"the training in {self.output} has other settings ({odd[0]} is {before.get(odd[0])}, now "
+                f"{now[odd[0]]}); use the same ones to go on, or another output folder to begin anew."
+            )
+        set_optimizer_state_dict(self.module, self.optimizer, optimizer, options=WHOLE)
+        self.step, self.best = state["step"], state["best"]
+
+    def run(self, report: Report = lambda _: None) -> dict[str, Any]:
+        """Train until the last step.
+
+        Args:
+            report: called with a dictionary for every step and every evaluation.
+
+        Returns:
+            The last evaluation, or the last step if there was none.
+
+        Raises:
+            TrainingError: a loss that is not finite, a full disk; says what is saved.
+            KeyboardInterrupt: after Ctrl-C, when the step under way is done and saved.
+        """
+        self._cut_log()
+        last: dict[str, Any] = {}
+        with _interrupts() as interrupted:
+            if self.step == 0:
+                last = self._evaluate(report, first=True) or last
+            while self.step < self.config.steps:
+                entry = self._advance()
+                self._log(entry, report)
+                done = self.step == self.config.steps
+                if done or self.step % self.config.evaluate_every == 0:
+                    last = self._evaluate(report) or entry
+                if done or interrupted.is_set() or self.step % self.config.save_every == 0:
+                    self.save()
+                if interrupted.is_set() and not done:
+                    raise KeyboardInterrupt
+        return last
+
+    def _advance(self) -> dict[str, Any]:
+        """One optimiser step."""
+        config, accelerator = self.config, self.accelerator
+        start = time.perf_counter()
+        mine = range(accelerator.process_index, config.memories_per_step, accelerator.num_processes)
+        memories = [self.sampler.draw(self.step, number) for number in mine]
+        labels = torch.tensor(sum(memory.num_labels for memory in memories), device=accelerator.device)
+        total = int(accelerator.reduce(labels, "sum"))
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        meter = Meter()
+        for i, memory in enumerate(memories):
+            last = i == len(memories) - 1
+            with nullcontext() if last else accelerator.no_sync(self.module):
+                losses, hits = self.module(memory)
+                # Gradients are averaged over processes, so the mean over all labels needs their number back.
+                loss = losses.sum() * (accelerator.num_processes / total)
+                self._check_finite(loss, memory)
+                accelerator.backward(loss)
+            meter.add(memory.samples, losses, hits)
+        norm = accelerator.clip_grad_norm_(
+            [parameter for parameter in self.module.parameters() if parameter.requires_grad], config.clip
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - start
+        return {
+            "step": self.step,
+            **meter.gathered(accelerator).result(),
+            "learning_rate": rate,
+            "gradient_norm": float(norm if norm is not None else 0.0),
+            "seconds": seconds,
+        }
+
+    def _check_finite(self, loss: Tensor, memory: Memory) -> None:
+        if not torch.isfinite(loss):
+            found = checkpoint.all_of(self.output)
+            saved = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+            raise TrainingError(
+                f"the loss is {float(loss)} in step {self.step} (a memory from {memory.origin}); {saved}. Use a "
+                f"smaller learning_rate (it is {self.config.learning_rate}) or float32."
+            )
+
+    @torch.no_grad()
+    def _evaluate(self, report: Report, first: bool = False) -> dict[str, Any] | None:
+        """Losses on held-out text; at first, also without memory."""
+        if self.held_out is None:
+            return None
+        accelerator, meter, alone = self.accelerator, Meter(), Meter()
+        count = self.config.evaluation_memories
+        for number in range(accelerator.process_index, count, accelerator.num_processes):
+            memory = self.held_out.draw(0, number, "held out")
+            meter.add(memory.samples, *self.module(memory))
+            if first:
+                for sample in memory.samples:
+                    alone.add([sample], *_without_memory(self.base, sample))
+        entry: dict[str, Any] = {"step": self.step, "evaluation": meter.gathered(accelerator).result()}
+        if first:
+            entry["without_memory"] = alone.gathered(accelerator).result()
+        loss = entry["evaluation"]["loss"]
+        if not first and loss < self.best.get("loss", math.inf):
+            self.best = {"loss": loss, "step": self.step}
+            self.save()
+        self._log(entry, report)
+        return entry
+
+    def save(self) -> None:
+        """Write a checkpoint (all processes take part, the main one writes)."""
+        options = WHOLE
+        optimizer = get_optimizer_state_dict(self.module, self.optimizer, options=options)
+        state = {"config": self.config.to_dict(), "best": self.best}
+        tensors = self._adapter_tensors()
+        if self.accelerator.is_main_process:
+            write = lambda folder: save_adapter(self.base, folder, self.adapter_config, self.base_name, tensors)  # noqa: E731
+            checkpoint.save(self.output, self.step, state, optimizer, write)
+            best = f"step-{self.best['step']:06d}" if self.best else None
+            checkpoint.prune(self.output, self.config.keep_last, best)
+        self.accelerator.wait_for_everyone()
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """The projections, whole, on the CPU."""
+        return {
+            f"{path}.{name}": (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu()
+            for path, wrapper in injected(self.base).items()
+            for name, p in wrapper.own_parameters().items()
+        }
+
+    def _log(self, entry: dict[str, Any], report: Report) -> None:
+        if self.accelerator.is_main_process:
+            with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            report(entry)
+
+    def _cut_log(self) -> None:
+        """Remove from the log what was done after the checkpoint and will be done again."""
+        path = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step and self.step]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _without_memory(model: nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
+    """The same labels from the local context alone, by the base model."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(sample.token_ids)], device=device)
+    positions = torch.arange(ids.shape[1] - 1, device=device)[None]
+    logits = run(model, ids[:, :-1], positions, Over(), logits_to_keep=sample.num_answers)
+    assert logits is not None
+    labels = ids[0, -sample.num_answers :]
+    return nn.functional.cross_entropy(logits[0].float(), labels, reduction="none"), logits[0].argmax(-1) == labels
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event, so that the step under way is finished and saved; a second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,238 @@
+"""Retrieval tasks that are made up: something is hidden in a long text, and asked for.
+
+A task gives `inserts` (text to be put somewhere into the memory, in order), a `question`, the `lead` with which the
+answer begins, and the `answer`. Pure functions of a random generator; no tokenizer, no files but bAbI's. The wordings
+are deliberately not those of the tasks that the method is evaluated on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from focusllm.errors import DocumentError
+
+Rng = np.random.Generator
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something hidden, and the question about it."""
+
+    inserts: list[str]
+    """Texts for the memory: each is put somewhere, in this order."""
+    question: str
+    lead: str
+    """The beginning of the answer that is given with the question, for texts without a chat template; may be empty."""
+    answer: str
+
+
+def fact(rng: Rng) -> Task:
+    """One sentence that says a number, a word or a date of somebody or something."""
+    subject = _subject(rng)
+    kind = _pick(rng, tuple(ATTRIBUTES))
+    attributes, value_of = ATTRIBUTES[kind]
+    attribute, value = _pick(rng, attributes), value_of(rng)
+    statement = _pick(rng, STATEMENTS).format(a=attribute, s=subject, v=value)
+    question = _pick(rng, QUESTIONS).format(a=attribute, s=subject)
+    lead = _pick(rng, LEADS).format(a=attribute, s=subject)
+    return Task([statement], question, lead, value)
+
+
+def table(rng: Rng, most_rows: int = 40) -> Task:
+    """A table of identifiers; one of them is looked up."""
+    rows = int(rng.integers(3, most_rows + 1))
+    make_key, make_value = _pick(rng, IDENTIFIERS), _pick(rng, IDENTIFIERS)
+    keys = list(dict.fromkeys(make_key(rng) for _ in range(rows)))
+    values = [make_value(rng) for _ in keys]
+    title, line, lead = _pick(rng, TABLES)
+    chosen = int(rng.integers(len(keys)))
+    body = "\n".join(line.format(k=key, v=value) for key, value in zip(keys, values, strict=True))
+    question = _pick(rng, LOOKUPS).format(k=keys[chosen])
+    return Task([f"{title}\n{body}\n"], question, lead.format(k=keys[chosen]), values[chosen])
+
+
+class Stories:
+    """bAbI stories (Weston et al., arXiv 1502.05698): facts to be hidden sentence by sentence, and a question.
+
+    Args:
+        paths: files in bAbI's own format.
+
+    Raises:
+        DocumentError: no files, or one that is not in that format.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.questions: list[Task] = []
+        for path in paths:
+            self.questions += _read_babi(path)
+        if not self.questions:
+            raise DocumentError("there are no bAbI questions; name at least one file in bAbI's format.")
+
+    def __call__(self, rng: Rng) -> Task:
+        """One question with the facts before it."""
+        return self.questions[int(rng.integers(len(self.questions)))]
+
+
+def _read_babi(path: Path) -> list[Task]:
+    tasks: list[Task] = []
+    facts: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = re.fullmatch(r"(\d+) (.*)", line)
+        if match is None:
+            raise DocumentError(f"{path}, line {number} does not begin with a number; give files in bAbI's format.")
+        if match[1] == "1":
+            facts = []
+        if "\t" not in line:
+            facts = [*facts, match[2].strip()]
+        else:
+            question, answer, *_ = match[2].split("\t")
+            tasks.append(Task(facts, question.strip(), "", answer.strip().replace(",", ", ")))
+    return tasks
+
+
+# --- material ---------------------------------------------------------------------------------------------------------
+
+
+def _pick(rng: Rng, choices: tuple[T, ...]) -> T:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def _digits(rng: Rng, shortest: int = 3, longest: int = 9) -> str:
+    length = int(rng.integers(shortest, longest + 1))
+    alphabet = rng.choice(10, size=int(rng.integers(2, 11)), replace=False)  # few digits: many repeated ones
+    return "".join(str(digit) for digit in rng.choice(alphabet, size=length))
+
+
+def _letters(rng: Rng, alphabet: str, shortest: int, longest: int) -> str:
+    return "".join(rng.choice(list(alphabet), size=int(rng.integers(shortest, longest + 1))))
+
+
+def _hex(rng: Rng) -> str:
+    return _letters(rng, "0123456789abcdef", 6, 32)
+
+
+def _grouped(rng: Rng) -> str:
+    groups = int(rng.integers(2, 5))
+    return ":".join(_letters(rng, "0123456789abcdef", 3, 8) for _ in range(groups))
+
+
+def _code(rng: Rng) -> str:
+    return f"{_letters(rng, 'ABCDEFGHJKLMNPRSTUVWXYZ', 2, 3)}-{_digits(rng, 3, 5)}"
+
+
+def _word(rng: Rng) -> str:
+    return _pick(rng, WORDS)
+
+
+def _words(rng: Rng) -> str:
+    return f"{_pick(rng, WORDS)} {_pick(rng, WORDS)}"
+
+
+def _name(rng: Rng) -> str:
+    return f"{_pick(rng, FIRST_NAMES)} {_pick(rng, LAST_NAMES)}"
+
+
+def _date(rng: Rng) -> str:
+    return f"{int(rng.integers(1, 29))} {_pick(rng, MONTHS)} {int(rng.integers(1700, 2040))}"
+
+
+def _subject(rng: Rng) -> str:
+    if rng.random() < 0.5:
+        return _name(rng)
+    return f"the {_pick(rng, WORDS)} {_pick(rng, THINGS)}"
+
+
+IDENTIFIERS: tuple[Callable[[Rng], str], ...] = (_hex, _grouped, _code, _digits, _words, _name)
+ATTRIBUTES: dict[str, tuple[tuple[str, ...], Callable[[Rng], str]]] = {
+    "number": (
+        ("access code", "locker number", "telephone extension", "serial number", "combination", "account number",
+         "ticket number", "room number", "PIN", "badge number"),
+        _digits,
+    ),
+    "code": (("licence plate", "part number", "booking reference", "flight number", "call sign"), _code),
+    "word": (("password", "code word", "nickname", "emblem", "favourite word", "secret sign"), _word),
+    "words": (("motto", "hiding place", "working title", "signal phrase"), _words),
+    "person": (("guardian", "successor", "oldest friend", "teacher", "creditor"), _name),
+    "date": (("date of birth", "day of departure", "founding date", "deadline"), _date),
+}  # fmt: skip
+STATEMENTS = (
+    "The {a} of {s} is {v}.",
+    "Note: for {s}, the {a} is {v}.",
+    "{v} is the {a} of {s}.",
+    "It should be recorded that the {a} of {s} is {v}.",
+    "As for {s}, everyone agreed that the {a} was {v}.",
+    "[{s} | {a}: {v}]",
+    "The {a} belonging to {s} turned out to be {v}.",
+    "They wrote it down at once: {a} of {s}, {v}.",
+)
+QUESTIONS = (
+    "What is the {a} of {s}?",
+    "Tell me the {a} of {s}.",
+    "Which {a} belongs to {s}?",
+    "The text mentions {s}. What is the {a}?",
+    "According to the text, what is the {a} of {s}?",
+    "Give the {a} of {s}, nothing else.",
+)
+LEADS = (
+    "The {a} of {s} is",
+    "Answer:",
+    "For {s}, the {a} is",
+    "It says that the {a} of {s} is",
+)
+TABLES = (
+    ("Register:", "{k} = {v}", "{k} ="),
+    ("List of entries", "{k} -> {v}", "{k} ->"),
+    ("# settings", "{k}: {v}", "{k}:"),
+    ("key,value", "{k},{v}", "{k},"),
+    ("Entries in the ledger:", "- {k} was assigned {v}", "- {k} was assigned"),
+    ("pairs = [", "    ('{k}', '{v}'),", "('{k}', '"),
+    ("name | entry", "{k} | {v}", "{k} |"),
+)
+LOOKUPS = (
+    "What belongs to {k}?",
+    "Look up {k} in the table.",
+    "Which entry stands beside {k}?",
+    "What was written for {k}?",
+    "Find the entry of {k} and repeat it.",
+)
+FIRST_NAMES = (
+    "Ada", "Abel", "Agnes", "Albert", "Amara", "Anton", "Beatrix", "Bruno", "Carla", "Cedric", "Chidi", "Clara",
+    "Dario", "Delia", "Edgar", "Elena", "Emil", "Esther", "Felix", "Fiona", "Gustav", "Hanna", "Hugo", "Ines", "Ivan",
+    "Jasper", "Jonas", "Kira", "Lars", "Leila", "Lorenz", "Magda", "Marcus", "Mina", "Nadia", "Nils", "Olga", "Oscar",
+    "Paula", "Petra", "Quentin", "Ravi", "Rosa", "Samir", "Selma", "Simon", "Tara", "Theo", "Ursula", "Viktor",
+    "Wanda", "Xenia", "Yusuf", "Zora",
+)  # fmt: skip
+LAST_NAMES = (
+    "Abbott", "Almeida", "Ashford", "Bergman", "Blackwood", "Castellan", "Crane", "Delacroix", "Drummond", "Eriksen",
+    "Falk", "Farrow", "Galloway", "Grimshaw", "Hartley", "Holloway", "Iverson", "Jansen", "Kestrel", "Kowalski",
+    "Lindqvist", "Lockwood", "Marlowe", "Mbeki", "Moreau", "Novak", "Okafor", "Oyelaran", "Pemberton", "Quill",
+    "Ravenscroft", "Rossi", "Sandoval", "Sinclair", "Tanaka", "Thorne", "Ueda", "Vance", "Weller", "Yilmaz", "Zeller",
+)  # fmt: skip
+THINGS = (
+    "archive", "bridge", "cabin", "clock", "committee", "engine", "expedition", "factory", "garden", "harbour", "house",
+    "island", "laboratory", "library", "lighthouse", "machine", "museum", "observatory", "orchestra", "project",
+    "railway", "regiment", "school", "ship", "station", "theatre", "tower", "vault", "village", "warehouse",
+)  # fmt: skip
+WORDS = (
+    "amber", "anchor", "apple", "arrow", "badger", "barley", "basil", "beacon", "birch", "bronze", "candle", "canyon",
+    "cedar", "cherry", "cinnamon", "clover", "cobalt", "copper", "coral", "cotton", "crimson", "crystal", "dagger",
+    "desert", "dolphin", "dragon", "eagle", "ebony", "ember", "falcon", "feather", "fern", "flint", "forest", "fox",
+    "ginger", "glacier", "golden", "granite", "hammer", "harvest", "hazel", "heron", "honey", "indigo", "iron", "ivory",
+    "jade", "jasmine", "juniper", "kettle", "lantern", "lavender", "lemon", "lily", "lotus", "magnet", "maple",
+    "marble", "meadow", "mercury", "mint", "mirror", "monsoon", "needle", "nettle", "nickel", "oak", "olive", "onyx",
+    "opal", "orchid", "otter", "owl", "paper", "pearl", "pebble", "pepper", "pine", "plum", "poppy", "quartz", "rabbit",
+    "raven", "reed", "river", "rocket", "rose", "ruby", "saffron", "salt", "scarlet", "shadow", "silver", "sparrow",
+    "spiral", "stone", "storm", "sugar", "summer", "thistle", "thunder", "tiger", "timber", "topaz", "tulip", "turtle",
+    "velvet", "violet", "walnut", "whisper", "willow", "winter", "wolf", "yellow", "zephyr",
+)  # fmt: skip
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
