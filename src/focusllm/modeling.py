@@ -22,9 +22,11 @@ from focusllm.base import layout
 from focusllm.chunking import split
 from focusllm.config import FocusConfig
 from focusllm.cost import check_read
+from focusllm.embedded import boxed_adapter
 from focusllm.engine import ChunkBlock, Request, decode, encode, prefill, start_request
 from focusllm.errors import ConfigError, ModelError, first_line
 
+UNTRAINED = "none"
 ADAPTER_FOLDER = "candidate_projections"
 SETTINGS_NAME = "focus_settings.json"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -243,7 +245,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: what `AutoModelForCausalLM.from_pretrained` takes.
             focus_config: lengths and options; None: those saved in the folder, else the defaults.
-            adapter: folder or hub repository of candidate projections; None: those saved in the folder, if any.
+            adapter: folder or hub repository of candidate projections; None: those saved in the folder, else those
+                that come with this package for the model, if any; "none": untrained ones.
             kwargs: passed on (dtype, device_map, revision, ...).
 
         Raises:
@@ -251,7 +254,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             AdapterError: the candidate projections do not fit.
         """
         folder = Path(pretrained_model_name_or_path)
-        adapter = adapter or saved_adapter(folder)
+        adapter = find_adapter(pretrained_model_name_or_path, folder, adapter)
         focus_config = focus_config or saved_settings(folder)
         try:
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -310,6 +313,18 @@ def saved_settings(folder: str | Path) -> FocusConfig | None:
         return FocusConfig().replace(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}); save the model again.") from error
+
+
+def find_adapter(name: str | Path, folder: str | Path, adapter: str | Path | None) -> str | Path | None:
+    """Which candidate projections a model is loaded with; None: untrained ones.
+
+    Args:
+        name: the model, as it was asked for. folder: where it lies.
+        adapter: as it was asked for: a folder or hub repository, "none", or None for what there is.
+    """
+    if adapter == UNTRAINED:
+        return None
+    return adapter or saved_adapter(folder) or boxed_adapter(name)
 
 
 def saved_adapter(folder: str | Path) -> Path | None:

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,12 +70,12 @@ class Meter:
 
     sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
 
-    def add(self, samples: list[Sample], losses: Tensor, hits: Tensor) -> None:
-        """Take one memory's labels in."""
-        sizes = [sample.num_answers for sample in samples]
-        both = zip(samples, _split(losses.detach().double(), sizes), _split(hits.double(), sizes), strict=True)
-        for sample, loss, hit in both:
-            found = self.sums[sample.objective]
+    def add(self, labels: Sequence[tuple[str, int]], losses: Tensor, hits: Tensor) -> None:
+        """Take one memory's labels in: [(objective, how many labels)] in their order."""
+        sizes = [size for _, size in labels]
+        both = zip(labels, _split(losses.detach().double(), sizes), _split(hits.double(), sizes), strict=True)
+        for (objective, _), loss, hit in both:
+            found = self.sums[objective]
             for i, value in enumerate((float(loss.sum()), float(hit.sum()), float(len(loss)))):
                 found[i] += value
 
@@ -157,7 +157,6 @@ class Training:
         model, config = self.base, self.config
         torch.manual_seed(config.seed)
         source = resumed or config.init_adapter
-        model.requires_grad_(False)
         if source:
             loaded = load_adapter(model, source, torch.float32)
             asked = self.adapter_config
@@ -168,8 +167,8 @@ class Training:
                 )
         else:
             inject(model, self.adapter_config, torch.float32)
-        trained = list(trainable_parameters(model).values())
-        for parameter in trained:
+        model.requires_grad_(False)
+        for parameter in trainable_parameters(model).values():
             parameter.requires_grad_(True)
         self.module = self.accelerator.prepare(MemoryLoss(model, config))
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -227,8 +226,8 @@ class Training:
         start = time.perf_counter()
         mine = range(accelerator.process_index, config.memories_per_step, accelerator.num_processes)
         memories = [self.sampler.draw(self.step, number) for number in mine]
-        labels = torch.tensor(sum(memory.num_labels for memory in memories), device=accelerator.device)
-        total = int(accelerator.reduce(labels, "sum"))
+        labels = sum(size for memory in memories for _, size in self._sizes(memory))
+        total = int(accelerator.reduce(torch.tensor(labels, device=accelerator.device), "sum"))
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -241,7 +240,7 @@ class Training:
                 loss = losses.sum() * (accelerator.num_processes / total)
                 self._check_finite(loss, memory)
                 accelerator.backward(loss)
-            meter.add(memory.samples, losses, hits)
+            meter.add(self._sizes(memory), losses, hits)
         norm = accelerator.clip_grad_norm_(
             [parameter for parameter in self.module.parameters() if parameter.requires_grad], config.clip
         )
@@ -257,13 +256,17 @@ class Training:
             "seconds": seconds,
         }
 
+    def _sizes(self, memory: Memory) -> list[tuple[str, int]]:
+        exact = self.config.supervision == "exact"
+        return [(sample.objective, 1 if exact else sample.num_answers) for sample in memory.samples]
+
     def _check_finite(self, loss: Tensor, memory: Memory) -> None:
         if not torch.isfinite(loss):
             found = checkpoint.all_of(self.output)
             saved = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
             raise TrainingError(
-                f"the loss is {float(loss)} in step {self.step} (a memory from {memory.origin}); {saved}. Use a "
-                f"smaller learning_rate (it is {self.config.learning_rate}) or float32."
+                f"the loss is {float(loss.detach())} in step {self.step} (a memory from {memory.origin}); {saved}. "
+                f"Use a smaller learning_rate (it is {self.config.learning_rate}) or float32."
             )
 
     @torch.no_grad()
@@ -275,10 +278,11 @@ class Training:
         count = self.config.evaluation_memories
         for number in range(accelerator.process_index, count, accelerator.num_processes):
             memory = self.held_out.draw(0, number, "held out")
-            meter.add(memory.samples, *self.module(memory))
+            sizes = self._sizes(memory)
+            meter.add(sizes, *self.module(memory))
             if first:
-                for sample in memory.samples:
-                    alone.add([sample], *_without_memory(self.base, sample))
+                for sample, size in zip(memory.samples, sizes, strict=True):
+                    alone.add([size], *_without_memory(self.base, sample, size[1]))
         entry: dict[str, Any] = {"step": self.step, "evaluation": meter.gathered(accelerator).result()}
         if first:
             entry["without_memory"] = alone.gathered(accelerator).result()
@@ -325,15 +329,15 @@ class Training:
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def _without_memory(model: nn.Module, sample: Sample) -> tuple[Tensor, Tensor]:
-    """The same labels from the local context alone, by the base model."""
+def _without_memory(model: nn.Module, sample: Sample, num_labels: int) -> tuple[Tensor, Tensor]:
+    """The first labels of a sample from the local context alone, by the base model."""
     device = next(model.parameters()).device
     ids = torch.tensor([list(sample.token_ids)], device=device)
     positions = torch.arange(ids.shape[1] - 1, device=device)[None]
     logits = run(model, ids[:, :-1], positions, Over(), logits_to_keep=sample.num_answers)
     assert logits is not None
-    labels = ids[0, -sample.num_answers :]
-    return nn.functional.cross_entropy(logits[0].float(), labels, reduction="none"), logits[0].argmax(-1) == labels
+    found, labels = logits[0, :num_labels].float(), ids[0, -sample.num_answers :][:num_labels]
+    return nn.functional.cross_entropy(found, labels, reduction="none"), found.argmax(-1) == labels
 
 
 @contextmanager

@@ -38,11 +38,6 @@ class Memory:
     origin: str
     """Where it is from, for messages."""
 
-    @property
-    def num_labels(self) -> int:
-        """Supervised tokens."""
-        return sum(sample.num_answers for sample in self.samples)
-
 
 class Multihop:
     """HotpotQA and MuSiQue questions with their paragraphs, some of them distractors.

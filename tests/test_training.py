@@ -1,0 +1,569 @@
+"""Training on tiny models: samples, corpora, the loop, checkpoints that survive SIGKILL, several processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import build, byte_tokenizer
+from focusllm import AdapterConfig, DocumentError, FocusLLM, TrainConfig, TrainingError, inject, train
+from focusllm.errors import AdapterError, ConfigError
+from focusllm.training import checkpoint
+from focusllm.training.config import Source
+from focusllm.training.corpus import Corpus, load_corpus
+from focusllm.training.loop import learning_rate
+from focusllm.training.sampling import Sampler
+from focusllm.training.tasks import Stories, fact, table
+
+TEXT = "".join(f"{i}. Call me Ishmael number {i * i}. Some years ago I went to sea.\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny model without candidate projections, and a text."""
+    folder = tmp_path_factory.mktemp("base")
+    build(max_position_embeddings=512).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture
+def settings(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., TrainConfig]:
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path / "cache"))
+    return lambda **changes: TrainConfig.from_dict({**tiny(base), **changes})
+
+
+def tiny(base: Path) -> dict[str, Any]:
+    return {
+        "sources": [str(base / "text.txt")],
+        "model": str(base / "model"),
+        "rank": 4,
+        "chunk_lengths": [32, 64],
+        "memory_lengths": [128],
+        "local_lengths": [16],
+        "prompt_lengths": [8],
+        "answer_length": 8,
+        "samples_per_memory": 3,
+        "memories_per_step": 2,
+        "steps": 6,
+        "warmup_steps": 2,
+        "evaluate_every": 3,
+        "evaluation_memories": 2,
+        "save_every": 2,
+        "objectives": {"repetition": 0.5, "continuation": 0.2, "facts": 0.3},
+    }
+
+
+def losses(output: Path) -> list[tuple[Any, ...]]:
+    """What the log says, without times."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], *sorted((k, str(v)) for k, v in line.items() if k != "seconds")) for line in lines]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+# --- a whole training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads a renamed property
+def test_a_training_leaves_an_adapter_that_everything_loads(
+    settings: Callable[..., TrainConfig], base: Path, tmp_path: Path
+) -> None:
+    seen: list[dict[str, Any]] = []
+    adapter = train(settings(steps=4, learning_rate=0.01), tmp_path / "out", report=seen.append)
+    assert [entry["step"] for entry in seen if "loss" in entry] == [1, 2, 3, 4]
+    evaluations = [entry for entry in seen if "evaluation" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, 3, 4]
+    assert "without_memory" in evaluations[0]
+    llm = FocusLLM.from_pretrained(base / "model", adapter=adapter, chunk_length=32, local_length=64)
+    assert llm.has_trained_candidates
+    assert llm.model.adapter_config.trained["steps"] in (3, 4)
+    changed = [
+        name for name, tensor in weights(tmp_path / "out").items() if "lora_B" in name and tensor.abs().max() > 0
+    ]
+    assert len(changed) == 3 * 4 - 2  # the last layer's q and o have no gradient
+    card = (adapter / "README.md").read_text()
+    assert "learning rate" in card
+    assert "without memory" in card
+    assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "out" / "tensorboard").iterdir())
+    from peft import PeftModel
+
+    assert PeftModel.from_pretrained(build(max_position_embeddings=512), adapter) is not None
+
+
+def test_training_lowers_the_loss(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = settings(
+        rank=0, projections="kv", steps=30, learning_rate=0.02, evaluate_every=30, objectives={"repetition": 1.0}
+    )
+    seen: list[dict[str, Any]] = []
+    train(config, tmp_path / "out", report=seen.append)
+    found = [entry["loss"] for entry in seen if "loss" in entry]
+    assert np.mean(found[-5:]) < np.mean(found[:5]) - 0.1
+
+
+def test_exact_supervision_has_one_label_a_sample(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    train(settings(supervision="exact", steps=1), tmp_path / "out", report=seen.append)
+    assert [entry["labels"] for entry in seen if "loss" in entry] == [6]
+
+
+def test_checkpointed_passes_change_nothing(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    for name, checkpointed in (("plain", False), ("less", True)):
+        train(settings(steps=2, checkpointed=checkpointed), tmp_path / name)
+    first, second = weights(tmp_path / "plain"), weights(tmp_path / "less")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_begins_from_an_adapter(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    first = train(settings(steps=2, learning_rate=0.05), tmp_path / "first")
+    seen: list[dict[str, Any]] = []
+    train(settings(steps=1, init_adapter=str(first)), tmp_path / "second", report=seen.append)
+    fresh: list[dict[str, Any]] = []
+    train(settings(steps=1), tmp_path / "third", report=fresh.append)
+    assert seen[0]["evaluation"]["loss"] != fresh[0]["evaluation"]["loss"]
+    with pytest.raises(TrainingError, match="of rank 4, not qkvo of rank 8"):
+        train(settings(steps=1, init_adapter=str(first), rank=8), tmp_path / "fourth")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate(schedule: str) -> None:
+    config = TrainConfig(sources=(Source("x"),), schedule=schedule, steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1, abs=0.02)
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+KILLED = """
+import json, os, signal
+import focusllm.training.{module} as place
+from focusllm import TrainConfig, train
+owner, name = place, {name!r}
+original, calls = getattr(owner, name), 0
+def dying(*arguments, **keywords):
+    global calls
+    calls += 1
+    if calls == {call} and {before}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*arguments, **keywords)
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, name, dying)
+train(TrainConfig.from_dict(json.loads({config!r})), {output!r})
+"""
+# Where the process dies: (module, function, which call, before it rather than behind it).
+KILL_POINTS = {
+    "in a step, nothing saved yet": ("loop", "dense_loss", 3, True),
+    "between two checkpoints": ("loop", "dense_loss", 9, True),
+    "with the adapter of a checkpoint written": ("loop", "save_adapter", 1, False),
+    "before a written checkpoint is put in its place": ("checkpoint", "_replace", 2, True),
+    "with a checkpoint in its place, old ones not removed": ("checkpoint", "_replace", 3, False),
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "out"
+    os.environ["FOCUSLLM_CACHE"] = str(output.parent / "cache")
+    train(TrainConfig.from_dict(tiny(base)), output)
+    del os.environ["FOCUSLLM_CACHE"]
+    return output
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(
+    point: str, base: Path, unbroken: Path, settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    module, name, call, before = KILL_POINTS[point]
+    output = tmp_path / "out"
+    config = json.dumps(tiny(base))
+    program = KILLED.format(module=module, name=name, call=call, before=before, config=config, output=str(output))
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    train(settings(), output)
+    assert losses(output) == losses(unbroken)
+    first, second = weights(output), weights(unbroken)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not list((output / "checkpoints").glob(".part-*"))
+
+
+def test_ctrl_c_saves_and_goes_on(settings: Callable[..., TrainConfig], unbroken: Path, tmp_path: Path) -> None:
+    def interrupt(entry: dict[str, Any]) -> None:
+        if "loss" in entry and entry["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(), tmp_path / "out", report=interrupt)
+    assert checkpoint.all_of(tmp_path / "out")[-1].name == "step-000003"
+    notes: list[str] = []
+    train(settings(), tmp_path / "out", notify=notes.append)
+    assert notes == ["Going on after step 3 of 6."]
+    assert losses(tmp_path / "out") == losses(unbroken)
+
+
+def test_keeps_the_last_checkpoints_and_the_best(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(settings(save_every=1, keep_last=2, evaluate_every=100), tmp_path / "out")
+    names = [path.name for path in checkpoint.all_of(tmp_path / "out")]
+    assert names == ["step-000005", "step-000006"]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_refused_on_resume(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(settings(steps=2), tmp_path / "out")
+    with pytest.raises(TrainingError, match=r"other settings \(learning_rate is 0.002, now 0.1\); use the same"):
+        train(settings(steps=2, learning_rate=0.1), tmp_path / "out")
+    assert weights(tmp_path / "out")
+    train(settings(steps=2, save_every=7), tmp_path / "out")  # what has no influence may change
+
+
+def test_a_checkpoint_of_another_model_is_refused(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(settings(steps=2), tmp_path / "out")
+    build(max_position_embeddings=512, num_hidden_layers=2).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="belongs to another model"):
+        train(settings(steps=2, model=str(tmp_path / "other")), tmp_path / "out")
+
+
+def test_two_trainings_in_a_folder(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(TrainingError, match="another training is writing into"):
+        train(settings(), tmp_path / "out")
+
+
+def test_a_full_disk_loses_nothing(
+    settings: Callable[..., TrainConfig], tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.save, []
+
+    def full(*arguments: Any, **keywords: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"No space left on device.*earlier checkpoints are untouched"):
+        train(settings(), tmp_path / "out")
+    assert [path.name for path in checkpoint.all_of(tmp_path / "out")] == ["step-000002"]
+    train(settings(), tmp_path / "out")
+    assert losses(tmp_path / "out") == losses(unbroken)
+
+
+def test_a_loss_that_is_not_finite_names_step_sample_and_checkpoint(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = settings(learning_rate=1e30, save_every=1, steps=6, evaluate_every=6)
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan in step 2 .*text.txt.*last good checkpoint is .*step-0000"
+    ):
+        train(config, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_named(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(settings(steps=2), tmp_path / "out")
+    (checkpoint.all_of(tmp_path / "out")[-1] / "optimizer.pt").write_bytes(b"junk")
+    with pytest.raises(TrainingError, match="step-000002 is damaged"):
+        train(settings(steps=2), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sources": []}, ConfigError, "there are no sources"),
+        ({"sources": ["nowhere"]}, DocumentError, "there is no file or folder nowhere"),
+        ({"chunk_lengths": [3000], "memory_lengths": [3000]}, ConfigError, "has 512; use smaller chunk_lengths"),
+        ({"memories_per_step": 0}, ConfigError, "memories_per_step is 0"),
+        ({"objectives": {"magic": 1}}, ConfigError, "objectives has magic; known are continuation"),
+        ({"objectives": {"stories": 1}}, ConfigError, "stories names no files"),
+        ({"objectives": {"facts": 0}}, ConfigError, "not all 0"),
+        ({"chunk_lengths": []}, ConfigError, "chunk_lengths is"),
+        ({"chunk_lengths": [256]}, ConfigError, "memory_lengths only to 128"),
+        ({"schedule": "steep"}, ConfigError, "must be cosine"),
+        ({"supervision": "some"}, ConfigError, "must be dense or exact"),
+        ({"speed": 3}, ConfigError, "unknown setting speed"),
+        ({"sources": [{"path": "x", "weight": 0}]}, ConfigError, "weight of x is 0"),
+        ({"sources": [{"place": "x"}]}, ConfigError, "a source is wrong"),
+    ],
+)
+def test_settings_that_cannot_work(
+    changes: dict[str, Any], error: type[Exception], message: str, settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        train(settings(**changes), tmp_path / "out")
+
+
+def test_settings_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(
+        'steps = 7\nrank = 0\n[objectives]\nfacts = 1\n[[sources]]\npath = "x"\nweight = 2'
+    )
+    config = TrainConfig.from_file(tmp_path / "a.toml", seed=3)
+    assert (config.steps, config.rank, config.seed, config.sources[0].weight) == (7, None, 3, 2)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    (tmp_path / "b.toml").write_text("steps = = 7")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        TrainConfig.from_file(tmp_path / "b.toml")
+
+
+# --- corpora and samples ----------------------------------------------------------------------------------------------
+
+
+def read(path: Path, folder: Path, **source: Any) -> Corpus:
+    return load_corpus(Source(str(path), **source), byte_tokenizer(), folder)
+
+
+def test_folders_keep_their_documents_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.md").write_text("three")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00binary\x00")
+    corpus = read(tmp_path, tmp_path / "cache")
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(corpus.document(i)) for i in range(len(corpus))] == ["one two", "three"]
+
+
+def test_a_source_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    first = read(tmp_path / "a.txt", tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr("focusllm.training.corpus._tokenise", None)
+        assert np.array_equal(read(tmp_path / "a.txt", tmp_path / "cache").tokens, first.tokens)
+    (tmp_path / "a.txt").write_text("changed!")
+    assert len(read(tmp_path / "a.txt", tmp_path / "cache").tokens) == 8
+
+
+def test_jsonl_with_text_messages_and_prompts(tmp_path: Path) -> None:
+    rows = [
+        {"text": "plain"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        {"prompt": "question ", "completion": "answer"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    corpus, tokenizer = read(path, tmp_path / "cache"), byte_tokenizer()
+    assert corpus.answers.tolist()[0] == -1
+    answers = [tokenizer.decode(corpus.document(i)[corpus.answers[i] :]) for i in (1, 2)]
+    assert answers == ["Ho</s>", "answer</s>"]
+    assert tokenizer.decode(corpus.document(1)).startswith("<s>Hi</s><s>")
+    path.write_text('{"text": "fine"}\n{"body": "x"}')
+    with pytest.raises(ConfigError, match=r"line 2 has no text in a column 'text'.*it has body"):
+        read(path, tmp_path / "cache")
+    path.write_text("nonsense")
+    with pytest.raises(DocumentError, match="line 1 is not JSON"):
+        read(path, tmp_path / "cache")
+
+
+def test_hugging_face_datasets(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"body": "alpha"}\n{"body": "beta"}')
+    source = f"hf:{tmp_path / 'data'}"
+    corpus = load_corpus(Source(source, column="body"), byte_tokenizer(), tmp_path / "cache")
+    assert [byte_tokenizer().decode(corpus.document(i)) for i in range(2)] == ["alpha", "beta"]
+    with pytest.raises(ConfigError, match="has no text in a column 'text'"):
+        load_corpus(Source(source), byte_tokenizer(), tmp_path / "cache")
+    with pytest.raises(DocumentError, match="the dataset nobody/nothing cannot be read"):
+        load_corpus(Source("hf:nobody/nothing"), byte_tokenizer(), tmp_path / "cache")
+
+
+def test_empty_and_short_sources(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DocumentError, match="empty has no text"):
+        train(settings(sources=[str(tmp_path / "empty")]), tmp_path / "out")
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(DocumentError, match="has 8 tokens, but a sample takes at least 56"):
+        train(settings(sources=[str(tmp_path / "short.txt")]), tmp_path / "out")
+
+
+def test_held_out_text_is_not_trained_on() -> None:
+    tokens = np.arange(1000)
+    many = Corpus("many", tokens, np.arange(0, 1000, 10), np.arange(10, 1001, 10), np.full(100, -1))
+    trained, held_out = many.split()
+    assert (len(trained), len(held_out)) == (98, 2)
+    assert not set(trained.starts) & set(held_out.starts)
+    one = Corpus("one", tokens, np.array([0]), np.array([1000]), np.array([-1]))
+    trained, held_out = one.split()
+    assert (trained.ends[0], held_out.starts[0], held_out.ends[0]) == (980, 980, 1000)
+
+
+@pytest.fixture
+def sampler(settings: Callable[..., TrainConfig], tmp_path: Path) -> Sampler:
+    story = "1 Mary went to the garden.\n2 John took the milk.\n3 Where is Mary? \tgarden\t1\n"
+    (tmp_path / "babi.txt").write_text(story)
+    paragraphs = {"context": [["A", ["x."]], ["B", ["y."]]], "supporting_facts": [["A", 0]]}
+    (tmp_path / "hops.json").write_text(json.dumps([{"question": "Who?", "answer": "Ann", **paragraphs}]))
+    config = settings(
+        objectives={"repetition": 1, "continuation": 1, "facts": 1, "tables": 1, "stories": 1, "multihop": 1},
+        stories=[str(tmp_path / "babi.txt")],
+        multihop=[str(tmp_path / "hops.json")],
+        chunk_lengths=[512, 1024],
+        memory_lengths=[2048],
+        samples_per_memory=6,
+    )
+    (tmp_path / "text.txt").write_text(TEXT)
+    return Sampler(config, byte_tokenizer(), [(read(tmp_path / "text.txt", tmp_path / "cache"), 1.0)])
+
+
+def test_samples_are_what_their_objectives_say(sampler: Sampler) -> None:
+    decode = byte_tokenizer().decode
+    seen = set()
+    for number in range(25):
+        memory = sampler.draw(0, number)
+        assert memory.chunks.shape[0] * memory.chunks.shape[1] == 2048
+        far = decode(memory.chunks.flatten())
+        for sample in memory.samples:
+            text, answer = decode(sample.token_ids), decode(sample.token_ids[-sample.num_answers :])
+            value = answer.removesuffix("</s>").strip()
+            seen.add(sample.objective)
+            if sample.objective == "repetition":
+                assert text in far
+            elif sample.objective == "continuation":
+                assert text in TEXT  # which goes on behind the memory
+            elif sample.objective in ("facts", "tables"):
+                assert value.removesuffix(".").split(" is ")[-1] in far
+            elif sample.objective == "stories":
+                assert value == "garden"
+                assert far.index("Mary went to the garden") < far.index("John took the milk")
+            else:
+                assert value == "Ann"
+                assert "A\nx." in far
+            assert sample.prompt_length >= 1
+    assert seen == {"repetition", "continuation", "facts", "tables", "stories", "multihop"}
+
+
+def test_samples_depend_on_seed_step_and_number_only(sampler: Sampler) -> None:
+    def ids(step: int, number: int, split: str = "train") -> list[int]:
+        memory = sampler.draw(step, number, split)
+        return [*memory.chunks.flatten().tolist(), *(token for s in memory.samples for token in s.token_ids)]
+
+    assert ids(3, 1) == ids(3, 1)
+    assert len({tuple(x) for x in (ids(3, 1), ids(3, 2), ids(4, 1), ids(3, 1, "held out"))}) == 4
+
+
+def test_answers_of_a_prompt_are_supervised_and_nothing_is_lost(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": TEXT[:301], "completion": "the answer"}))
+    corpus = read(tmp_path / "rows.jsonl", tmp_path / "cache")
+    memory = Sampler(settings(), byte_tokenizer(), [(corpus, 1.0)]).draw(0, 0)
+    (sample,) = memory.samples
+    decode = byte_tokenizer().decode
+    assert decode(memory.chunks.flatten()) + decode(sample.token_ids) == f"{TEXT[:301]}the answer</s>"
+    assert decode(sample.token_ids[-sample.num_answers :]) == "the answer</s>"
+    assert memory.chunks.shape[1] <= 64
+
+
+def test_made_up_tasks_have_their_answer_in_them() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        task = fact(rng)
+        assert task.answer in task.inserts[0]
+        task = table(rng)
+        assert task.answer in task.inserts[0]
+        assert task.lead in task.inserts[0]
+    words = " ".join(fact(rng).inserts[0] + fact(rng).question for _ in range(500)).lower()
+    assert "pass key" not in words  # the evaluation's own wording
+    assert "passkey" not in words
+
+
+def test_stories_are_read_from_babi(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(
+        "1 A is here.\n2 Where is A? \there\t1\n3 B left.\n4 Where is B? \taway,far\t3\n1 New.\n2 Q? \tx\t1\n"
+    )
+    questions = Stories([tmp_path / "a.txt"]).questions
+    assert [(len(q.inserts), q.answer) for q in questions] == [(1, "here"), (2, "away, far"), (1, "x")]
+    (tmp_path / "a.txt").write_text("no number\n")
+    with pytest.raises(DocumentError, match="line 1 does not begin with a number"):
+        Stories([tmp_path / "a.txt"])
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(kind: str, base: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The same global batch shared out between two gloo processes: the same losses, and a whole adapter."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny(base)))
+    program = (
+        "import json, sys; from pathlib import Path; from focusllm import TrainConfig, train; "
+        "train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])"
+    )
+    (tmp_path / "program.py").write_text(program)
+    arguments = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    arguments += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    if kind == "fsdp":
+        arguments += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+        arguments += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(tmp_path / "program.py")]
+    command += [str(tmp_path / "config.json"), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    both = [
+        [json.loads(line) for line in (x / "log.jsonl").read_text().splitlines()] for x in (tmp_path / "out", unbroken)
+    ]
+    assert len(both[0]) == len(both[1])
+    for ours, expected in zip(*both, strict=True):
+        assert ours["step"] == expected["step"]
+        part = ("evaluation",) if "evaluation" in expected else ()
+        for name in part:
+            ours, expected = ours[name], expected[name]
+        assert ours["loss"] == pytest.approx(expected["loss"], abs=2e-5)
+        assert ours["labels"] == expected["labels"]
+    first, second = weights(tmp_path / "out"), weights(unbroken)
+    assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in second.items()}
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared_out(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    from focusllm.training.loop import Training
+
+    class Three:
+        num_processes = 3
+
+    model = build(max_position_embeddings=512)
+    inject(model, AdapterConfig(rank=2))
+    with pytest.raises(TrainingError, match="memories_per_step is 2, which cannot be shared out evenly among 3"):
+        Training(settings(), model, None, None, tmp_path, accelerator=Three())
+
+
+def test_in_another_thread(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Where signals cannot be caught, training still works."""
+    made: list[Path] = []
+    thread = threading.Thread(target=lambda: made.append(train(settings(steps=1), tmp_path / "out")))
+    thread.start()
+    thread.join()
+    assert made
