@@ -3,9 +3,9 @@
     python benchmarks/training_speed.py --tokens 4096
 
 The paper's step supervises one token of a sequence, and its gradient goes through the whole row [chunk | prompt |
-candidate], of which only the last token needs it. Ours encodes the memory once without a graph and supervises all answer
-tokens of several samples. Same model, sequence length, type, threads. Each side's peak memory is measured in a process
-of its own.
+candidate], of which only the last token needs it. Ours encodes the memory once without a graph and supervises all
+answer tokens of several samples. Same model, sequence length, type, threads. Each side's peak memory is measured in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     """Take turns, then measure memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="of memory and local context together")
-    parser.add_argument("--chunk-length", type=int, default=1024)
+    parser.add_argument("--chunk-length", type=int, default=512)
     parser.add_argument("--local-length", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--samples", type=int, default=8, help="of the dense step")

@@ -184,6 +184,52 @@ def test_info(focusllm, model_folder: Path) -> None:
     assert facts["costs"][0]["chunks"] == 1000 * facts["kv_bytes_per_token"]
 
 
+def test_train_and_go_on(focusllm, model_folder: Path, story: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path / "cache"))
+    story.write_text(TEXT * 40)
+    settings = tmp_path / "tiny.toml"
+    settings.write_text(
+        "chunk_lengths = [32]\nmemory_lengths = [64]\nlocal_lengths = [16]\nprompt_lengths = [8]\n"
+        "answer_length = 8\nsamples_per_memory = 2\nevaluation_memories = 1\nsteps = 3\n"
+    )
+    command = ("train", story, "-c", settings, "-m", model_folder, "-o", tmp_path / "out", "--rank", 2)
+    code, out, err = focusllm(*command)
+    assert code == 0
+    assert f"The adapter is in {tmp_path / 'out' / 'adapter'}" in out
+    assert "step 0, held out: " in err
+    assert "the same without memory: " in err
+    code, out, _ = focusllm(*command, "--json")  # finished: nothing is done again
+    assert code == 0
+    assert json.loads(out)["adapter"] == str(tmp_path / "out" / "adapter")
+    code, out, _ = focusllm("ask", story, "-q", "What?", "-m", model_folder, "--adapter", tmp_path / "out" / "adapter")
+    assert code == 0
+    code, _, err = focusllm(*command, "--lr", 0.5)
+    assert code == 2
+    assert "other settings (learning_rate is 0.002, now 0.5)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there are no sources"),
+        (("nowhere",), "there is no file or folder nowhere"),
+        (("x", "-c", "none.toml"), "the settings none.toml cannot be read"),
+        (("x", "--projections", "qz"), "projections is 'qz'"),
+        (("x", "-o", "/proc/nothing"), "/proc/nothing cannot be written"),
+    ],
+)
+def test_train_with_bad_input(
+    focusllm, model_folder: Path, arguments: tuple, message: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    (Path("x") / "x.txt").write_text(TEXT * 40)
+    code, out, err = focusllm("train", *arguments, "-m", model_folder)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
 def test_untrained_candidates_are_mentioned(focusllm, model_folder: Path, story: Path) -> None:
     import shutil
 

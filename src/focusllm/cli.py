@@ -216,10 +216,11 @@ def train(
 
     Under `accelerate launch` or `torchrun` the processes share each step's memories.
     """
+    given = locals()
     from focusllm.training.config import TrainConfig
 
     names = ("model", "init_adapter", "dtype", "steps", "learning_rate", "rank", "projections", "seed")
-    changes = {name: value for name in names if (value := locals()[name]) is not None}
+    changes = {name: value for name in names if (value := given[name]) is not None}
     if sources:
         changes["sources"] = sources
     settings = TrainConfig.from_file(config, **changes) if config else TrainConfig.from_dict(changes)

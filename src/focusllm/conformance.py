@@ -2,7 +2,7 @@
 
 A case is a folder with `case.json` (configuration, token ids, what was fixed) and `golden.safetensors` (logits,
 candidate keys and values, gradients), in float32 and float64. Inference cases are replayed through the engine in exact
-mode with the `paper` preset, training cases through `focus_logits` and its gradients.
+mode with the `paper` preset, training cases through `exact_loss` and its gradients.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from focusllm.chunking import cut, split
 from focusllm.config import FocusConfig
 from focusllm.engine import decode, encode, prefill, start_request
 from focusllm.errors import FocusError
-from focusllm.focus import focus_logits
 from focusllm.kv import KV
 from focusllm.rope import move_keys, rotation
+from focusllm.training.dense import exact_loss
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
 GRADIENT_TOLERANCE = 1e-6
@@ -202,8 +202,7 @@ def _replay_training(
     chunks = [torch.tensor(far[a:b]) for a, b in cut(len(far), train["stride"])]
     tail = query[-min(512, train["stride"], len(query)) :]
     prompt, local = (x if x[0] == 1 else [1, *x] for x in (tail, query))
-    logits = focus_logits(model, chunks, torch.tensor(prompt), torch.tensor(local))[-1]
-    loss = F.cross_entropy(logits, torch.tensor(answer))
+    loss, logits = exact_loss(model, chunks, torch.tensor(prompt), torch.tensor(local), torch.tensor(answer))
     loss.backward()  # type: ignore[no-untyped-call]
     result.record(f"logits {bits}", logits.detach(), golden[f"{bits}.logits_last"], limit)
     result.record(f"loss {bits}", loss.detach(), torch.tensor(case[f"loss_{bits}"], dtype=torch.float64), limit)

@@ -128,6 +128,8 @@ class TrainConfig:
                 f"chunk_lengths go up to {max(self.chunk_lengths)}, but memory_lengths only to "
                 f"{max(self.memory_lengths)}; a memory holds at least one chunk."
             )
+        if not self.projections or set(self.projections) - set("qkvo"):
+            raise ConfigError(f"projections is {self.projections!r}; it must be one or more of the letters q, k, v, o.")
         if self.supervision not in ("dense", "exact"):
             raise ConfigError(f"supervision is {self.supervision!r}; it must be dense or exact.")
         if self.schedule not in ("cosine", "linear", "constant"):

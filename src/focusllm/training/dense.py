@@ -76,20 +76,20 @@ def dense_loss(
     return F.cross_entropy(wide, labels, reduction="none"), logits.detach().argmax(-1) == labels
 
 
-def exact_loss(model: nn.Module, chunks: Tensor | Sequence[Tensor], sample: Sample) -> tuple[Tensor, Tensor]:
-    """The paper's loss: one label a sequence, the first answer token (section 3.4).
+def exact_loss(
+    model: nn.Module, chunks: Sequence[Tensor], prompt: Tensor, local: Tensor, label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The paper's loss: one label a sequence, the token behind the local context (section 3.4).
 
     Args:
-        chunks: [R, C] token ids, or R tensors of them.
+        chunks, prompt, local: as `focus_logits` takes them. label: scalar.
 
     Returns:
-        Cross entropy and whether the label is the likeliest token, both scalars.
+        Cross entropy, scalar, and the logits [V]; differentiable in the projections.
     """
-    device = next(model.parameters()).device
-    ids = torch.tensor(list(sample.token_ids[: sample.newest + 2]), device=device)
-    logits = focus_logits(model, list(chunks), ids[sample.start : -1], ids[:-1])[-1]
+    logits = focus_logits(model, chunks, prompt, local)[-1]
     wide = logits.float() if logits.dtype.itemsize == 2 else logits
-    return F.cross_entropy(wide, ids[-1]), logits.detach().argmax() == ids[-1]
+    return F.cross_entropy(wide, label), logits
 
 
 def dense_logits(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False) -> Tensor:

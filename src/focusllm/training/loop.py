@@ -58,10 +58,18 @@ class MemoryLoss(nn.Module):
         device = next(self.model.parameters()).device
         chunks = torch.as_tensor(memory.chunks, dtype=torch.long, device=device)
         if self.config.supervision == "exact":
-            both = [exact_loss(self.model, chunks, sample) for sample in memory.samples]
-            return torch.stack([loss for loss, _ in both]), torch.stack([hit for _, hit in both])
+            return self._exact(list(chunks), memory.samples)
         kv = encode_chunks(self.model, chunks)
         return dense_loss(self.model, kv, memory.samples, self.config.checkpointed)
+
+    def _exact(self, chunks: list[Tensor], samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        losses, hits = [], []
+        for sample in samples:
+            ids = torch.tensor(list(sample.token_ids[: sample.newest + 2]), device=chunks[0].device)
+            loss, logits = exact_loss(self.model, chunks, ids[sample.start : -1], ids[:-1], ids[-1])
+            losses.append(loss)
+            hits.append(logits.detach().argmax() == ids[-1])
+        return torch.stack(losses), torch.stack(hits)
 
 
 @dataclass
