@@ -14,6 +14,7 @@ import torch
 from focusllm import FocusConfig, FocusLLM, ModelError
 from focusllm import embedded as module
 from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.modeling import computing_dtype
 from focusllm.verify import verify
 
 
@@ -190,7 +191,7 @@ def test_converted_model_is_in_the_hub_format(embedded: FocusLLM) -> None:
     config = embedded.model.config
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
     assert getattr(config, "quantization_config", None) is None
-    assert embedded.model.dtype == torch.bfloat16
+    assert embedded.model.dtype == computing_dtype(torch.bfloat16, torch.device("cpu"))
     folder = Path(module.resolve_model(module.ALIAS))
     if (folder / module.MANIFEST_NAME).exists():  # it came from the wheel
         assert "model.safetensors" in json.loads((folder / module.MANIFEST_NAME).read_text())

@@ -301,3 +301,21 @@ def test_documents_are_not_changed_by_questions(tiny_llm: FocusLLM) -> None:
     tiny_llm.ask(document, "What?", max_new_tokens=100, eos_token_id=-1)
     after = [tensor for block in document.blocks for tensor in block.kv.keys + block.kv.values]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("has_instructions", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_takes_the_type_that_is_fast(
+    has_instructions: bool,
+    expected: torch.dtype,
+    model_folder: Path,
+    tiny_llm: FocusLLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint's own 16-bit type only on a CPU with instructions for it."""
+    tiny_llm.model.to(torch.bfloat16)
+    tiny_llm.save_pretrained(model_folder)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_instructions)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert FocusLLM.from_pretrained(model_folder).model.dtype == expected
+    assert FocusLLM.from_pretrained(model_folder, dtype="bfloat16").model.dtype == torch.bfloat16

@@ -472,7 +472,7 @@ def test_answers_of_a_prompt_are_supervised_and_nothing_is_lost(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": TEXT[:301], "completion": "the answer"}))
     corpus = read(tmp_path / "rows.jsonl", tmp_path / "cache")
-    memory = Sampler(settings(), byte_tokenizer(), [(corpus, 1.0)]).draw(0, 0)
+    memory = Sampler(settings(answer_length=16), byte_tokenizer(), [(corpus, 1.0)]).draw(0, 0)
     (sample,) = memory.samples
     decode = byte_tokenizer().decode
     assert decode(memory.chunks.flatten()) + decode(sample.token_ids) == f"{TEXT[:301]}the answer</s>"

@@ -14,7 +14,7 @@ from focusllm.adapter import AdapterConfig, inject, read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import resolve_model
-from focusllm.modeling import cannot_load, find_adapter, parse_dtype, saved_settings
+from focusllm.modeling import cannot_load, computing_dtype, find_adapter, parse_dtype, saved_settings
 
 
 def describe(
@@ -36,7 +36,9 @@ def describe(
     except Exception as error:  # as when loading the model
         raise cannot_load(model, error) from error
     asked = parse_dtype(dtype)
-    chosen = asked if isinstance(asked, torch.dtype) else getattr(base_config, "dtype", None) or torch.float32
+    own = getattr(base_config, "dtype", None) or torch.float32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = asked if isinstance(asked, torch.dtype) else computing_dtype(own, device)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(base_config, dtype=chosen)

@@ -28,7 +28,15 @@ from focusllm.cost import check_read, peak_memory
 from focusllm.embedded import resolve_model
 from focusllm.engine import ChunkBlock, Progress, encode
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
-from focusllm.modeling import UNTRAINED, FocusForCausalLM, FocusState, find_adapter, on_device, parse_dtype
+from focusllm.modeling import (
+    UNTRAINED,
+    FocusForCausalLM,
+    FocusState,
+    computing_dtype,
+    find_adapter,
+    on_device,
+    parse_dtype,
+)
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
 
@@ -230,7 +238,8 @@ class FocusLLM:
             model: `smollm2-135m`, a folder, or a hub id.
             adapter: folder or hub id of candidate projections; None: those saved with the model, else those that come
                 with this package for it, else untrained ones; "none": untrained ones.
-            dtype: `auto` (the checkpoint's own), or a type of torch or its name.
+            dtype: a type of torch or its name; `auto`: the checkpoint's own, but float32 on CPUs that have no
+                instructions for a 16-bit one.
             device: where to compute; None: a GPU if there is one, else the CPU.
             config: lengths and options; None: the defaults.
             notify: called with a sentence when something takes long (a download).
@@ -249,7 +258,10 @@ class FocusLLM:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
-        return cls(on_device(loaded, device), tokenizer, str(model))
+        loaded = on_device(loaded, device)
+        if dtype == "auto" and not getattr(loaded.base, "is_quantized", False):
+            loaded = loaded.to(computing_dtype(loaded.dtype, loaded.device))
+        return cls(loaded, tokenizer, str(model))
 
     @property
     def config(self) -> FocusConfig:

@@ -111,7 +111,7 @@ def prune(output: Path, keep_last: int, best: str | None) -> None:
 
 
 def _replace(part: Path, folder: Path) -> None:
-    """Put `part` in the place of `folder`; an old one steps aside first, for a folder cannot replace a full one."""
+    """Put `part` in the place of `folder`. An old one (a finished adapter) steps aside, for it cannot be replaced."""
     part.chmod(0o755)
     if folder.exists():
         old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))

@@ -77,7 +77,7 @@ class TrainConfig:
     local_lengths: tuple[int, ...] = (64, 128, 256)
     prompt_lengths: tuple[int, ...] = (16, 32, 64)
     answer_length: int = 64
-    """Supervised tokens of a continuation or repetition."""
+    """Supervised tokens of a continuation or repetition; the most of an answer that the data gives."""
     samples_per_memory: int = 6
     """Samples that share one encoded memory."""
     memories_per_step: int = 1

@@ -153,9 +153,8 @@ class Training:
                 f"{self.accelerator.num_processes} processes; use a multiple."
             )
         self.adapter_config = AdapterConfig(config.projections, config.rank, config.alpha)
-        self.step = 0
+        self.step, self.saved = 0, -1
         self.best: dict[str, Any] = {}
-        self.history: list[dict[str, Any]] = []
         found = checkpoint.all_of(self.output)
         self.base = model
         self._place(found[-1] if found else None)
@@ -196,7 +195,8 @@ class Training:
                 f"{now[odd[0]]}); use the same ones to go on, or another output folder to begin anew."
             )
         set_optimizer_state_dict(self.module, self.optimizer, optimizer, options=WHOLE)
-        self.step, self.best = state["step"], state["best"]
+        self.step = self.saved = state["step"]
+        self.best = state["best"]
 
     def run(self, report: Report = lambda _: None) -> dict[str, Any]:
         """Train until the last step.
@@ -222,9 +222,10 @@ class Training:
                 done = self.step == self.config.steps
                 if done or self.step % self.config.evaluate_every == 0:
                     last = self._evaluate(report) or entry
-                if done or interrupted.is_set() or self.step % self.config.save_every == 0:
+                stop = self._anywhere(interrupted.is_set())
+                if done or stop or self.step % self.config.save_every == 0:
                     self.save()
-                if interrupted.is_set() and not done:
+                if stop and not done:
                     raise KeyboardInterrupt
         return last
 
@@ -264,6 +265,12 @@ class Training:
             "seconds": seconds,
         }
 
+    def _anywhere(self, here: bool) -> bool:
+        """Whether something is so in any process: all of them save, or none."""
+        if self.accelerator.num_processes == 1:
+            return here
+        return int(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum")) > 0
+
     def _sizes(self, memory: Memory) -> list[tuple[str, int]]:
         exact = self.config.supervision == "exact"
         return [(sample.objective, 1 if exact else sample.num_answers) for sample in memory.samples]
@@ -302,9 +309,11 @@ class Training:
         return entry
 
     def save(self) -> None:
-        """Write a checkpoint (all processes take part, the main one writes)."""
-        options = WHOLE
-        optimizer = get_optimizer_state_dict(self.module, self.optimizer, options=options)
+        """Write a checkpoint, unless this step has one (all processes take part, the main one writes)."""
+        if self.saved == self.step:
+            return
+        self.saved = self.step
+        optimizer = get_optimizer_state_dict(self.module, self.optimizer, options=WHOLE)
         state = {"config": self.config.to_dict(), "best": self.best}
         tensors = self._adapter_tensors()
         if self.accelerator.is_main_process:

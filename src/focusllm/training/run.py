@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from focusllm.adapter import load_adapter, save_adapter
 from focusllm.embedded import cache_folder, resolve_model
 from focusllm.errors import ConfigError, ModelError, TrainingError, first_line
+from focusllm.modeling import computing_dtype, parse_dtype
 from focusllm.training import checkpoint
 from focusllm.training.config import TrainConfig
 from focusllm.training.corpus import load_corpus
@@ -133,15 +134,9 @@ def _assembled(
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU and on CPUs that multiply it by hardware, else float32."""
-    from focusllm.modeling import parse_dtype
-
-    if name != "auto":
-        found = parse_dtype(name)
-        assert isinstance(found, torch.dtype)
-        return found
-    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    """auto: bfloat16 where it is fast, else float32."""
+    asked = parse_dtype(name)
+    return asked if isinstance(asked, torch.dtype) else computing_dtype(torch.bfloat16, device)
 
 
 def _finish(training: Training, output: Path) -> None:

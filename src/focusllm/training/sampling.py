@@ -89,7 +89,7 @@ class Sampler:
         if config.objectives.get("multihop"):
             self.tasks["multihop"] = Multihop(config.multihop)
         self.shortest = min(config.chunk_lengths) + min(config.local_lengths) + config.answer_length
-        self.corpora = [(corpus, weight) for corpus, weight in corpora if (corpus.lengths >= self.shortest).any()]
+        self.corpora = [(corpus, weight) for corpus, weight in corpora if _long_enough(corpus, self.shortest).any()]
         if not self.corpora:
             longest = max((int(corpus.lengths.max()) for corpus, _ in corpora), default=0)
             raise DocumentError(
@@ -113,7 +113,7 @@ class Sampler:
         rng = np.random.default_rng([self.config.seed, splits[split], step, number])
         weights = np.array([weight for _, weight in self.corpora])
         corpus, _ = self.corpora[int(rng.choice(len(weights), p=weights / weights.sum()))]
-        room = np.where(corpus.lengths >= self.shortest, corpus.lengths, 0)
+        room = np.where(_long_enough(corpus, self.shortest), corpus.lengths, 0)
         document = int(rng.choice(len(room), p=room / room.sum()))
         tokens, answer = corpus.document(document), int(corpus.answers[document])
         origin = f"{corpus.name}, document {document}"
@@ -151,7 +151,7 @@ class Sampler:
             asked.append((name, None))
         own = rows * chunk - inserted
         start = int(rng.integers(0, len(tokens) - own - local - length + 1))
-        text = tokens[start:].tolist()
+        text = tokens[start : start + own + local + length * len(asked)].tolist()
         far, behind = self._hide(rng, text[:own], inserts), text[own:]
         samples, continued = [], 0
         for name, found in asked:
@@ -177,7 +177,7 @@ class Sampler:
         local = max(1, min(local, answer - 1))
         rows = -(-(answer - local) // chunk)
         chunk = (answer - local) // rows  # evenly cut; what is left over goes to the local context
-        ids = tokens.tolist()
+        ids = tokens[: answer + config.answer_length].tolist()
         sample = Sample(ids[rows * chunk :], len(ids) - answer, prompt, "answers")
         return Memory(np.array(ids[: rows * chunk]).reshape(rows, chunk), [sample], origin)
 
@@ -228,6 +228,12 @@ class Sampler:
 
     def _control(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _long_enough(corpus: Corpus, shortest: int) -> np.ndarray:
+    """[D]: which documents make a sample; of those with an answer, the prompt has to give memory and local context."""
+    found: np.ndarray = (corpus.lengths >= shortest) & ((corpus.answers < 0) | (corpus.answers > 1))
+    return found
 
 
 def _sample(tokens: list[int], answers: int, prompt: int, name: str) -> Sample:
