@@ -38,7 +38,7 @@ from focusllm.focus import encode_chunks
 from focusllm.kv import KV, concat
 from focusllm.text import encode_text, frame_question, start_tokens
 from focusllm.training.dense import Sample, dense_loss
-from focusllm.training.tasks import Stories
+from focusllm.training.tasks import read_stories
 
 INTRO = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there.\n"  # noqa: E501
 GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -58,16 +58,21 @@ class Bench:
     def __init__(self, llm: FocusLLM, arguments: argparse.Namespace):
         self.llm, self.base, self.config, self.arguments = llm, llm.model.base, llm.config, arguments
         self.data = Path(arguments.data)
+        self.books: dict[Path, list[int]] = {}
         self.known: dict[tuple[int, ...], KV] = {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         return encode_text(self.llm.tokenizer, text).token_ids
 
-    def book(self, number: int) -> list[int]:
-        """Token ids of a held-out book."""
-        path = self.data / "books" / "test" / f"{BOOKS[number % len(BOOKS)]}.txt"
-        return self.encode(path.read_text(encoding="utf-8"))
+    def book(self, number: int, length: int) -> list[int]:
+        """Token ids of a held-out book of at least `length` tokens."""
+        for path in (self.data / "books" / "test" / f"{name}.txt" for name in BOOKS[number % len(BOOKS) :] + BOOKS):
+            if path not in self.books:
+                self.books[path] = self.encode(path.read_text(encoding="utf-8"))
+            if len(self.books[path]) >= length:
+                return self.books[path]
+        raise SystemExit(f"no book has {length:,} tokens; use a smaller length")
 
     def blocks(self, far: Sequence[int]) -> list[ChunkBlock]:
         """Encoded chunks of a text; what other cases have too is kept."""
@@ -199,21 +204,21 @@ def cases_of(bench: Bench, task: str, length: int) -> Iterator[Callable[[], dict
             yield lambda row=row, i=i: keys(bench, row, i * 37 % 75, arguments.full)
     elif task == "repetition":
         for i in range(arguments.cases):
-            book = bench.book(i // 10)
+            book = bench.book(i // 10, length)
             yield lambda book=book: repetition(bench, book, book[: length - 512], rng)
     elif task == "stories":
         for name in ("qa1_single-supporting-fact", "qa2_two-supporting-facts"):
-            questions = Stories([bench.data / "bench" / "babi_en" / f"{name}_test.txt"]).questions
+            questions = read_stories([bench.data / "bench" / "babi_en" / f"{name}_test.txt"])
+            questions = [task for task in questions if len(task.inserts) <= length // 128]  # all facts find a place
             for i in range(arguments.cases):
                 question = questions[int(rng.integers(len(questions)))]
-                book = bench.book(i // 10)
+                book = bench.book(i // 10, length + 512)
                 yield lambda q=question, b=book, n=name: {"task": n[:3], **stories(bench, q, b, length, rng)}
     else:
         chunk = bench.config.chunk_length
         for i in range(arguments.cases):  # ends a few chunks apart, so that windows share chunks
-            book = bench.book(i // 10)
-            longest = max(arguments.lengths)
-            end = longest + (i % 10) * 3 * chunk
+            end = max(arguments.lengths) + (i % 10) * 3 * chunk
+            book = bench.book(i // 10, end)
             yield lambda text=book[end - length : end]: perplexity(bench, text, length, length <= arguments.full_to)
 
 

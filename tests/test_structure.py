@@ -17,6 +17,7 @@ SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a file may import only files named before it.
 ORDER = [
     "errors",
+    "files",
     "config",
     "chunking",
     "kv",
@@ -48,7 +49,7 @@ ORDER = [
     "__main__",
 ]
 WITHOUT_TORCH = [
-    *("errors", "config", "chunking", "readers", "text", "embedded", "cli"),
+    *("errors", "files", "config", "chunking", "readers", "text", "embedded", "cli"),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
 ]
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from conftest import build, byte_tokenizer
@@ -26,7 +27,7 @@ from focusllm.training.config import Source
 from focusllm.training.corpus import Corpus, load_corpus
 from focusllm.training.loop import learning_rate
 from focusllm.training.sampling import Sampler
-from focusllm.training.tasks import Stories, fact, table
+from focusllm.training.tasks import Questions, fact, read_multihop, read_stories, table
 
 TEXT = "".join(f"{i}. Call me Ishmael number {i * i}. Some years ago I went to sea.\n" for i in range(400))
 
@@ -58,11 +59,11 @@ def tiny(base: Path) -> dict[str, Any]:
         "prompt_lengths": [8],
         "answer_length": 8,
         "samples_per_memory": 3,
-        "memories_per_step": 2,
+        "memories_per_step": 4,
         "steps": 6,
         "warmup_steps": 2,
         "evaluate_every": 3,
-        "evaluation_memories": 2,
+        "evaluation_memories": 3,
         "save_every": 2,
         "objectives": {"repetition": 0.5, "continuation": 0.2, "facts": 0.3},
     }
@@ -121,7 +122,7 @@ def test_training_lowers_the_loss(settings: Callable[..., TrainConfig], tmp_path
 def test_exact_supervision_has_one_label_a_sample(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
     train(settings(supervision="exact", steps=1), tmp_path / "out", report=seen.append)
-    assert [entry["labels"] for entry in seen if "loss" in entry] == [6]
+    assert [entry["labels"] for entry in seen if "loss" in entry] == [12]
 
 
 def test_checkpointed_passes_change_nothing(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_learning_rate(schedule: str) -> None:
 
 KILLED = """
 import json, os, signal
-import focusllm.training.{module} as place
+import focusllm.{module} as place
 from focusllm import TrainConfig, train
 owner, name = place, {name!r}
 original, calls = getattr(owner, name), 0
@@ -173,11 +174,11 @@ train(TrainConfig.from_dict(json.loads({config!r})), {output!r})
 """
 # Where the process dies: (module, function, which call, before it rather than behind it).
 KILL_POINTS = {
-    "in a step, nothing saved yet": ("loop", "dense_loss", 3, True),
-    "between two checkpoints": ("loop", "dense_loss", 9, True),
-    "with the adapter of a checkpoint written": ("loop", "save_adapter", 1, False),
-    "before a written checkpoint is put in its place": ("checkpoint", "_replace", 2, True),
-    "with a checkpoint in its place, old ones not removed": ("checkpoint", "_replace", 3, False),
+    "in a step, nothing saved yet": ("training.loop", "dense_loss", 3, True),
+    "between two checkpoints": ("training.loop", "dense_loss", 16, True),
+    "with the adapter of a checkpoint written": ("training.loop", "save_adapter", 1, False),
+    "before a written checkpoint is put in its place": ("files", "put_in_place", 2, True),
+    "with the checkpoint of a new best in its place": ("files", "put_in_place", 2, False),
 }
 
 
@@ -254,19 +255,27 @@ def test_two_trainings_in_a_folder(settings: Callable[..., TrainConfig], tmp_pat
         train(settings(), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("No space left on device"), SafetensorError("No space left")],
+)
 def test_a_full_disk_loses_nothing(
-    settings: Callable[..., TrainConfig], tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    settings: Callable[..., TrainConfig],
+    tmp_path: Path,
+    unbroken: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, calls = torch.save, []
 
     def full(*arguments: Any, **keywords: Any) -> None:
         calls.append(arguments)
         if len(calls) == 2:
-            raise OSError(28, "No space left on device")
+            raise error
         real(*arguments, **keywords)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match=r"No space left on device.*earlier checkpoints are untouched"):
+    with pytest.raises(TrainingError, match=r"No space left.*was saved before is untouched"):
         train(settings(), tmp_path / "out")
     assert [path.name for path in checkpoint.all_of(tmp_path / "out")] == ["step-000002"]
     train(settings(), tmp_path / "out")
@@ -295,13 +304,18 @@ def test_a_damaged_checkpoint_is_named(settings: Callable[..., TrainConfig], tmp
     [
         ({"sources": []}, ConfigError, "there are no sources"),
         ({"sources": ["nowhere"]}, DocumentError, "there is no file or folder nowhere"),
-        ({"chunk_lengths": [3000], "memory_lengths": [3000]}, ConfigError, "has 512; use smaller chunk_lengths"),
+        ({"chunk_lengths": [3000], "memory_lengths": [3000]}, ConfigError, "has 512; use smaller"),
         ({"memories_per_step": 0}, ConfigError, "memories_per_step is 0"),
         ({"objectives": {"magic": 1}}, ConfigError, "objectives has magic; known are continuation"),
         ({"objectives": {"stories": 1}}, ConfigError, "stories names no files"),
         ({"objectives": {"facts": 0}}, ConfigError, "not all 0"),
         ({"chunk_lengths": []}, ConfigError, "chunk_lengths is"),
         ({"chunk_lengths": [256]}, ConfigError, "memory_lengths only to 128"),
+        ({"learning_rate": "fast"}, ConfigError, "learning_rate is 'fast'; it must be a number"),
+        ({"rank": "64"}, ConfigError, "rank is '64', which is of the wrong type"),
+        ({"objectives": 0.5}, ConfigError, "objectives is 0.5, which is of the wrong type"),
+        ({"local_lengths": "long"}, ConfigError, "local_lengths is"),
+        ({"local_lengths": [400]}, ConfigError, "a local context behind its candidates takes up to 412 positions"),
         ({"schedule": "steep"}, ConfigError, "must be cosine"),
         ({"supervision": "some"}, ConfigError, "must be dense or exact"),
         ({"speed": 3}, ConfigError, "unknown setting speed"),
@@ -445,7 +459,7 @@ def test_samples_are_what_their_objectives_say(sampler: Sampler) -> None:
             if sample.objective == "repetition":
                 assert text in far
             elif sample.objective == "continuation":
-                assert text in TEXT  # which goes on behind the memory
+                assert text in TEXT
             elif sample.objective in ("facts", "tables"):
                 assert value.removesuffix(".").split(" is ")[-1] in far
             elif sample.objective == "stories":
@@ -459,8 +473,9 @@ def test_samples_are_what_their_objectives_say(sampler: Sampler) -> None:
 
 
 def test_samples_depend_on_seed_step_and_number_only(sampler: Sampler) -> None:
-    def ids(step: int, number: int, split: str = "train") -> list[int]:
-        memory = sampler.draw(step, number, split)
+    def ids(step: int, number: int, part: str = "train") -> list[int]:
+        sampler.part = part
+        memory = sampler.draw(step, number)
         return [*memory.chunks.flatten().tolist(), *(token for s in memory.samples for token in s.token_ids)]
 
     assert ids(3, 1) == ids(3, 1)
@@ -494,14 +509,37 @@ def test_made_up_tasks_have_their_answer_in_them() -> None:
 
 
 def test_stories_are_read_from_babi(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(
-        "1 A is here.\n2 Where is A? \there\t1\n3 B left.\n4 Where is B? \taway,far\t3\n1 New.\n2 Q? \tx\t1\n"
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "1 A is here.\n2 Where is A? \there\t1\n3 B left.\n4 Where is B? |away,far|3\n1 New.\n2 Q? \tx\t1\n"
     )
-    questions = Stories([tmp_path / "a.txt"]).questions
-    assert [(len(q.inserts), q.answer) for q in questions] == [(1, "here"), (2, "away, far"), (1, "x")]
-    (tmp_path / "a.txt").write_text("no number\n")
+    assert [(len(q.inserts), q.answer) for q in read_stories([path])] == [(1, "here"), (2, "away, far"), (1, "x")]
+    path.write_text("no number\n")
     with pytest.raises(DocumentError, match="line 1 does not begin with a number"):
-        Stories([tmp_path / "a.txt"])
+        read_stories([path])
+    path.write_text("1 Only a fact.\n")
+    with pytest.raises(DocumentError, match=r"a\.txt has no questions"):
+        read_stories([path])
+    with pytest.raises(DocumentError, match="cannot be read"):
+        read_stories([tmp_path / "none.txt"])
+
+
+def test_multihop_in_both_formats(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    paragraphs = [{"title": str(i), "paragraph_text": "x.", "is_supporting": i < 2} for i in range(9)]
+    path.write_text(json.dumps({"paragraphs": paragraphs, "question": "Who?", "answer": "Ann"}) + "\n")
+    (task,) = read_multihop([path])
+    assert (len(task.inserts), task.answer, task.inserts[0]) == (6, "Ann", "0\nx.")
+    path.write_text('[{"question": 1}]')
+    with pytest.raises(DocumentError, match="is not in HotpotQA's or MuSiQue's format"):
+        read_multihop([path])
+
+
+def test_questions_from_files_are_kept_from_training() -> None:
+    tasks = [fact(np.random.default_rng(i)) for i in range(120)]
+    trained, kept = Questions(tasks, "train").tasks, Questions(tasks, "held out").tasks
+    assert (len(trained), len(kept), len(Questions(tasks).tasks)) == (118, 2, 120)
+    assert not [task for task in kept if task in trained]
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -514,8 +552,7 @@ from focusllm import TrainConfig, train
 from focusllm.training.loop import Training
 
 def run(self, report, original=Training.run):
-    kinds = {type(parameter).__name__ for parameter in self.module.parameters()}
-    print("wrapped as", type(self.module).__name__, *kinds)
+    print("wrapped as", type(self.module).__name__)
     return original(self, report)
 
 Training.run = run
@@ -523,12 +560,12 @@ train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())), sys.argv
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(kind: str, base: Path, unbroken: Path, tmp_path: Path) -> None:
-    """The same global batch shared out between two gloo processes: the same losses, and a whole adapter."""
+def test_two_processes_train_as_one(base: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The same global batch shared out between two gloo processes: the same losses, the same weights."""
     (tmp_path / "config.json").write_text(json.dumps(tiny(base)))
     (tmp_path / "program.py").write_text(PROCESS)
     arguments = [
+        "--cpu",
         "--num_processes",
         "2",
         "--num_machines",
@@ -539,16 +576,12 @@ def test_two_processes_train_as_one(kind: str, base: Path, unbroken: Path, tmp_p
         "no",
     ]
     arguments += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    arguments += ["--cpu"] if kind == "ddp" else []
-    if kind == "fsdp":
-        arguments += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
-        arguments += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
     environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(tmp_path / "program.py")]
     command += [str(tmp_path / "config.json"), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count({"ddp": "DistributedDataParallel", "fsdp": "DTensor"}[kind]) == 2
+    assert result.stdout.count("wrapped as DistributedDataParallel") == 2
     both = [
         [json.loads(line) for line in (x / "log.jsonl").read_text().splitlines()] for x in (tmp_path / "out", unbroken)
     ]
@@ -574,8 +607,14 @@ def test_a_batch_that_cannot_be_shared_out(settings: Callable[..., TrainConfig],
 
     model = build(max_position_embeddings=512)
     inject(model, AdapterConfig(rank=2))
-    with pytest.raises(TrainingError, match="memories_per_step is 2, which cannot be shared out evenly among 3"):
+    with pytest.raises(TrainingError, match="memories_per_step is 4, which cannot be shared out evenly among 3"):
         Training(settings(), model, None, None, tmp_path, accelerator=Three())
+
+
+def test_fsdp_is_refused(settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match=r"FSDP is not supported.*launch without FSDP"):
+        train(settings(), tmp_path / "out")
 
 
 def test_in_another_thread(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

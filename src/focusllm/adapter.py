@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from focusllm.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
 from focusllm.errors import AdapterError, ConfigError, first_line
+from focusllm.files import whole_file
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -253,7 +252,7 @@ def save_adapter(
         f"{PEFT_PREFIX if low_rank else ''}{path}{'.weight' if low_rank else ''}": tensor.detach().contiguous()
         for path, tensor in given.items()
     }
-    with _whole_file(folder / WEIGHTS_NAME) as temporary:
+    with whole_file(folder / WEIGHTS_NAME) as temporary:
         save_file(named, temporary, metadata={"format": "pt"})
     targets = sorted({path.rpartition(".")[2] for path in wrappers})
     peft_config: dict[str, Any] = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM"}
@@ -271,10 +270,10 @@ def save_adapter(
         peft_config |= {"candidate_projections": "full", "target_modules": targets}
     focus_config = {"format": 1, "adapter": asdict(config), "base": fingerprint(model)}
     for name, content in ((PEFT_CONFIG_NAME, peft_config), (FOCUS_CONFIG_NAME, focus_config)):
-        with _whole_file(folder / name) as temporary:
+        with whole_file(folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     if not (folder / "README.md").exists():
-        with _whole_file(folder / "README.md") as temporary:
+        with whole_file(folder / "README.md") as temporary:
             temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in named.values()), notes))
 
 
@@ -396,26 +395,6 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"the settings of the adapter in {folder} are damaged ({error!r}).") from error
-
-
-class _whole_file:
-    """`with _whole_file(path) as temporary`: write to `temporary`; `path` is replaced when all went well."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            self.temporary.chmod(0o644)
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 def _model_card(config: AdapterConfig, base_name: str, num_parameters: int, notes: str) -> str:

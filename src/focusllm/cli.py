@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -209,6 +210,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Highest rate.")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Rank of the projections; 0: full copies.")] = None,
     projections: Annotated[str | None, typer.Option(help="Which ones: any of the letters q, k, v, o.")] = None,
+    memories_per_step: Annotated[int | None, typer.Option(min=1, help="Global batch; a multiple of processes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another one draws other samples.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -219,23 +221,30 @@ def train(
     given = locals()
     from focusllm.training.config import TrainConfig
 
-    names = ("model", "init_adapter", "dtype", "steps", "learning_rate", "rank", "projections", "seed")
-    changes = {name: value for name in names if (value := given[name]) is not None}
+    names = ("model", "init_adapter", "dtype", "steps", "learning_rate", "rank", "projections", "memories_per_step")
+    changes = {name: value for name in (*names, "seed") if (value := given[name]) is not None}
     if sources:
         changes["sources"] = sources
     settings = TrainConfig.from_file(config, **changes) if config else TrainConfig.from_dict(changes)
-    with _calm_libraries(), _training_progress(settings.steps, quiet=as_json) as (report, reading, last):
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
+    with _calm_libraries(), _training_progress(settings.steps, as_json or not is_first) as (report, reading, last):
         from focusllm.training.run import train as run_training
 
         try:
-            folder = run_training(settings, output, report=report, reading=reading, notify=_notify)
+            folder = run_training(
+                settings, output, report=report, reading=reading, notify=_notify if is_first else lambda _: None
+            )
         except KeyboardInterrupt:
-            _notify(f"Stopped; everything is saved in {output}. Run the same command again to go on.")
+            if is_first:
+                _notify(f"Stopped. Run the same command again to go on from the last checkpoint in {output}.")
             sys.exit(130)
+    if not is_first:
+        return
     if as_json:
         print(json.dumps({"adapter": str(folder), **last}, indent=2))
     else:
-        print(f"The adapter is in {folder} (focusllm ask --adapter {folder} ...), the curve in {output / 'loss.png'}.")
+        curve = f", the curve in {output / 'loss.png'}" if (output / "loss.png").exists() else ""
+        print(f"The adapter is in {folder} (focusllm ask --adapter {folder} ...){curve}.")
 
 
 @app.command()

@@ -287,7 +287,7 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def computing_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type that `auto` stands for: a checkpoint's own, but float32 where a 16-bit type would be several times slower.
+    """The type that `auto` stands for: a checkpoint's own, but float32 where 16-bit types are several times slower.
 
     That is so on x86 CPUs without instructions for bfloat16 (AVX512-BF16, AMX).
     """

@@ -28,6 +28,11 @@ def encode_text(tokenizer: Any, text: str) -> Encoded:
     return Encoded(list(encoding.input_ids), [tuple(span) for span in encoding.offset_mapping])
 
 
+def encode_ids(tokenizer: Any, text: str) -> list[int]:
+    """`encode_text` without the places."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids)
+
+
 def decode_ids(tokenizer: Any, token_ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
     """A text from token ids, with the place of each."""
     spans = _spans_by_decoding(tokenizer, token_ids)

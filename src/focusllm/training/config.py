@@ -12,6 +12,7 @@ from focusllm.errors import ConfigError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Supervision = Literal["dense", "exact"]
+LENGTHS = ("chunk_lengths", "memory_lengths", "local_lengths", "prompt_lengths")
 TEXT_OBJECTIVES = ("continuation", "repetition")
 TASK_OBJECTIVES = ("facts", "tables", "stories", "multihop")
 
@@ -50,7 +51,8 @@ class TrainConfig:
 
     sources: tuple[Source, ...] = ()
     held_out: tuple[Source, ...] = ()
-    """Never trained on: what the loss is evaluated on during training. Empty: the last 2% of every source."""
+    """What the loss is evaluated on during training. Empty: one document in fifty of every source, which is then not
+    trained on, or the end of each if there are fewer."""
     model: str = "smollm2-135m"
     dtype: str = "auto"
     """Type of the frozen base model; trainable weights are float32. auto: bfloat16 where it is fast, else float32."""
@@ -103,7 +105,14 @@ class TrainConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("chunk_lengths", "memory_lengths", "local_lengths", "prompt_lengths"):
+        for name, kind in (("objectives", dict), ("rank", int | None), ("projections", str), ("model", str)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, which is of the wrong type.")
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", *self.objectives):
+            value = self.objectives.get(name, getattr(self, name, None))
+            if not isinstance(value, int | float):
+                raise ConfigError(f"{name} is {value!r}; it must be a number.")
+        for name in LENGTHS:
             lengths = getattr(self, name)
             if not lengths or any(not isinstance(length, int) or length < 1 for length in lengths):
                 raise ConfigError(f"{name} is {lengths!r}; give one or more whole numbers of at least 1.")
@@ -158,9 +167,11 @@ class TrainConfig:
         unknown = sorted(set(content) - names)
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {', '.join(sorted(names))}.")
-        settings: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-        }
+        settings: dict[str, Any] = dict(content)
+        for name in ("sources", "held_out", "stories", "multihop", *LENGTHS):
+            if name in settings:  # one alone may stand without a list
+                given = settings[name]
+                settings[name] = tuple(given) if isinstance(given, list | tuple) else (given,)
         try:
             for name in ("sources", "held_out"):
                 if name in settings:
@@ -169,7 +180,7 @@ class TrainConfig:
                     )
         except TypeError as error:
             raise ConfigError(f"a source is wrong ({error}); it has path, weight, column, split and subset.") from error
-        if settings.get("rank") == 0:
+        if settings.get("rank") == 0 and settings["rank"] is not False:
             settings["rank"] = None
         return cls(**settings)
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +20,15 @@ from typing import Any
 import numpy as np
 
 from focusllm.errors import ConfigError, DocumentError, first_line
+from focusllm.files import whole_folder
 from focusllm.readers import DOCUMENT_SUFFIXES, read_text
-from focusllm.text import encode_text
+from focusllm.text import encode_ids
 from focusllm.training.config import Source
 
 Report = Callable[[str, int], None]
 """Called with (source, tokens so far) while a source is tokenised."""
 SUFFIXES = {*DOCUMENT_SUFFIXES, ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts"} - {".json"}
+JSON_LINES = {".jsonl", ".ndjson"}
 FORMAT = 1
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,11 @@ class Corpus:
         return tokens
 
     def split(self, every: int = 50) -> tuple[Corpus, Corpus]:
-        """What is trained on, and what is kept from it: one document of `every`, or the end of the only one."""
-        if len(self) == 1 and self.answers[0] < 0:
+        """What is trained on, and what is kept from it: one document of `every`, or the end of each of a few."""
+        if len(self) < every and (self.answers < 0).all():
             cut = self.starts + self.lengths * (every - 1) // every
             return replace(self, ends=cut), replace(self, starts=cut)
-        kept = np.arange(len(self)) % every == min(every, len(self)) - 1
+        kept = np.arange(len(self)) % every == every - 1
         parts = [(self.starts[which], self.ends[which], self.answers[which]) for which in (~kept, kept)]
         trained, held_out = (Corpus(self.name, self.tokens, *part) for part in parts)
         return trained, held_out
@@ -81,16 +81,14 @@ def load_corpus(source: Source, tokenizer: Any, folder: Path, report: Report = l
     """
     target = folder / f"{_key(source, tokenizer)}"
     if not (target / "source.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder, prefix=f"{target.name}.part."))
         try:
-            _tokenise(source, tokenizer, part, report)
-            part.rename(target)
-        except OSError:
-            if not (target / "source.json").exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            with whole_folder(target) as part:
+                _tokenise(source, tokenizer, part, report)
+        except OSError as error:
+            raise DocumentError(
+                f"the tokens of {source.path} cannot be kept in {folder} ({error.strerror or error}); make room, or "
+                f"set FOCUSLLM_CACHE to another folder."
+            ) from error
     tokens = np.load(target / "tokens.npy", mmap_mode="r")
     ends, answers = np.load(target / "ends.npy"), np.load(target / "answers.npy")
     return Corpus(source.path, tokens, np.concatenate([[0], ends[:-1]]), ends, answers)
@@ -99,11 +97,12 @@ def load_corpus(source: Source, tokenizer: Any, folder: Path, report: Report = l
 def _tokenise(source: Source, tokenizer: Any, folder: Path, report: Report) -> None:
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     ends, answers, total = [], [], 0
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     raw = folder / "tokens.raw"
     with raw.open("wb") as file:
         for before, after in documents(source, tokenizer):
-            ids = encode_text(tokenizer, before).token_ids if isinstance(before, str) else before
-            supervised = [*encode_text(tokenizer, after).token_ids, tokenizer.eos_token_id] if after else []
+            ids = encode_ids(tokenizer, before) if isinstance(before, str) else before
+            supervised = [*encode_ids(tokenizer, after), *end] if after else []
             if not ids:
                 continue
             np.asarray([*ids, *supervised], dtype=kind).tofile(file)
@@ -130,11 +129,10 @@ def documents(source: Source, tokenizer: Any) -> Iterator[tuple[str | list[int],
     if not path.exists():
         raise DocumentError(f"there is no file or folder {path}; name one, or a dataset as hf:owner/name.")
     for file in files(path):
-        if file.suffix in (".jsonl", ".ndjson"):
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _row(_parsed(line, file, number), source, tokenizer, f"{file}, line {number}")
+        if file.suffix.lower() in JSON_LINES:
+            for number, line in enumerate(_lines(file), 1):
+                if line.strip():
+                    yield _row(_parsed(line, file, number), source, tokenizer, f"{file}, line {number}")
         else:
             try:
                 yield read_text(file), ""
@@ -144,12 +142,21 @@ def documents(source: Source, tokenizer: Any) -> Iterator[tuple[str | list[int],
                 logger.warning("left out: %s", error)  # one odd file among many
 
 
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            yield from lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"{file} cannot be read ({error}); give JSON lines in UTF-8.") from error
+
+
 def files(path: Path) -> list[Path]:
-    """The files with text in a folder, in a fixed order; a file is itself."""
+    """The files with text in a folder, in a fixed order, hidden ones left out; a file is itself."""
     if path.is_file():
         return [path]
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in {*SUFFIXES, ".jsonl", ".ndjson"}]
-    return [file for file in found if file.is_file() and file.stat().st_size]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES | JSON_LINES]
+    shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    return [file for file in shown if file.is_file() and file.stat().st_size]
 
 
 def _parsed(line: str, file: Path, number: int) -> dict[str, Any]:
@@ -167,15 +174,26 @@ def _row(row: dict[str, Any], source: Source, tokenizer: Any, place: str) -> tup
     if isinstance(row.get(source.column), str):
         return row[source.column], ""
     if isinstance(row.get("messages"), list) and row["messages"]:
-        *asked, answer = row["messages"]
-        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids), str(answer["content"])
+        return _conversation(row["messages"], tokenizer, place)
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return row["prompt"], row["completion"]
     raise ConfigError(
         f"{place} has no text in a column {source.column!r}, nor messages, nor prompt and completion; it has "
         f"{', '.join(sorted(row)) or 'nothing'}. Name the column of the text."
     )
+
+
+def _conversation(messages: list[Any], tokenizer: Any, place: str) -> tuple[list[int], str]:
+    """The messages before the last as a prompt, the last one's content as the answer."""
+    *asked, answer = messages
+    content = answer.get("content") if isinstance(answer, dict) else None
+    if not isinstance(content, str) or not asked or answer.get("role") != "assistant":
+        raise DocumentError(f"{place} does not end with an assistant's message after another one; leave such rows out.")
+    try:
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # no template, or one that these messages do not suit
+        raise DocumentError(f"{place} does not go through the model's chat template ({first_line(error)}).") from error
+    return list(ids), content
 
 
 def _dataset(source: Source) -> Iterator[dict[str, Any]]:
@@ -186,8 +204,6 @@ def _dataset(source: Source) -> Iterator[dict[str, Any]]:
     name = source.path[3:]
     try:
         yield from load_dataset(name, source.subset, split=source.split, streaming=True)
-    except ConfigError:
-        raise
     except Exception as error:  # whatever the hub, its client, a proxy or a malformed file objects to
         raise DocumentError(f"the dataset {name} cannot be read ({first_line(error)}).") from error
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,13 +33,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from focusllm.adapter import AdapterConfig, inject, injected, load_adapter, save_adapter, trainable_parameters
-from focusllm.base import layout, run
+from focusllm.base import run
 from focusllm.errors import TrainingError
+from focusllm.files import remove_parts, whole_file
 from focusllm.focus import Over, encode_chunks
 from focusllm.training import checkpoint
 from focusllm.training.config import TrainConfig
 from focusllm.training.dense import Sample, dense_loss, exact_loss
-from focusllm.training.sampling import Memory, Sampler, check_positions
+from focusllm.training.sampling import Memory, Sampler
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last")
@@ -146,7 +147,6 @@ class Training:
         self.config, self.sampler, self.held_out, self.output = config, sampler, held_out, Path(output)
         self.base_name = base_name
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
-        check_positions(config, layout(model).max_positions)
         if config.memories_per_step % self.accelerator.num_processes:
             raise TrainingError(
                 f"memories_per_step is {config.memories_per_step}, which cannot be shared out evenly among "
@@ -155,8 +155,11 @@ class Training:
         self.adapter_config = AdapterConfig(config.projections, config.rank, config.alpha)
         self.step, self.saved = 0, -1
         self.best: dict[str, Any] = {}
-        found = checkpoint.all_of(self.output)
         self.base = model
+        if self.accelerator.is_main_process:
+            remove_parts(self.output / checkpoint.FOLDER)
+            remove_parts(self.output)
+        found = checkpoint.all_of(self.output)
         self._place(found[-1] if found else None)
 
     def _place(self, resumed: Path | None) -> None:
@@ -193,6 +196,11 @@ class Training:
             raise TrainingError(
                 f"the training in {self.output} has other settings ({odd[0]} is {before.get(odd[0])}, now "
                 f"{now[odd[0]]}); use the same ones to go on, or another output folder to begin anew."
+            )
+        if state["data"] != self.sampler.data:
+            raise TrainingError(
+                f"the text of the training in {self.output} has changed ([source, documents, tokens] were "
+                f"{state['data']}, now {self.sampler.data}); put it back to go on, or use another output folder."
             )
         set_optimizer_state_dict(self.module, self.optimizer, optimizer, options=WHOLE)
         self.step = self.saved = state["step"]
@@ -247,12 +255,15 @@ class Training:
                 losses, hits = self.module(memory)
                 # Gradients are averaged over processes, so the mean over all labels needs their number back.
                 loss = losses.sum() * (accelerator.num_processes / total)
-                self._check_finite(loss, memory)
+                if not torch.isfinite(loss):
+                    raise self._not_finite("loss", float(loss.detach()), memory)
                 accelerator.backward(loss)
             meter.add(self._sizes(memory), losses, hits)
         norm = accelerator.clip_grad_norm_(
             [parameter for parameter in self.module.parameters() if parameter.requires_grad], config.clip
         )
+        if norm is not None and not torch.isfinite(norm):
+            raise self._not_finite("gradient", float(norm), memories[-1])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -275,14 +286,13 @@ class Training:
         exact = self.config.supervision == "exact"
         return [(sample.objective, 1 if exact else sample.num_answers) for sample in memory.samples]
 
-    def _check_finite(self, loss: Tensor, memory: Memory) -> None:
-        if not torch.isfinite(loss):
-            found = checkpoint.all_of(self.output)
-            saved = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-            raise TrainingError(
-                f"the loss is {float(loss.detach())} in step {self.step} (a memory from {memory.origin}); {saved}. "
-                f"Use a smaller learning_rate (it is {self.config.learning_rate}) or float32."
-            )
+    def _not_finite(self, what: str, value: float, memory: Memory) -> TrainingError:
+        found = checkpoint.all_of(self.output)
+        saved = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        return TrainingError(
+            f"the {what} is {value} in step {self.step} (a memory from {memory.origin}); {saved}. Use a smaller "
+            f"learning_rate (it is {self.config.learning_rate}) or float32."
+        )
 
     @torch.no_grad()
     def _evaluate(self, report: Report, first: bool = False) -> dict[str, Any] | None:
@@ -291,10 +301,11 @@ class Training:
             return None
         accelerator, meter, alone = self.accelerator, Meter(), Meter()
         count = self.config.evaluation_memories
+        alone_module = accelerator.unwrap_model(self.module)  # processes may have unequal numbers of memories
         for number in range(accelerator.process_index, count, accelerator.num_processes):
-            memory = self.held_out.draw(0, number, "held out")
+            memory = self.held_out.draw(0, number)
             sizes = self._sizes(memory)
-            meter.add(sizes, *self.module(memory))
+            meter.add(sizes, *alone_module(memory))
             if first:
                 for sample, size in zip(memory.samples, sizes, strict=True):
                     alone.add([size], *_without_memory(self.base, sample, size[1]))
@@ -304,8 +315,10 @@ class Training:
         loss = entry["evaluation"]["loss"]
         if not first and loss < self.best.get("loss", math.inf):
             self.best = {"loss": loss, "step": self.step}
+            self._log(entry, report)  # before it is saved: what is logged too much is cut, what is not is lost
             self.save()
-        self._log(entry, report)
+        else:
+            self._log(entry, report)
         return entry
 
     def save(self) -> None:
@@ -314,7 +327,7 @@ class Training:
             return
         self.saved = self.step
         optimizer = get_optimizer_state_dict(self.module, self.optimizer, options=WHOLE)
-        state = {"config": self.config.to_dict(), "best": self.best}
+        state = {"config": self.config.to_dict(), "data": self.sampler.data, "best": self.best}
         tensors = self._adapter_tensors()
         if self.accelerator.is_main_process:
             write = lambda folder: save_adapter(self.base, folder, self.adapter_config, self.base_name, tensors)  # noqa: E731
@@ -333,7 +346,8 @@ class Training:
 
     def _log(self, entry: dict[str, Any], report: Report) -> None:
         if self.accelerator.is_main_process:
-            with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+            path = self.output / "log.jsonl"
+            with checkpoint.disk_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             report(entry)
 
@@ -341,9 +355,18 @@ class Training:
         """Remove from the log what was done after the checkpoint and will be done again."""
         path = self.output / "log.jsonl"
         if self.accelerator.is_main_process and path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step and self.step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [entry for entry in read_log(path) if entry["step"] <= self.step and self.step]
+            with checkpoint.disk_errors(path), whole_file(path) as temporary:
+                temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log; a last line that was cut off by a kill is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def _without_memory(model: nn.Module, sample: Sample, num_labels: int) -> tuple[Tensor, Tensor]:

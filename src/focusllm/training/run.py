@@ -11,24 +11,30 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from focusllm.adapter import load_adapter, save_adapter
+from focusllm.base import layout
 from focusllm.embedded import cache_folder, resolve_model
-from focusllm.errors import ConfigError, ModelError, TrainingError, first_line
-from focusllm.modeling import computing_dtype, parse_dtype
+from focusllm.errors import ConfigError, DocumentError, TrainingError
+from focusllm.files import whole_file, whole_folder
+from focusllm.modeling import cannot_load, computing_dtype, parse_dtype
 from focusllm.training import checkpoint
+from focusllm.training.checkpoint import disk_errors
 from focusllm.training.config import TrainConfig
 from focusllm.training.corpus import load_corpus
-from focusllm.training.loop import Report, Training
+from focusllm.training.loop import Report, Training, read_log
 from focusllm.training.report import card_tables, plot_losses
-from focusllm.training.sampling import Sampler
+from focusllm.training.sampling import Sampler, check_positions
 
 
 def train(
@@ -56,25 +62,61 @@ def train(
         DocumentError, ConfigError, ModelError, AdapterError: data, settings, model or adapter that cannot work.
         KeyboardInterrupt: after Ctrl-C, with the step under way saved.
     """
-    from filelock import FileLock, Timeout
-
     output = Path(output)
     if not config.sources:
         raise ConfigError("there are no sources; name at least one folder, file or dataset to train on.")
-    try:
+    _check_places(config, output)
+    accelerator = _accelerator()
+    with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
         lock = FileLock(output / ".lock")
-        if accelerator.is_main_process:
-            lock.acquire(timeout=0)
-    except Timeout as error:
-        raise TrainingError(f"another training is writing into {output}; use another folder, or wait.") from error
-    except OSError as error:
-        raise TrainingError(f"{output} cannot be written ({error.strerror or error}); name another folder.") from error
+        try:
+            if accelerator.is_main_process:
+                lock.acquire(timeout=0)
+        except Timeout as error:
+            raise TrainingError(f"another training is writing into {output}; use another folder, or wait.") from error
     try:
         return _train(config, output, accelerator, report, reading, notify)
+    except OSError as error:  # the log, the plots, TensorBoard's files
+        raise TrainingError(
+            f"{output} cannot be written ({error.strerror or error}); the checkpoints in it are untouched. Make room "
+            f"and run the same command again to go on."
+        ) from error
     finally:
         lock.release()
+
+
+def _accelerator() -> Accelerator:
+    """One process, or several that each hold the whole model.
+
+    Raises:
+        TrainingError: launched for a way of training that splits the model up.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise TrainingError(
+            "FSDP is not supported: processes have unequal numbers of passes, which it cannot wait for. Only the small "
+            "candidate projections are trained, so launch without FSDP (each process holds the model)."
+        )
+    # Our own types and our own accumulation, whatever the user's accelerate configuration says.
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # one process tokenises for all
+    )
+
+
+def _check_places(config: TrainConfig, output: Path) -> None:
+    """Raises: ConfigError: a source with the output in it, or with held-out text in it."""
+    for source in config.sources:
+        place = Path(source.path).resolve()
+        if not source.path.startswith("hf:") and output.resolve().is_relative_to(place):
+            raise ConfigError(f"the output folder {output} lies in the source {source.path}; choose one outside.")
+        for kept in config.held_out:
+            other = Path(kept.path).resolve()
+            inside = other.is_relative_to(place) or place.is_relative_to(other)
+            if inside and (kept.split, kept.subset) == (source.split, source.subset):
+                raise ConfigError(f"{kept.path} is held out, but {source.path} has it too; keep them apart.")
 
 
 def _train(
@@ -88,7 +130,7 @@ def _train(
     training = _assembled(config, output, accelerator, reading, notify)
     if training.step:
         notify(f"Going on after step {training.step} of {config.steps}.")
-    board = _Board(output) if accelerator.is_main_process else None
+    board = _Board(output, training.step) if accelerator.is_main_process else None
 
     def both(entry: dict[str, Any]) -> None:
         if board is not None:
@@ -96,7 +138,8 @@ def _train(
         report(entry)
 
     if accelerator.is_main_process:
-        checkpoint.write_file(output / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        with whole_file(output / "config.json") as temporary:
+            temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     training.run(both)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -116,8 +159,9 @@ def _assembled(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(config.dtype, accelerator.device)).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the model {config.model} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
+        raise cannot_load(config.model, error) from error
+    check_positions(config, layout(model).max_positions)
     folder = cache_folder() / "corpora"
     with accelerator.main_process_first():  # the main process tokenises, the others find it done
         trained = [(load_corpus(source, tokenizer, folder, reading), source.weight) for source in config.sources]
@@ -127,8 +171,12 @@ def _assembled(
         trained = [(first, weight) for first, _, weight in parts]
         kept = [(second, weight) for _, second, weight in parts]
     sampler = Sampler(config, tokenizer, trained)
-    held_out = Sampler.or_none(config, tokenizer, kept)
-    if held_out is None:
+    held_out = None
+    try:
+        held_out = Sampler(config, tokenizer, kept, "held out")
+    except DocumentError:
+        if config.held_out:
+            raise
         notify("No text is left over to evaluate on (held_out names some); the last checkpoint is taken as the best.")
     return Training(config, model, sampler, held_out, output, config.model, accelerator)
 
@@ -144,35 +192,32 @@ def _finish(training: Training, output: Path) -> None:
     best = training.best.get("step")
     folders = {path.name: path for path in checkpoint.all_of(output)}
     chosen = folders.get(f"step-{best:06d}" if best is not None else "", list(folders.values())[-1])
-    log = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log, steps = read_log(output / "log.jsonl"), int(chosen.name.removeprefix("step-"))
     model, config = training.base, training.config
     adapter_config = training.adapter_config.replace(
         trained={
-            "steps": int(chosen.name.removeprefix("step-")),
-            "supervised_tokens": sum(entry.get("labels", 0) for entry in log),
+            "steps": steps,
+            "supervised_tokens": sum(entry["labels"] for entry in log if "loss" in entry and entry["step"] <= steps),
             "chunk_lengths": list(config.chunk_lengths),
             "local_lengths": list(config.local_lengths),
             "prompt_lengths": list(config.prompt_lengths),
         }
     )
-    load_adapter(model, chosen)
-    notes = card_tables(config, log, chosen.name)
-    checkpoint.write_whole(
-        output / "adapter",
-        lambda part: save_adapter(model, part, adapter_config, config.model, notes=notes),
-    )
+    load_adapter(model, chosen, torch.float32)
+    with disk_errors(output / "adapter"), whole_folder(output / "adapter") as part:
+        save_adapter(model, part, adapter_config, config.model, notes=card_tables(config, log, chosen.name))
     plot_losses(log, output / "loss.png")
 
 
 class _Board:
     """TensorBoard's event files, where the package is installed."""
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, step: int):
         self.writer: Any = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(output / "tensorboard"))
+            self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def add(self, entry: dict[str, Any]) -> None:
         """One log entry as scalars."""

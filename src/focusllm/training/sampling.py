@@ -11,10 +11,8 @@ after a stop sees exactly what it would have seen.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,11 @@ from focusllm.text import chat_frame, encode_text
 from focusllm.training.config import TASK_OBJECTIVES, TrainConfig
 from focusllm.training.corpus import Corpus
 from focusllm.training.dense import Sample
-from focusllm.training.tasks import Stories, Task, fact, table
+from focusllm.training.tasks import Questions, Task, fact, read_multihop, read_stories, table
 
 Rng = np.random.Generator
+LONGEST_QUESTION = 128
+"""Tokens that a question with its chat template may take, as far as positions are checked beforehand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,36 +39,18 @@ class Memory:
     """Where it is from, for messages."""
 
 
-class Multihop:
-    """HotpotQA and MuSiQue questions with their paragraphs, some of them distractors.
+def load_tasks(config: TrainConfig, part: str) -> dict[str, Callable[[Rng], Task]]:
+    """What makes the tasks of each objective; of questions from files, those of a part (`train`, `held out`).
 
     Raises:
-        DocumentError: a file that is neither.
+        DocumentError: files that are not what they should be.
     """
-
-    def __init__(self, paths: Sequence[str]):
-        self.rows: list[tuple[list[str], list[str], str, str]] = []
-        for path in paths:
-            try:
-                self.rows += [self._read(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DocumentError(f"{path} is not in HotpotQA's or MuSiQue's format ({error!r}).") from error
-
-    @staticmethod
-    def _read(row: dict[str, Any]) -> tuple[list[str], list[str], str, str]:
-        if "paragraphs" in row:
-            given = [(p["is_supporting"], f"{p['title']}\n{p['paragraph_text']}") for p in row["paragraphs"]]
-        else:
-            needed = {title for title, _ in row["supporting_facts"]}
-            given = [(title in needed, f"{title}\n{''.join(sentences)}") for title, sentences in row["context"]]
-        return [p for need, p in given if need], [p for need, p in given if not need], row["question"], row["answer"]
-
-    def __call__(self, rng: Rng) -> Task:
-        """A question with its paragraphs and up to four others, in any order."""
-        needed, others, question, answer = self.rows[int(rng.integers(len(self.rows)))]
-        chosen = [others[i] for i in rng.permutation(len(others))[: int(rng.integers(0, 5))]]
-        inserts = [*needed, *chosen]
-        return Task([inserts[i] for i in rng.permutation(len(inserts))], question, "Answer:", answer)
+    tasks: dict[str, Callable[[Rng], Task]] = {"facts": fact, "tables": table}
+    if config.objectives.get("stories"):
+        tasks["stories"] = Questions(read_stories(config.stories), part)
+    if config.objectives.get("multihop"):
+        tasks["multihop"] = Questions(read_multihop(config.multihop), part)
+    return tasks
 
 
 class Sampler:
@@ -76,50 +58,53 @@ class Sampler:
 
     Args:
         corpora: with their weights.
+        part: `train` or `held out`: other samples, and other questions from files.
 
     Raises:
-        DocumentError: no document is as long as one sample.
+        DocumentError: no document gives a sample.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, corpora: Sequence[tuple[Corpus, float]]):
-        self.config, self.tokenizer = config, tokenizer
-        self.tasks: dict[str, Callable[[Rng], Task]] = {"facts": fact, "tables": table}
-        if config.objectives.get("stories"):
-            self.tasks["stories"] = Stories([Path(path) for path in config.stories])
-        if config.objectives.get("multihop"):
-            self.tasks["multihop"] = Multihop(config.multihop)
+    def __init__(
+        self, config: TrainConfig, tokenizer: Any, corpora: Sequence[tuple[Corpus, float]], part: str = "train"
+    ):
+        self.config, self.tokenizer, self.part = config, tokenizer, part
+        self.tasks = load_tasks(config, part)
         self.shortest = min(config.chunk_lengths) + min(config.local_lengths) + config.answer_length
-        self.corpora = [(corpus, weight) for corpus, weight in corpora if _long_enough(corpus, self.shortest).any()]
+        self.longest_prompt = max(config.memory_lengths) + max(config.local_lengths)
+        self.corpora = [pair for pair in corpora if self._usable(pair[0]).any()]
         if not self.corpora:
-            longest = max((int(corpus.lengths.max()) for corpus, _ in corpora), default=0)
+            longest = max((int(corpus.lengths.max(initial=0)) for corpus, _ in corpora), default=0)
             raise DocumentError(
                 f"the longest document has {longest} tokens, but a sample takes at least {self.shortest} (the shortest "
-                f"chunk, local context and answer); give longer documents, or set smaller lengths."
+                f"chunk, local context and answer), and a given prompt at most {self.longest_prompt} (the longest "
+                f"memory and local context); give other documents, or set other lengths."
             )
         self.before, self.after = chat_frame(tokenizer)
         self.ends = _sentence_ends(tokenizer)
 
-    @classmethod
-    def or_none(cls, config: TrainConfig, tokenizer: Any, corpora: Sequence[tuple[Corpus, float]]) -> Sampler | None:
-        """A sampler, or None if no document is long enough."""
-        try:
-            return cls(config, tokenizer, corpora)
-        except DocumentError:
-            return None
+    @property
+    def data(self) -> list[list[Any]]:
+        """What there is to draw from: [source, documents, tokens] each."""
+        return [[corpus.name, len(corpus), int(corpus.lengths.sum())] for corpus, _ in self.corpora]
 
-    def draw(self, step: int, number: int, split: str = "train") -> Memory:
+    def draw(self, step: int, number: int) -> Memory:
         """The memory of a number in a step; the same one whenever it is asked for."""
-        splits = {"train": 0, "held out": 1}
-        rng = np.random.default_rng([self.config.seed, splits[split], step, number])
+        rng = np.random.default_rng([self.config.seed, int(self.part != "train"), step, number])
         weights = np.array([weight for _, weight in self.corpora])
         corpus, _ = self.corpora[int(rng.choice(len(weights), p=weights / weights.sum()))]
-        room = np.where(_long_enough(corpus, self.shortest), corpus.lengths, 0)
+        room = np.where(self._usable(corpus), corpus.lengths, 0)
         document = int(rng.choice(len(room), p=room / room.sum()))
         tokens, answer = corpus.document(document), int(corpus.answers[document])
         origin = f"{corpus.name}, document {document}"
         if answer >= 0:
             return self._answered(rng, tokens, answer, origin)
         return self._text(rng, tokens, origin)
+
+    def _usable(self, corpus: Corpus) -> np.ndarray:
+        """[D]: which documents give a sample; of one with an answer, the prompt gives memory and local context."""
+        fits = (corpus.answers >= self.shortest - self.config.answer_length) & (corpus.answers <= self.longest_prompt)
+        usable: np.ndarray = np.where(corpus.answers < 0, corpus.lengths >= self.shortest, fits)
+        return usable
 
     def _text(self, rng: Rng, tokens: np.ndarray, origin: str) -> Memory:
         config = self.config
@@ -138,17 +123,13 @@ class Sampler:
         inserts: list[list[list[int]]] = []
         inserted = 0
         for name in (names[i] for i in chosen):
-            if name in TASK_OBJECTIVES:
-                task = self.tasks[name](rng)
-                pieces = [self._encode(insert + "\n") for insert in task.inserts]
-                size = sum(map(len, pieces))
-                if inserted + size <= rows * chunk * 2 // 3:
-                    inserts.append(pieces)
-                    inserted += size
-                    asked.append((name, task))
-                    continue
-                name = "repetition"
-            asked.append((name, None))
+            room_left = rows * chunk * 2 // 3 - inserted
+            task, pieces = self._fitting(rng, name, room_left) if name in TASK_OBJECTIVES else (None, [])
+            if task is None and name in TASK_OBJECTIVES:  # nothing of this kind fits any more
+                name = "continuation" if config.objectives.get("continuation") else "repetition"
+            inserts += [pieces] if pieces else []
+            inserted += sum(map(len, pieces))
+            asked.append((name, task))
         own = rows * chunk - inserted
         start = int(rng.integers(0, len(tokens) - own - local - length + 1))
         text = tokens[start : start + own + local + length * len(asked)].tolist()
@@ -167,6 +148,15 @@ class Sampler:
                 samples.append(_sample(behind[first : first + local + length], length, prompt, name))
                 continued += 1
         return Memory(np.array(far).reshape(rows, chunk), samples, origin)
+
+    def _fitting(self, rng: Rng, name: str, room: int) -> tuple[Task | None, list[list[int]]]:
+        """A task whose inserts have at most `room` tokens, and they; None if a few draws give none."""
+        for _ in range(8):
+            task = self.tasks[name](rng)
+            pieces = [self._encode(insert + "\n") for insert in task.inserts]
+            if sum(map(len, pieces)) <= room:
+                return task, pieces
+        return None, []
 
     def _answered(self, rng: Rng, tokens: np.ndarray, answer: int, origin: str) -> Memory:
         """A prompt with its answer: the beginning of the prompt is the memory, the rest is the local context."""
@@ -230,12 +220,6 @@ class Sampler:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _long_enough(corpus: Corpus, shortest: int) -> np.ndarray:
-    """[D]: which documents make a sample; of those with an answer, the prompt has to give memory and local context."""
-    found: np.ndarray = (corpus.lengths >= shortest) & ((corpus.answers < 0) | (corpus.answers > 1))
-    return found
-
-
 def _sample(tokens: list[int], answers: int, prompt: int, name: str) -> Sample:
     return Sample(tokens, min(answers, len(tokens) - 1), prompt, name)
 
@@ -252,8 +236,13 @@ def check_positions(config: TrainConfig, max_positions: int) -> None:
     Raises:
         ConfigError: naming the lengths.
     """
-    longest = max(config.chunk_lengths) + max(*config.prompt_lengths, 128) + config.answer_length
-    if longest > max_positions:
-        raise ConfigError(
-            f"a row takes up to {longest} positions, but the base model has {max_positions}; use smaller chunk_lengths."
-        )
+    behind = max(*config.prompt_lengths, LONGEST_QUESTION) + config.answer_length
+    row = max(config.chunk_lengths) + behind
+    chunks = -(-max(config.memory_lengths) // min(config.chunk_lengths))
+    local = chunks + max(*config.local_lengths, LONGEST_QUESTION) + config.answer_length
+    for name, length in (("row", row), ("local context behind its candidates", local)):
+        if length > max_positions:
+            raise ConfigError(
+                f"a {name} takes up to {length} positions, but the base model has {max_positions}; use smaller "
+                f"chunk_lengths, local_lengths, prompt_lengths or answer_length."
+            )

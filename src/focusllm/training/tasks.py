@@ -7,11 +7,12 @@ are deliberately not those of the tasks that the method is evaluated on.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -58,43 +59,83 @@ def table(rng: Rng, most_rows: int = 40) -> Task:
     return Task([f"{title}\n{body}\n"], question, lead.format(k=keys[chosen]), values[chosen])
 
 
-class Stories:
-    """bAbI stories (Weston et al., arXiv 1502.05698): facts to be hidden sentence by sentence, and a question.
+class Questions:
+    """Questions from files, of which one in fifty is kept from training.
 
     Args:
-        paths: files in bAbI's own format.
-
-    Raises:
-        DocumentError: no files, or one that is not in that format.
+        tasks: all of them.
+        part: `train`, `held out`, or None for all.
     """
 
-    def __init__(self, paths: list[Path]):
-        self.questions: list[Task] = []
-        for path in paths:
-            self.questions += _read_babi(path)
-        if not self.questions:
-            raise DocumentError("there are no bAbI questions; name at least one file in bAbI's format.")
+    def __init__(self, tasks: list[Task], part: str | None = None):
+        kept = {i for i in range(len(tasks)) if i % 50 == 49}
+        chosen = {"train": [t for i, t in enumerate(tasks) if i not in kept], "held out": [tasks[i] for i in kept]}
+        self.tasks = tasks if part is None else chosen[part] or tasks
 
     def __call__(self, rng: Rng) -> Task:
-        """One question with the facts before it."""
-        return self.questions[int(rng.integers(len(self.questions)))]
+        """One of them."""
+        return self.tasks[int(rng.integers(len(self.tasks)))]
 
 
-def _read_babi(path: Path) -> list[Task]:
+def read_stories(paths: Sequence[str | Path]) -> list[Task]:
+    """BAbI stories (Weston et al., arXiv 1502.05698): the facts before a question, to be hidden one by one.
+
+    Raises:
+        DocumentError: a file that cannot be read, is not in bAbI's format, or has no questions.
+    """
     tasks: list[Task] = []
-    facts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        match = re.fullmatch(r"(\d+) (.*)", line)
-        if match is None:
-            raise DocumentError(f"{path}, line {number} does not begin with a number; give files in bAbI's format.")
-        if match[1] == "1":
-            facts = []
-        if "\t" not in line:
-            facts = [*facts, match[2].strip()]
-        else:
-            question, answer, *_ = match[2].split("\t")
-            tasks.append(Task(facts, question.strip(), "", answer.strip().replace(",", ", ")))
+    for path in paths:
+        facts: list[str] = []
+        before = len(tasks)
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            match = re.fullmatch(r"(\d+) (.*)", line)
+            if match is None:
+                raise DocumentError(f"{path}, line {number} does not begin with a number; give files in bAbI's format.")
+            if match[1] == "1":
+                facts = []
+            question, *rest = re.split(r"[\t|]", match[2])  # some copies have bars for tabs
+            if rest:
+                tasks.append(Task(facts, question.strip(), "", rest[0].strip().replace(",", ", ")))
+            else:
+                facts = [*facts, question.strip()]
+        if len(tasks) == before:
+            raise DocumentError(f"{path} has no questions; give files in bAbI's format.")
     return tasks
+
+
+def read_multihop(paths: Sequence[str | Path]) -> list[Task]:
+    """HotpotQA and MuSiQue questions (JSON or JSON lines) with their paragraphs, up to four of them distractors.
+
+    Raises:
+        DocumentError: a file that cannot be read or is neither.
+    """
+    tasks: list[Task] = []
+    for path in paths:
+        text = _text(path)
+        try:
+            rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
+            tasks += [_multihop(row) for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DocumentError(f"{path} is not in HotpotQA's or MuSiQue's format ({error!r}).") from error
+    return tasks
+
+
+def _multihop(row: dict[str, Any]) -> Task:
+    if "paragraphs" in row:
+        given = [(p["is_supporting"], f"{p['title']}\n{p['paragraph_text']}") for p in row["paragraphs"]]
+    else:
+        needed = {title for title, _ in row["supporting_facts"]}
+        given = [(title in needed, f"{title}\n{''.join(sentences)}") for title, sentences in row["context"]]
+    distractors = [i for i, (need, _) in enumerate(given) if not need][4:]
+    inserts = [text for i, (_, text) in enumerate(given) if i not in distractors]
+    return Task(inserts, row["question"], "Answer:", row["answer"])
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"{path} cannot be read ({error}); check the path.") from error
 
 
 # --- material ---------------------------------------------------------------------------------------------------------
