@@ -201,8 +201,9 @@ def test_train_and_go_on(focusllm, model_folder: Path, story: Path, tmp_path: Pa
     code, out, _ = focusllm(*command, "--json")  # finished: nothing is done again
     assert code == 0
     assert json.loads(out)["adapter"] == str(tmp_path / "out" / "adapter")
-    code, out, _ = focusllm("ask", story, "-q", "What?", "-m", model_folder, "--adapter", tmp_path / "out" / "adapter")
-    assert code == 0
+    (tmp_path / "short.txt").write_text(TEXT)
+    adapter = ("--adapter", tmp_path / "out" / "adapter")
+    assert focusllm("ask", tmp_path / "short.txt", "-q", "What?", "-m", model_folder, *adapter)[0] == 0
     code, _, err = focusllm(*command, "--lr", 0.5)
     assert code == 2
     assert "other settings (learning_rate is 0.002, now 0.5)" in err

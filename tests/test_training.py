@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_named(settings: Callable[..., TrainConfig], tmp
         ({"rank": "64"}, ConfigError, "rank is '64', which is of the wrong type"),
         ({"objectives": 0.5}, ConfigError, "objectives is 0.5, which is of the wrong type"),
         ({"local_lengths": "long"}, ConfigError, "local_lengths is"),
-        ({"local_lengths": [400]}, ConfigError, "a local context behind its candidates takes up to 412 positions"),
+        ({"local_lengths": [510]}, ConfigError, "a local context behind its candidates takes up to 522 positions"),
         ({"schedule": "steep"}, ConfigError, "must be cosine"),
         ({"supervision": "some"}, ConfigError, "must be dense or exact"),
         ({"speed": 3}, ConfigError, "unknown setting speed"),
@@ -487,7 +487,7 @@ def test_answers_of_a_prompt_are_supervised_and_nothing_is_lost(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": TEXT[:301], "completion": "the answer"}))
     corpus = read(tmp_path / "rows.jsonl", tmp_path / "cache")
-    memory = Sampler(settings(answer_length=16), byte_tokenizer(), [(corpus, 1.0)]).draw(0, 0)
+    memory = Sampler(settings(answer_length=16, memory_lengths=[320]), byte_tokenizer(), [(corpus, 1.0)]).draw(0, 0)
     (sample,) = memory.samples
     decode = byte_tokenizer().decode
     assert decode(memory.chunks.flatten()) + decode(sample.token_ids) == f"{TEXT[:301]}the answer</s>"
@@ -564,21 +564,9 @@ def test_two_processes_train_as_one(base: Path, unbroken: Path, tmp_path: Path) 
     """The same global batch shared out between two gloo processes: the same losses, the same weights."""
     (tmp_path / "config.json").write_text(json.dumps(tiny(base)))
     (tmp_path / "program.py").write_text(PROCESS)
-    arguments = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    arguments += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(tmp_path / "program.py")]
-    command += [str(tmp_path / "config.json"), str(tmp_path / "out")]
+    environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("wrapped as DistributedDataParallel") == 2

@@ -119,15 +119,20 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path, report: Report) -> N
     (folder / "source.json").write_text(json.dumps({"path": source.path, "tokens": total, "documents": len(ends)}))
 
 
+def check_source(source: Source) -> None:
+    """Raises: DocumentError: a file or folder that is not there."""
+    if not source.path.startswith("hf:") and not Path(source.path).exists():
+        raise DocumentError(f"there is no file or folder {source.path}; name one, or a dataset as hf:owner/name.")
+
+
 def documents(source: Source, tokenizer: Any) -> Iterator[tuple[str | list[int], str]]:
     """The documents of a source as (text or token ids, supervised answer or "")."""
     if source.path.startswith("hf:"):
         for row in _dataset(source):
             yield _row(row, source, tokenizer, f"the dataset {source.path[3:]}")
         return
+    check_source(source)
     path = Path(source.path)
-    if not path.exists():
-        raise DocumentError(f"there is no file or folder {path}; name one, or a dataset as hf:owner/name.")
     for file in files(path):
         if file.suffix.lower() in JSON_LINES:
             for number, line in enumerate(_lines(file), 1):

@@ -31,7 +31,7 @@ from focusllm.modeling import cannot_load, computing_dtype, parse_dtype
 from focusllm.training import checkpoint
 from focusllm.training.checkpoint import disk_errors
 from focusllm.training.config import TrainConfig
-from focusllm.training.corpus import load_corpus
+from focusllm.training.corpus import check_source, load_corpus
 from focusllm.training.loop import Report, Training, read_log
 from focusllm.training.report import card_tables, plot_losses
 from focusllm.training.sampling import Sampler, check_positions
@@ -107,7 +107,14 @@ def _accelerator() -> Accelerator:
 
 
 def _check_places(config: TrainConfig, output: Path) -> None:
-    """Raises: ConfigError: a source with the output in it, or with held-out text in it."""
+    """Look for what can be known before anything is loaded.
+
+    Raises:
+        DocumentError: a file or folder that is not there.
+        ConfigError: a source with the output in it, or with held-out text in it.
+    """
+    for source in (*config.sources, *config.held_out):
+        check_source(source)
     for source in config.sources:
         place = Path(source.path).resolve()
         if not source.path.startswith("hf:") and output.resolve().is_relative_to(place):
