@@ -12,6 +12,11 @@ def cut(num_tokens: int, chunk_length: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk_length, num_tokens)) for start in range(0, num_tokens, chunk_length)]
 
 
+def count_chunks(num_tokens: int, chunk_length: int) -> int:
+    """How many chunks `cut` gives."""
+    return -(-num_tokens // chunk_length)
+
+
 def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], list[int]]:
     """Split a text into far context and local context.
 

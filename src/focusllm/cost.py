@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from focusllm.base import layout
-from focusllm.chunking import cut
+from focusllm.chunking import count_chunks
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
@@ -55,7 +55,7 @@ def estimate(model: nn.Module, config: FocusConfig, num_tokens: int, num_new_tok
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
     per_token = found.kv_bytes_per_token * dtype.itemsize
-    num_chunks = len(cut(num_tokens, config.chunk_length))
+    num_chunks = count_chunks(num_tokens, config.chunk_length)
     prompt = min(config.prompt_length, config.chunk_length)
     room = (((prompt + num_new_tokens) // GrowingKV.STEP) + 1) * GrowingKV.STEP
     in_flight = min(num_tokens, config.chunk_length * config.chunks_per_batch)
@@ -115,7 +115,7 @@ def check_read(model: nn.Module, config: FocusConfig, num_tokens: int) -> None:
         ConfigError: more chunks than the base model has positions for.
     """
     check_memory(model, config, num_tokens)
-    config.check_num_chunks(len(cut(num_tokens, config.chunk_length)), layout(model).max_positions)
+    config.check_num_chunks(count_chunks(num_tokens, config.chunk_length), layout(model).max_positions)
 
 
 def peak_memory(device: torch.device) -> int:
