@@ -92,7 +92,7 @@ result = {
     "tokens": len(given),
     "chunks": sum(block.num_chunks for block in blocks),
     "config": llm.config.to_dict(),
-    "adapter": arguments.adapter or "untrained",
+    "adapter": arguments.adapter or "the one in the package",
     "cached_seconds_a_token": statistics.median(r["cached"] for r in rounds),
     "exact_seconds_a_token": statistics.median(r["exact"] for r in rounds),
     "cached_is_faster_by": statistics.median(r["exact"] / r["cached"] for r in rounds),
