@@ -229,13 +229,11 @@ def save_adapter(
     folder: str | Path,
     config: AdapterConfig,
     base_name: str = "",
-    tensors: dict[str, Tensor] | None = None,
     notes: str = "",
 ) -> None:
     """Write the candidate projections of a model; files are replaced one by one, each whole or not at all.
 
     Args:
-        tensors: what to write instead of the model's own, by the same paths (a copy, or shards put together).
         notes: Markdown for the end of the model card.
 
     Raises:
@@ -247,13 +245,13 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     low_rank = config.rank is not None
-    given = tensors or {f"{path}.{n}": p for path, x in wrappers.items() for n, p in x.own_parameters().items()}
-    named = {
-        f"{PEFT_PREFIX if low_rank else ''}{path}{'.weight' if low_rank else ''}": tensor.detach().contiguous()
-        for path, tensor in given.items()
+    tensors = {
+        f"{PEFT_PREFIX if low_rank else ''}{path}.{name}{'.weight' if low_rank else ''}": tensor.detach().contiguous()
+        for path, wrapper in wrappers.items()
+        for name, tensor in wrapper.own_parameters().items()
     }
     with whole_file(folder / WEIGHTS_NAME) as temporary:
-        save_file(named, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"})
     targets = sorted({path.rpartition(".")[2] for path in wrappers})
     peft_config: dict[str, Any] = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM"}
     if low_rank:
@@ -274,7 +272,7 @@ def save_adapter(
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     if not (folder / "README.md").exists():
         with whole_file(folder / "README.md") as temporary:
-            temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in named.values()), notes))
+            temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in tensors.values()), notes))
 
 
 def load_adapter(model: nn.Module, source: str | Path, dtype: torch.dtype | None = None) -> AdapterConfig:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from focusllm import __version__
+from focusllm.chunking import count_chunks
 from focusllm.errors import FocusError
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def info(
     for length, cost in costs:
         parts = (cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
         fits = "" if cost.total <= cost.free else " [red]too much[/red]"
-        num_chunks = -(-length // config.chunk_length)
+        num_chunks = count_chunks(length, config.chunk_length)
         table.add_row(
             f"{length:,}",
             f"{num_chunks:,}",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from focusllm.base import layout, run_plain
-from focusllm.chunking import cut
+from focusllm.chunking import count_chunks, cut
 from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
 from focusllm.focus import candidate_pass, decode_pass, encode_chunks, local_pass, read_prompt, to_slots
@@ -301,7 +301,7 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     moved, kept = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
     max_positions = layout(model).max_positions
     config.check_positions(max_positions)
-    config.check_num_chunks(request.num_chunks + len(cut(len(moved), config.chunk_length)), max_positions)
+    config.check_num_chunks(request.num_chunks + count_chunks(len(moved), config.chunk_length), max_positions)
     request.blocks, request.local_ids = request.blocks + encode(model, moved, config), _with_bos(kept, config)
     paid_before = request.paid
     logits = prefill(model, request, config)[-1]

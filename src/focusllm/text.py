@@ -7,6 +7,7 @@ from typing import Any
 
 from focusllm.errors import DocumentError
 
+PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 PLACE_OF_DOCUMENT = "[[document]]"
 
 
@@ -20,17 +21,16 @@ class Encoded:
 
 def encode_text(tokenizer: Any, text: str) -> Encoded:
     """Tokenize a text that may hold anything: strings that look like control tokens stay plain text."""
-    arguments: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     if not getattr(tokenizer, "is_fast", False):
-        ids = list(tokenizer(text, **arguments).input_ids)
+        ids = encode_ids(tokenizer, text)
         return Encoded(ids, _spans_by_decoding(tokenizer, ids))
-    encoding = tokenizer(text, return_offsets_mapping=True, **arguments)
+    encoding = tokenizer(text, return_offsets_mapping=True, **PLAIN)
     return Encoded(list(encoding.input_ids), [tuple(span) for span in encoding.offset_mapping])
 
 
 def encode_ids(tokenizer: Any, text: str) -> list[int]:
     """`encode_text` without the places."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids)
+    return list(tokenizer(text, **PLAIN).input_ids)
 
 
 def decode_ids(tokenizer: Any, token_ids: list[int]) -> tuple[str, list[tuple[int, int]]]:

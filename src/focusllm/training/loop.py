@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from focusllm.adapter import AdapterConfig, inject, injected, load_adapter, save_adapter, trainable_parameters
+from focusllm.adapter import AdapterConfig, inject, load_adapter, save_adapter, trainable_parameters
 from focusllm.base import run
 from focusllm.errors import TrainingError
 from focusllm.files import remove_parts, whole_file
@@ -328,21 +328,15 @@ class Training:
         self.saved = self.step
         optimizer = get_optimizer_state_dict(self.module, self.optimizer, options=WHOLE)
         state = {"config": self.config.to_dict(), "data": self.sampler.data, "best": self.best}
-        tensors = self._adapter_tensors()
         if self.accelerator.is_main_process:
-            write = lambda folder: save_adapter(self.base, folder, self.adapter_config, self.base_name, tensors)  # noqa: E731
+
+            def write(folder: Path) -> None:
+                save_adapter(self.base, folder, self.adapter_config, self.base_name)
+
             checkpoint.save(self.output, self.step, state, optimizer, write)
             best = f"step-{self.best['step']:06d}" if self.best else None
             checkpoint.prune(self.output, self.config.keep_last, best)
         self.accelerator.wait_for_everyone()
-
-    def _adapter_tensors(self) -> dict[str, Tensor]:
-        """The projections, whole, on the CPU."""
-        return {
-            f"{path}.{name}": (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu()
-            for path, wrapper in injected(self.base).items()
-            for name, p in wrapper.own_parameters().items()
-        }
 
     def _log(self, entry: dict[str, Any], report: Report) -> None:
         if self.accelerator.is_main_process:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from focusllm.chunking import count_chunks
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.text import chat_frame, encode_text
+from focusllm.text import chat_frame, encode_ids
 from focusllm.training.config import TASK_OBJECTIVES, TrainConfig
 from focusllm.training.corpus import Corpus
 from focusllm.training.dense import Sample
@@ -165,7 +166,7 @@ class Sampler:
             int(rng.choice(x)) for x in (config.chunk_lengths, config.local_lengths, config.prompt_lengths)
         )
         local = max(1, min(local, answer - 1))
-        rows = -(-(answer - local) // chunk)
+        rows = count_chunks(answer - local, chunk)
         chunk = (answer - local) // rows  # evenly cut; what is left over goes to the local context
         ids = tokens[: answer + config.answer_length].tolist()
         sample = Sample(ids[rows * chunk :], len(ids) - answer, prompt, "answers")
@@ -179,9 +180,7 @@ class Sampler:
             answer = [*self._encode(spoken), self.tokenizer.eos_token_id]
         else:
             lead = task.lead or "Answer:"
-            plain = (
-                f"\n\n{lead}" if lead not in ("", "Answer:") and rng.random() < 0.4 else f"\n\n{task.question}\n{lead}"
-            )
+            plain = f"\n\n{lead}" if lead != "Answer:" and rng.random() < 0.4 else f"\n\n{task.question}\n{lead}"
             before, asked = [], self._encode(plain)
             answer = self._encode(f"{'' if lead[-1] in ',(' + chr(39) else ' '}{task.answer}\n")
         if rng.random() < 0.5 or len(asked) > prompt:
@@ -214,7 +213,7 @@ class Sampler:
         return max(0, at - 1) + int(near[0]) + 1 if len(near) and at else at
 
     def _encode(self, text: str) -> list[int]:
-        return encode_text(self.tokenizer, text).token_ids
+        return encode_ids(self.tokenizer, text)
 
     def _control(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -238,7 +237,7 @@ def check_positions(config: TrainConfig, max_positions: int) -> None:
     """
     behind = max(*config.prompt_lengths, LONGEST_QUESTION) + config.answer_length
     row = max(config.chunk_lengths) + behind
-    chunks = -(-max(config.memory_lengths) // min(config.chunk_lengths))
+    chunks = count_chunks(max(config.memory_lengths), min(config.chunk_lengths))
     local = chunks + max(*config.local_lengths, LONGEST_QUESTION) + config.answer_length
     for name, length in (("row", row), ("local context behind its candidates", local)):
         if length > max_positions:
