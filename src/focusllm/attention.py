@@ -5,7 +5,8 @@
 Keys and values are neither joined nor copied, and key-value heads are not repeated for the query heads that share them.
 Few queries (decoding): scores of all segments under one softmax, by batched matrix products that run at the speed of
 memory. Many queries (reading): a flash kernel a segment, results merged exactly through the logarithms of their softmax
-sums (as flash attention joins its tiles, arXiv 2205.14135). With gradients: joined, one differentiable call.
+sums (as flash attention joins its tiles, arXiv 2205.14135). With gradients: joined, one differentiable call; but 2-byte
+types on a CPU by products again, which spend nothing on gradients of keys and values that need none.
 
 Pure functions over tensors. Letters: B rows, H query heads, K key-value heads, T new tokens, S earlier ones, D width.
 """
@@ -52,7 +53,9 @@ def attend(
     """
     earlier = [tensor for blocks, _ in segments for block in blocks for tensor in block[:2]]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, *earlier)):
-        return _attend_joined(query, key, value, segments, mask, scale), []
+        by_products = query.device.type == "cpu" and query.dtype.itemsize == 2
+        function = _attend_by_products if by_products else _attend_joined
+        return function(query, key, value, segments, mask, scale), []
     if not segments:
         return _partial(query, key, value, mask, mask is None, scale)[0], []
     outs: list[Tensor] = []
@@ -64,9 +67,9 @@ def attend(
         past = [(*blocks[index], segment_mask) for blocks, segment_mask in segments]
         past = [(k, v, n, m if m is None or m.dim() == 2 else m[rows]) for k, v, n, m in past]
         few = query.shape[1] // key.shape[1] * query.shape[2] <= FEW_QUERIES and all(m is None for *_, m in past)
-        function = _attend_few if few and mask is None else _attend_many
+        partly = _attend_few if few and mask is None else _attend_many
         own = mask if mask is None or mask.dim() == 2 else mask[rows]
-        out, share = function(query[rows], key[rows], value[rows], past, own, scale, watch)
+        out, share = partly(query[rows], key[rows], value[rows], past, own, scale, watch)
         outs.append(out)
         paid.append(share)
         start = rows.stop
@@ -184,25 +187,49 @@ def _attend_joined(
 ) -> Tensor:
     """Everything joined along the tokens and one call of scaled dot product attention, for gradients."""
     length = query.shape[2]
-    keys, values, masks = [], [], []
-    for blocks, segment_mask in segments:
-        if len(blocks) != 1:
-            raise ValueError(f"a segment has {len(blocks)} blocks; with gradients it must have one.")
-        past_key, past_value, count = blocks[0]
-        keys.append(past_key[:, :, :count])
-        values.append(past_value[:, :, :count])
-        seen = torch.ones(length, keys[-1].shape[2], dtype=torch.bool, device=query.device)
-        masks.append(seen if segment_mask is None else segment_mask)
-    causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    masks.append(causal if mask is None else mask)
+    parts = _parts(key, value, segments, mask)
+    masks = [torch.ones(length, k.shape[2], dtype=torch.bool, device=k.device) if m is None else m for k, _, m in parts]
     if any(m.dim() == 3 for m in masks):
         masks = [m.expand(query.shape[0], -1, -1) for m in masks]
     joined = torch.cat(masks, -1)
     return F.scaled_dot_product_attention(
         query,
-        torch.cat([*keys, key], 2),
-        torch.cat([*values, value], 2),
+        torch.cat([k for k, _, _ in parts], 2),
+        torch.cat([v for _, v, _ in parts], 2),
         attn_mask=joined if joined.dim() == 2 else joined[:, None],
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None, scale: float
+) -> Tensor:
+    """The same by products, a segment at a time under one softmax."""
+    rows, heads, length, _ = query.shape
+    packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
+    parts = _parts(key, value, segments, mask)
+    scores = []
+    for k, _, visible in parts:
+        scores.append(torch.bmm(packed, k.flatten(0, 1).transpose(1, 2)))
+        if visible is not None:
+            hidden = ~visible if visible.dim() == 2 else ~visible[:, None]
+            scores[-1].view(rows, heads, length, -1).masked_fill_(hidden, torch.finfo(query.dtype).min)
+    weights = torch.split(torch.cat(scores, -1).softmax(-1), [k.shape[2] for k, _, _ in parts], -1)
+    products = [torch.bmm(weight, v.flatten(0, 1)) for weight, (_, v, _) in zip(weights, parts, strict=True)]
+    return torch.stack(products).sum(0).view(rows, heads, length, -1)
+
+
+def _parts(
+    key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Keys, values and mask of every segment, and of the new tokens."""
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    for blocks, segment_mask in segments:
+        if len(blocks) != 1:
+            raise ValueError(f"a segment has {len(blocks)} blocks; with gradients it must have one.")
+        past_key, past_value, count = blocks[0]
+        parts.append((past_key[:, :, :count], past_value[:, :, :count], segment_mask))
+    length = key.shape[2]
+    causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
+    return [*parts, (key, value, causal if mask is None else mask)]

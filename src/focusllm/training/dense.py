@@ -157,7 +157,8 @@ def local_logits(model: nn.Module, candidates: KV, places: _Places) -> Tensor:
     sets = candidates.map(by_sample)
     attention = Over([Segment([sets], places.sees_set.repeat_interleave(rows, 2))], own_mask=places.local_mask)
     positions = places.local_positions + rows
-    logits = run(model, places.local_tokens, positions, attention, logits_to_keep=shape[1])
+    last = torch.arange(positions.shape[1] - shape[1], positions.shape[1], device=positions.device)
+    logits = run(model, places.local_tokens, positions, attention, logits_to_keep=last)
     assert logits is not None
     return logits[places.is_answer]
 
