@@ -109,7 +109,30 @@ def cached_logits(
 
     The given local tokens see the first candidate set; generated token t sees the set that was made with it.
     """
-    sets = [candidates_of(model, chunks, prompt + generated[:step]) for step in range(len(generated) + 1)]
+    every = [[step] * len(chunks) for step in range(len(generated) + 1)]
+    return focused_logits(model, chunks, prompt, local, generated, every)
+
+
+def focused_logits(
+    model: nn.Module,
+    chunks: list[list[int]],
+    prompt: list[int],
+    local: list[int],
+    generated: list[int],
+    made: list[list[int]],
+) -> Tensor:
+    """Cached decoding where some candidates are older than others, from scratch: logits [V] after the generated tokens.
+
+    Args:
+        made: [G + 1, R], with how many generated tokens each candidate was made that generated token g sees
+            (g = 0: the given local tokens).
+    """
+    fresh = [candidates_of(model, chunks, prompt + generated[:step]) for step in range(len(generated) + 1)]
+    sets = [
+        [tuple(torch.stack([fresh[made[step][r]][i][part][:, r] for r in range(len(chunks))], 1) for part in (0, 1))
+         for i in range(len(fresh[0]))]
+        for step in range(len(generated) + 1)
+    ]  # fmt: skip
     count, length = len(chunks), len(local) + len(generated)
     of_token = (torch.arange(length) - (len(local) - 1)).clamp(min=0)
     of_key = torch.arange(len(sets)).repeat_interleave(count)

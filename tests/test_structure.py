@@ -26,6 +26,7 @@ ORDER = [
     "base",
     "adapter",
     "focus",
+    "refresh",
     "engine",
     "cost",
     "readers",

@@ -29,6 +29,9 @@ class FocusConfig:
     """Chunks read in one forward pass: bounds the scratch memory, does not change the result."""
     decoding: Decoding = "cached"
     """`cached` keeps the local context's keys and values; `exact` encodes it anew for every token (the paper)."""
+    refresh_rows: int | None = 8
+    """Chunks of a length that are condensed anew for every token, those that get most attention; the others keep the
+    candidates that they have until they get more. None: all of them. `exact` decoding always takes all."""
 
     # What the authors' released code does besides. Off by default; `paper()` switches them on.
     rechunk: bool = True
@@ -43,6 +46,9 @@ class FocusConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        rows = self.refresh_rows
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or None for all.")
         if self.decoding not in ("cached", "exact"):
             raise ConfigError(f"decoding is {self.decoding!r}; it must be 'cached' or 'exact'.")
 

@@ -23,6 +23,7 @@ from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
 from focusllm.focus import candidate_pass, decode_pass, encode_chunks, local_pass, read_prompt, to_slots
 from focusllm.kv import KV, GrowingKV, Segment, concat
+from focusllm.refresh import HotRows, RefreshPolicy, Row, hottest
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all) while a long read goes on."""
@@ -97,14 +98,17 @@ class Request:
 
     tails: list[GrowingKV] = field(default_factory=list)
     """Per block, what its rows hold behind the chunk: ordinary prompt and generated tokens."""
+    hot: list[HotRows] = field(default_factory=list)
+    """The rows that are read at every token, where those are not all of them."""
     candidates: KV | None = None
-    """The present candidate set [1, K, R, D] a layer, keys at slots 0..R-1."""
+    """The present candidate set [1, K, R, D] a layer, keys at slots 0..R-1; changed in place."""
     local_kv: GrowingKV | None = None
     """The local context's keys and values [1, K, T, D] a layer (cached decoding only)."""
     plain_kv: DynamicCache | None = None
     """The base model's own cache, while there is no far context."""
-    newest: int = -1
-    """The token that was the candidate last; the next step makes it an ordinary one."""
+    row_ids: list[int] = field(default_factory=list)
+    """What rows that are up to date have read behind their chunk: dynamic prompt and generated tokens. The last one was
+    the candidate; the next step makes it an ordinary token."""
     paid: Tensor | None = None
     """Attention paid to each chunk's candidate [R], summed over the tokens decoded so far."""
 
@@ -116,14 +120,17 @@ class Request:
     @property
     def nbytes(self) -> int:
         """Bytes that are this request's own: the chunks are not counted."""
-        own = [*self.tails, self.local_kv, self.candidates]
+        own = [*self.tails, *self.hot, self.local_kv, self.candidates]
         return sum(part.nbytes for part in own if part is not None)
 
     def fork(self) -> Request:
         """An independent request in the same state; the chunks are shared."""
         twin = copy.copy(self)
         twin.blocks, twin.local_ids = list(self.blocks), list(self.local_ids)
+        twin.row_ids = list(self.row_ids)
         twin.tails = [tail.copy() for tail in self.tails]
+        twin.hot = [rows.copy() for rows in self.hot]
+        twin.candidates = self.candidates.map(torch.clone) if self.candidates is not None else None
         twin.local_kv = self.local_kv.copy() if self.local_kv is not None else None
         twin.plain_kv = copy.deepcopy(self.plain_kv)
         twin.paid = self.paid.clone() if self.paid is not None else None
@@ -164,12 +171,12 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     Returns:
         Logits [n, V] of the last local tokens (0: of all).
     """
-    request.tails, request.local_kv, request.plain_kv, request.paid = [], None, None, None
+    request.tails, request.hot, request.local_kv, request.plain_kv, request.paid = [], [], None, None, None
     if not request.blocks:
         request.plain_kv = DynamicCache(config=model.config)
         return _plain(model, request, request.local_ids, logits_to_keep)
     prompt_ids = _dynamic_prompt(request, config)
-    request.newest = prompt_ids[-1]
+    request.row_ids = list(prompt_ids)
     prompt = _tensor(model, prompt_ids)
     # As many tokens at once as while the chunks were read, so that the scratch memory is bounded alike.
     rows_at_once = max(1, config.chunks_per_batch * config.chunk_length // len(prompt))
@@ -185,7 +192,10 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
         tail.length = len(prompt) - 1
         request.tails.append(tail)
     request.candidates = concat(candidates, dim=2)
-    return _local_from_start(model, request, config, logits_to_keep)
+    logits = _local_from_start(model, request, config, logits_to_keep)
+    if config.decoding == "cached" and config.refresh_rows is not None and config.refresh_rows < request.num_chunks:
+        _choose_hot(request, RefreshPolicy(config.refresh_rows))
+    return logits
 
 
 @torch.no_grad()
@@ -227,16 +237,18 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
     newest = _tensor(model, [request.local_ids[-1] for request in requests])
     local_start = _tensor(model, [request.num_chunks + len(request.local_ids) - 1 for request in requests])
     local = Segment([request.local_kv for request in requests if request.local_kv is not None])
-    counts = [request.num_chunks for request in requests]
-    logits, ordinary, candidates, local_kv, paid = decode_pass(
-        model, pairs, start, row, newest, local_start, local, counts
+    candidates = [request.candidates for request in requests if request.candidates is not None]
+    slots = [_tensor(model, _refreshed_slots(request)) for request in requests]
+    logits, ordinary, local_kv, paid = decode_pass(
+        model, pairs, start, row, newest, local_start, local, candidates, slots
     )
     _keep_ordinary(requests, ordinary)
     for i, request in enumerate(requests):
         assert request.local_kv is not None
         request.local_kv.append(local_kv.rows(i, i + 1))
-        request.candidates = candidates[i]
         _count_attention(request, paid[i])
+        for rows in request.hot:
+            rows.update(model, RefreshPolicy(config.refresh_rows), paid[i][0], request.row_ids)
     return list(logits)
 
 
@@ -257,23 +269,46 @@ def _decode_exact(model: nn.Module, requests: Sequence[Request], config: FocusCo
 def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor, list[Segment]]:
     """What the rows of all requests read now: pairs [R, 2], their first positions [R], and what the rows hold."""
     pairs, starts = [], []
+    blocks = [block for request in requests for block in _refreshed(request)]
     for request in requests:
-        pair = torch.tensor([request.newest, request.local_ids[-1]])
-        for block, tail in zip(request.blocks, request.tails, strict=True):
-            pairs.append(pair.expand(block.num_chunks, -1))
-            starts.append(torch.full((block.num_chunks,), block.length + tail.length))
+        pair = torch.tensor([request.row_ids[-1], request.local_ids[-1]])
+        for kv, tail in _refreshed(request):
+            pairs.append(pair.expand(kv.num_rows, -1))
+            starts.append(torch.full((kv.num_rows,), kv.length + tail.length))
     device = next(model.parameters()).device
-    chunks = Segment([block.kv for request in requests for block in request.blocks])
-    tails = Segment([tail for request in requests for tail in request.tails])
-    return torch.cat(pairs).to(device), torch.cat(starts).to(device), [chunks, tails]
+    row = [Segment([kv for kv, _ in blocks]), Segment([tail for _, tail in blocks])]
+    return torch.cat(pairs).to(device), torch.cat(starts).to(device), row
+
+
+def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]]:
+    """The rows that a decode step reads: chunks and what is behind them, block by block."""
+    if request.hot:
+        return [(rows.kv, rows.tail) for rows in request.hot]
+    return [(block.kv, tail) for block, tail in zip(request.blocks, request.tails, strict=True)]
+
+
+def _refreshed_slots(request: Request) -> list[int]:
+    """The slots of their candidates, in the same order."""
+    return [slot for rows in request.hot for slot in rows.slots] if request.hot else list(range(request.num_chunks))
+
+
+def _choose_hot(request: Request, policy: RefreshPolicy) -> None:
+    """Choose the rows that are read at every token, by what the local context's last token paid."""
+    rows: list[Row] = []
+    for block, tail in zip(request.blocks, request.tails, strict=True):
+        read = tail.filled()
+        for i in range(block.num_chunks):
+            rows.append(Row(block.kv.rows(i, i + 1), read.rows(i, i + 1), len(rows)))
+    assert request.paid is not None
+    request.hot = hottest(rows, request.paid, policy)
 
 
 def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
     """Append the token that is an ordinary one now to every row; the newest one will be in the next step."""
     first = 0
     for request in requests:
-        request.newest = request.local_ids[-1]
-        for tail in request.tails:
+        request.row_ids.append(request.local_ids[-1])
+        for _, tail in _refreshed(request):
             tail.append(ordinary.rows(first, first + tail.num_rows))
             first += tail.num_rows
 
@@ -313,8 +348,8 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
 def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None:
     """Refuse the token that would leave the base model's positions (only where rechunking is off)."""
     taken = request.num_chunks + len(request.local_ids)
-    for block, tail in zip(request.blocks, request.tails, strict=True):
-        taken = max(taken, block.length + tail.length + 2)
+    for block in request.blocks:
+        taken = max(taken, block.length + len(request.row_ids) + 1)
     max_positions = layout(model).max_positions
     if taken > max_positions:
         request.local_ids.pop()

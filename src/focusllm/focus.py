@@ -152,8 +152,9 @@ def decode_pass(
     newest: Tensor,
     local_start: Tensor,
     local: Segment,
-    num_chunks: Sequence[int],
-) -> tuple[Tensor, KV, list[KV], KV, list[Tensor]]:
+    candidates: Sequence[KV],
+    slots: Sequence[Tensor],
+) -> tuple[Tensor, KV, KV, list[Tensor]]:
     """A cached decode step of B requests in one forward pass: `candidate_pass`, `to_slots` and `local_pass` at once.
 
     The weights are read once instead of twice. All tokens travel as one sequence, [previous, newest] of every row and
@@ -163,17 +164,16 @@ def decode_pass(
         pairs, start, row: as `candidate_pass` takes them, T = 2, the rows of all requests one after another.
         newest: [B], the requests' newest tokens. local_start: [B], their positions in the local pass.
         local: the local contexts' kept keys and values, a block a request.
-        num_chunks: how many rows each request has.
+        candidates: each request's candidate set [1, K, R_b, D] a layer, changed in place at `slots`.
+        slots: which of its slots each request's rows belong to; the other slots keep what they hold.
 
     Returns:
-        Logits [B, V]; the rows' ordinary tokens [R, K, 1, D]; each request's candidates [1, K, R_b, D] at their slots;
-        the newest local tokens [B, K, 1, D]; and what each paid to its candidates [1, R_b], summed over layers.
+        Logits [B, V]; the rows' ordinary tokens [R, K, 1, D]; the newest local tokens [B, K, 1, D]; and what each paid
+        to its candidates [1, R_b], summed over layers.
     """
-    rows, counts = pairs.shape[0], list(num_chunks)
-    slots = torch.cat([torch.arange(count, device=start.device) for count in counts])
-    move = mover(model, (slots - (start + 1))[None])
+    rows, counts = pairs.shape[0], [len(own) for own in slots]
+    move = mover(model, (torch.cat(list(slots)) - (start + 1))[None])
     over_rows, local_kv = Over(row), KV([], [])
-    candidates = [KV([], []) for _ in counts]
     totals: list[Tensor] = []
 
     def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -183,9 +183,9 @@ def decode_pass(
         out_rows = over_rows(layer, q_rows, k_rows, v_rows, scale)  # [R, H, 2, D]
         lined_up = move(layer, key[:, :, 1 : 2 * rows : 2])  # [1, K, R, D]
         made = torch.split(lined_up, counts, 2), torch.split(value[:, :, 1 : 2 * rows : 2], counts, 2)
-        for kv, own_keys, own_values in zip(candidates, *made, strict=True):
-            kv.keys.append(own_keys)
-            kv.values.append(own_values)
+        for kv, own_slots, own_keys, own_values in zip(candidates, slots, *made, strict=True):
+            kv.keys[layer].index_copy_(2, own_slots, own_keys)
+            kv.values[layer].index_copy_(2, own_slots, own_values)
         local_kv.keys.append(k)
         local_kv.values.append(v)
         out_local, paid = attend(q, k, v, [Segment(candidates).layer(layer), local.layer(layer)], None, scale, True)
@@ -198,7 +198,7 @@ def decode_pass(
     keep = torch.arange(2 * rows, 2 * rows + len(newest), device=tokens.device)
     logits = run(model, tokens, positions, attention, candidates=slice(1, 2 * rows, 2), logits_to_keep=keep)
     assert logits is not None
-    return logits[0], over_rows.kv.tokens(0, 1), candidates, local_kv, totals
+    return logits[0], over_rows.kv.tokens(0, 1), local_kv, totals
 
 
 def read_prompt(model: nn.Module, chunk_kv: KV, prompt: Tensor, first_slot: int = 0) -> tuple[KV, KV]:

@@ -1,0 +1,136 @@
+"""Focused refresh: rows that the local pass attends to are advanced at every token, the others when they matter.
+
+    cold rows   chunk and prompt lie where they were read; the candidate of then stays in its slot
+    hot rows    at most `RefreshPolicy.rows` of each chunk length, side by side in a buffer of their own:
+                the ones that a decode step reads, and whose candidates it makes anew
+
+When the local pass pays more to a cold row's candidate than to a hot row's, they change places: the cold row is copied
+into the buffer and catches up with the tokens it has not seen, all at once. So the cost of a token does not grow with
+the text. With all rows hot (`rows=None`) this is plain cached decoding and nothing here is used.
+
+Letters: R rows, k hot rows, C tokens of a chunk, K key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from focusllm.focus import candidate_pass
+from focusllm.kv import KV, GrowingKV, Segment, concat
+
+
+@dataclass(frozen=True)
+class RefreshPolicy:
+    """Which rows are advanced at a token."""
+
+    rows: int | None
+    """How many rows of a chunk length are hot; None: all, the exact setting."""
+    margin: float = 1.5
+    """How many times the attention of the coldest hot row a cold one must get to take its place: avoids a to and fro
+    between rows that hardly matter."""
+
+    def wanted(self, attention: Sequence[float], hot: Sequence[int]) -> list[tuple[int, int]]:
+        """Which rows change places, as (hot row that leaves, cold row that enters).
+
+        Args:
+            attention: what the newest token paid to every row of the group.
+            hot: indices of the hot rows.
+        """
+        leaving = sorted(hot, key=lambda row: attention[row])
+        entering = sorted(set(range(len(attention))) - set(hot), key=lambda row: -attention[row])
+        pairs = zip(leaving, entering, strict=False)
+        return [(old, new) for old, new in pairs if attention[new] > self.margin * attention[old]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a cold row is: its chunk's and its prompt's keys and values, each of one row."""
+
+    chunk: KV
+    tail: KV
+    slot: int
+
+
+@dataclass(eq=False)
+class HotRows:
+    """The hot rows of one chunk length.
+
+    Args:
+        rows: all rows of this chunk length, hot and cold.
+        hot: indices (into `rows`) of those that are in the buffer, in its order.
+    """
+
+    rows: list[Row]
+    hot: list[int]
+    kv: KV = field(init=False)
+    """[k, K, C, D] a layer."""
+    tail: GrowingKV = field(init=False)
+    """[k, K, T, D] a layer: ordinary prompt and generated tokens."""
+    parked: dict[int, KV] = field(default_factory=dict)
+    """What rows that were hot before have read behind their prompt."""
+
+    def __post_init__(self) -> None:
+        chosen = [self.rows[i] for i in self.hot]
+        self.kv = concat([row.chunk for row in chosen], 0)
+        prompts = concat([row.tail for row in chosen], 0)
+        self.tail = GrowingKV(prompts, len(chosen), prompts.length)
+        self.tail.append(prompts)
+
+    @property
+    def slots(self) -> list[int]:
+        """The candidates' slots of the hot rows, in the buffer's order."""
+        return [self.rows[i].slot for i in self.hot]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers and of what is parked."""
+        return self.kv.nbytes + self.tail.nbytes + sum(kv.nbytes for kv in self.parked.values())
+
+    def copy(self) -> HotRows:
+        """An independent copy."""
+        twin = HotRows(self.rows, list(self.hot))
+        twin.kv, twin.tail, twin.parked = self.kv.map(torch.clone), self.tail.copy(), dict(self.parked)
+        return twin
+
+    def update(self, model: nn.Module, policy: RefreshPolicy, attention: Tensor, row_ids: Sequence[int]) -> None:
+        """Let rows change places after a token.
+
+        Args:
+            attention: [R of the request], what the newest token paid to every slot.
+            row_ids: what every up-to-date row has read behind its chunk; the last one was the candidate.
+        """
+        if len(self.hot) == len(self.rows):
+            return
+        paid = attention[[row.slot for row in self.rows]].tolist()
+        for old, new in policy.wanted(paid, self.hot):
+            self._replace(model, old, new, row_ids)
+
+    def _replace(self, model: nn.Module, old: int, new: int, row_ids: Sequence[int]) -> None:
+        place, row = self.hot.index(old), self.rows[new]
+        own = self.tail.filled().rows(place, place + 1)
+        self.parked[old] = own.tokens(row.tail.length).map(torch.clone)
+        seen = concat([row.tail, self.parked.pop(new)], 2) if new in self.parked else row.tail
+        device = row.tail.keys[0].device
+        missed = torch.tensor([row_ids[seen.length :]], device=device)
+        start = torch.tensor([row.chunk.length + seen.length], device=device)
+        # The candidate is not used: the next step makes the row's new one.
+        ordinary, _ = candidate_pass(model, missed, start, [Segment([row.chunk]), Segment([seen])])
+        self.kv.write(place, 0, row.chunk)
+        self.tail.fill_rows(place, concat([seen, ordinary], 2))
+        self.hot[place] = new
+
+
+def hottest(rows: list[Row], attention: Tensor, policy: RefreshPolicy) -> list[HotRows]:
+    """The rows that begin as hot ones, by what the last token of the local context paid: one group a chunk length."""
+    lengths = sorted({row.chunk.length for row in rows})
+    found = []
+    for length in lengths:
+        group = [row for row in rows if row.chunk.length == length]
+        paid = attention[[row.slot for row in group]]
+        count = len(group) if policy.rows is None else min(policy.rows, len(group))
+        found.append(HotRows(group, sorted(paid.topk(count).indices.tolist())))
+    return found

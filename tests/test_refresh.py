@@ -1,0 +1,117 @@
+"""Focused refresh: only the rows that get attention are advanced, and that is exactly what is computed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+from conftest import SMALL, random_ids
+from focusllm import ConfigError, FocusConfig, engine
+from focusllm.chunking import split
+from focusllm.engine import Request, decode, encode, prefill, start_request
+from focusllm.refresh import RefreshPolicy
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+FOCUSED = SMALL.replace(refresh_rows=2, rechunk=False)
+
+
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows change places at the least difference, as random models never show a clear one."""
+    monkeypatch.setattr(engine, "RefreshPolicy", partial(RefreshPolicy, margin=1.0))
+
+
+def begin(model: nn.Module, ids: list[int], config: FocusConfig) -> tuple[Request, torch.Tensor]:
+    far, local = split(ids, config)
+    request = start_request(model, encode(model, far, config), local, config)
+    return request, prefill(model, request, config)[-1]
+
+
+def hot_slots(request: Request) -> list[int]:
+    return sorted(slot for rows in request.hot for slot in rows.slots)
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("length", [20 + 24 * 6, 20 + 24 * 6 + 7])
+def test_equals_its_definition_from_scratch(llama: nn.Module, length: int) -> None:
+    ids, generated = random_ids(length), random_ids(14, seed=1)
+    far, local = split(ids, FOCUSED)
+    chunks = [far[i : i + 24] for i in range(0, len(far), 24)]
+    request, _ = begin(llama, ids, FOCUSED)
+    made, seen = [[0] * len(chunks)], set()
+    for step, token in enumerate(generated, 1):
+        hot = hot_slots(request)
+        assert len(hot) == 2 + (len(chunks) - 6)  # the short last chunk is a group of its own
+        seen.add(tuple(hot))
+        made.append([step if slot in hot else made[-1][slot] for slot in range(len(chunks))])
+        logits = decode(llama, [request], [token], FOCUSED)[0]
+        expected = reference.focused_logits(llama, chunks, local[-6:], local, generated[:step], made)
+        torch.testing.assert_close(logits, expected, **CLOSE)
+    assert len(seen) > 3  # rows did change places
+    assert any(rows.parked for rows in request.hot)
+
+
+def test_enough_rows_is_every_row(llama: nn.Module) -> None:
+    ids, generated = random_ids(120), random_ids(10, seed=1)
+    one, _ = begin(llama, ids, SMALL.replace(refresh_rows=None))
+    other, _ = begin(llama, ids, SMALL.replace(refresh_rows=5))
+    assert not other.hot
+    for token in generated:
+        expected = decode(llama, [one], [token], SMALL.replace(refresh_rows=None))
+        assert torch.equal(decode(llama, [other], [token], SMALL.replace(refresh_rows=5)), expected)
+
+
+@pytest.mark.usefixtures("restless")
+def test_requests_together_equal_their_single_runs(llama: nn.Module) -> None:
+    """Focused, all rows, the base model alone, and one that is rechunked on the way."""
+    config = FOCUSED.replace(rechunk=True)
+    texts = [random_ids(n, seed=n) for n in (170, 60, 9, 120)]
+    together = [begin(llama, ids, config)[0] for ids in texts]
+    alone = [begin(llama, ids, config)[0] for ids in texts]
+    for step in range(30):
+        tokens = random_ids(len(texts), seed=100 + step)
+        logits = decode(llama, together, tokens, config)
+        for number, request in enumerate(alone):
+            torch.testing.assert_close(logits[number], decode(llama, [request], [tokens[number]], config)[0], **CLOSE)
+
+
+@pytest.mark.usefixtures("restless")
+def test_fork_is_independent(llama: nn.Module) -> None:
+    request, _ = begin(llama, random_ids(170), FOCUSED)
+    for token in random_ids(5, seed=4):
+        decode(llama, [request], [token], FOCUSED)
+    twin = request.fork()
+    expected = [decode(llama, [request], [token], FOCUSED)[0] for token in (7, 8, 9)]
+    for token, logits in zip((7, 8, 9), expected, strict=True):
+        assert torch.equal(decode(llama, [twin], [token], FOCUSED)[0], logits)
+    assert twin.nbytes == request.nbytes
+
+
+def test_cold_rows_stay_as_they_are(llama: nn.Module) -> None:
+    request, _ = begin(llama, random_ids(170), FOCUSED)
+    before = [tensor.clone() for tail in request.tails for tensor in tail.keys]
+    for token in random_ids(5, seed=4):
+        decode(llama, [request], [token], FOCUSED)
+    assert all(torch.equal(a, b) for a, b in zip(before, [t for tail in request.tails for t in tail.keys], strict=True))
+    assert [tail.length for tail in request.tails] == [5, 5]
+
+
+def test_exact_decoding_takes_all_rows(llama: nn.Module) -> None:
+    request, _ = begin(llama, random_ids(170), FOCUSED.replace(decoding="exact"))
+    assert not request.hot
+
+
+def test_policy_wants_the_most_attended() -> None:
+    policy = RefreshPolicy(rows=2, margin=1.5)
+    assert policy.wanted([0.1, 0.9, 0.2, 0.0], hot=[1, 3]) == [(3, 2)]
+    assert policy.wanted([0.1, 0.9, 0.2, 0.15], hot=[1, 3]) == []  # not by much
+    assert policy.wanted([0.1, 0.9, 0.2, 0.9], hot=[0, 2]) == [(0, 1), (2, 3)]
+
+
+def test_number_of_rows_is_checked() -> None:
+    with pytest.raises(ConfigError, match="refresh_rows is 0"):
+        FocusConfig(refresh_rows=0)
