@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import MemoryLimitError
-from focusllm.cost import check_memory, estimate, free_memory, peak_memory
-from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.chunks import encode
+from focusllm.cost import check_read, estimate, free_memory, peak_memory
+from focusllm.engine import decode, prefill, start_request
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,28 +39,33 @@ def test_a_model_that_is_not_loaded(llama: nn.Module) -> None:
     assert (loaded.weights, loaded.chunks, loaded.rows) == (unloaded.weights, unloaded.chunks, unloaded.rows)
 
 
-def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
-    cost = estimate(model, SMALL, 100_000)
+def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, here = build(max_position_embeddings=10_000), SMALL.replace(kv_place="device", chunk_length=500)
+    cost = estimate(model, here, 100_000)
     needed = cost.chunks + cost.rows + cost.scratch
     monkeypatch.setattr("focusllm.cost.free_memory", lambda _: int(needed * 0.6))
     with pytest.raises(
-        MemoryLimitError, match=r"reading 100,000 tokens needs about .*dtype='bfloat16' or a text of at most"
+        MemoryLimitError,
+        match=r"100,000 tokens needs about .*kv_place='disk' or kv_dtype='int8' or dtype='bfloat16' or a text",
     ) as error:
-        check_memory(model, SMALL, 100_000)
+        check_read(model, here, 100_000, tmp_path)
     fitting = int(str(error.value).split("at most ")[1].split(" ")[0].replace(",", ""))
     assert 50_000 < fitting < 70_000
-    check_memory(model, SMALL, fitting)
-    check_memory(build(dtype=torch.bfloat16), SMALL, 100_000)
+    half = build(dtype=torch.bfloat16, max_position_embeddings=10_000)
+    assert check_read(model, here, fitting, tmp_path) == "device"
+    assert check_read(half, here, 100_000, tmp_path) == "device"
+    assert check_read(model, here.replace(kv_dtype="int8"), 100_000, tmp_path) == "device"
+    assert check_read(model, here.replace(kv_place="auto"), 100_000, tmp_path) == "disk"
 
 
-def test_fewer_chunks_at_once_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, wide = build(), SMALL.replace(chunks_per_batch=100_000)
+def test_fewer_chunks_at_once_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = build(max_position_embeddings=10_000)
+    wide = SMALL.replace(chunks_per_batch=100_000, kv_place="device")
     cost = estimate(model, wide, 100_000)
     monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.chunks + cost.rows + cost.scratch - 1)
     with pytest.raises(MemoryLimitError, match="chunks_per_batch=1"):
-        check_memory(model, wide, 100_000)
-    check_memory(model, wide.replace(chunks_per_batch=1), 100_000)
+        check_read(model, wide, 100_000, tmp_path)
+    assert check_read(model, wide.replace(chunks_per_batch=1), 100_000, tmp_path) == "device"
 
 
 def test_machine_figures() -> None:

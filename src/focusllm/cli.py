@@ -35,6 +35,11 @@ LocalLength = Annotated[int | None, typer.Option(help="Tokens of the local conte
 PromptLength = Annotated[int | None, typer.Option(help="Most tokens of the dynamic prompt.")]
 ChunksPerBatch = Annotated[int | None, typer.Option(help="Chunks read at once: bounds the scratch memory.")]
 Decoding = Annotated[str | None, typer.Option(help="cached, or exact (the paper, slow).")]
+RefreshRows = Annotated[
+    int | None, typer.Option(min=0, help="Chunks condensed anew for every token, the most attended; 0: all.")
+]
+KvDtype = Annotated[str | None, typer.Option(help="How chunks are kept: same (as computed), int8 or int4.")]
+KvPlace = Annotated[str | None, typer.Option(help="Where chunks are kept: auto, device, host or disk.")]
 Encoding = Annotated[str, typer.Option(help="Encoding of text files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
@@ -84,11 +89,17 @@ def ask(
     prompt_length: PromptLength = None,
     chunks_per_batch: ChunksPerBatch = None,
     decoding: Decoding = None,
+    refresh_rows: RefreshRows = None,
+    kv_dtype: KvDtype = None,
+    kv_place: KvPlace = None,
     encoding: Encoding = "utf-8",
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what was read: asked again, it is not read again.")
+    ] = None,
     num_citations: Annotated[int, typer.Option("--citations", min=0, help="How many passages to show.")] = 3,
     as_json: Json = False,
 ) -> None:
@@ -105,7 +116,7 @@ def ask(
     read = []
     for name, text in texts:
         with _reading(name, quiet=as_json) as progress:
-            read.append(llm.read_text(text, name=name, progress=progress))
+            read.append(llm.read_text(text, name=name, progress=progress, store=store))
     sampling = _sampling(max_new_tokens, temperature, top_p, seed)
     answers = []
     for number, text in enumerate(question if question is not None else _typed_questions()):
@@ -143,6 +154,9 @@ def generate(
     prompt_length: PromptLength = None,
     chunks_per_batch: ChunksPerBatch = None,
     decoding: Decoding = None,
+    refresh_rows: RefreshRows = None,
+    kv_dtype: KvDtype = None,
+    kv_place: KvPlace = None,
     encoding: Encoding = "utf-8",
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -257,20 +271,28 @@ def info(
     local_length: LocalLength = None,
     prompt_length: PromptLength = None,
     chunks_per_batch: ChunksPerBatch = None,
+    refresh_rows: RefreshRows = None,
+    kv_dtype: KvDtype = None,
+    kv_place: KvPlace = None,
     tokens: Annotated[
         list[int] | None, typer.Option("--tokens", "-n", min=1, help="Lengths to estimate; may be repeated.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model, its candidate projections, and what lengths will cost in memory; loads no weights."""
-    from focusllm.cost import GIB, estimate
+    from focusllm.cost import GIB, estimate, find_place
+    from focusllm.embedded import cache_folder
     from focusllm.info import describe
 
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
     found, skeleton, config = describe(model, adapter, dtype, _settings(locals()), _notify)
-    costs = [(length, estimate(skeleton, config, length)) for length in lengths]
+    places = [find_place(skeleton, config, length, cache_folder()) for length in lengths]
+    costs = [
+        (length, place, estimate(skeleton, config, length, place=place or "device"))
+        for length, place in zip(lengths, places, strict=True)
+    ]
     if as_json:
-        rows = [{"tokens": length, **cost.to_dict()} for length, cost in costs]
+        rows = [{"tokens": length, "place": place, **cost.to_dict()} for length, place, cost in costs]
         print(json.dumps({**found, "costs": rows}, indent=2))
         return
     from rich.console import Console
@@ -281,18 +303,17 @@ def info(
     for name, value in found.items():
         about.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     console.print(about)
-    table = Table(title=f"Memory in GiB, one question; {costs[0][1].free / GIB:.1f} are free")
-    for title in ("tokens", "chunks", "weights", "chunk KV", "rows", "scratch", "total"):
-        table.add_column(title, justify="right")
-    for length, cost in costs:
+    table = Table(title=f"Memory in GiB, one question; {costs[0][2].free / GIB:.1f} are free")
+    for title in ("tokens", "chunks", "kept", "weights", "chunk KV", "rows", "scratch", "total"):
+        table.add_column(title, justify="right", no_wrap=title == "kept")
+    for length, place, cost in costs:
         parts = (cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
-        fits = "" if cost.total <= cost.free else " [red]too much[/red]"
         num_chunks = count_chunks(length, config.chunk_length)
         table.add_row(
             f"{length:,}",
             f"{num_chunks:,}",
-            *(f"{part / GIB:.2f}" for part in parts[:-1]),
-            f"{parts[-1] / GIB:.2f}{fits}",
+            place or "[red]too much[/red]",
+            *(f"{part / GIB:.2f}" for part in parts),
         )
     console.print(table)
 
@@ -301,8 +322,11 @@ def info(
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    names = ("chunk_length", "local_length", "prompt_length", "chunks_per_batch", "decoding")
-    return {name: given[name] for name in names if given.get(name) is not None}
+    names = ("chunk_length", "local_length", "prompt_length", "chunks_per_batch", "decoding", "kv_dtype", "kv_place")
+    settings = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("refresh_rows") is not None:
+        settings["refresh_rows"] = given["refresh_rows"] or None
+    return settings
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from focusllm.errors import ConfigError
 
 Decoding = Literal["cached", "exact"]
+KvDtype = Literal["same", "int8", "int4"]
+KvPlace = Literal["auto", "device", "host", "disk"]
+CHOICES = {"decoding": Decoding, "kv_dtype": KvDtype, "kv_place": KvPlace}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class FocusConfig:
     refresh_rows: int | None = 8
     """Chunks of a length that are condensed anew for every token, those that get most attention; the others keep the
     candidates that they have until they get more. None: all of them. `exact` decoding always takes all."""
+    kv_dtype: KvDtype = "same"
+    """How the chunks' keys and values are kept: as computed, or in 8 or 4 bits a number (less memory, less exact)."""
+    kv_place: KvPlace = "auto"
+    """Where they are kept: on the device, in host memory beside a GPU, or on disk. auto: the first that has room."""
 
     # What the authors' released code does besides. Off by default; `paper()` switches them on.
     rechunk: bool = True
@@ -49,8 +56,11 @@ class FocusConfig:
         rows = self.refresh_rows
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or None for all.")
-        if self.decoding not in ("cached", "exact"):
-            raise ConfigError(f"decoding is {self.decoding!r}; it must be 'cached' or 'exact'.")
+        for name, choices in CHOICES.items():
+            known, value = get_args(choices), getattr(self, name)
+            if value not in known:
+                listed = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+                raise ConfigError(f"{name} is {value!r}; it must be {listed}.")
 
     @classmethod
     def paper(

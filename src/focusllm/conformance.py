@@ -22,8 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from focusllm.adapter import AdapterConfig, inject, injected, trainable_parameters
 from focusllm.base import layout
 from focusllm.chunking import cut, split
+from focusllm.chunks import encode
 from focusllm.config import FocusConfig
-from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import FocusError
 from focusllm.kv import KV
 from focusllm.rope import move_keys, rotation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,11 @@ from focusllm.chunking import count_chunks
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
+from focusllm.store import Packing
 
 GIB = 2**30
+REMEDIES: dict[str, Any] = {"kv_place": "disk", "kv_dtype": "int8", "chunks_per_batch": 1}
+"""Settings that take less memory."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,49 @@ class Cost:
         return {**asdict(self), "total": self.total}
 
 
-def estimate(model: nn.Module, config: FocusConfig, num_tokens: int, num_new_tokens: int = 256) -> Cost:
+def estimate(
+    model: nn.Module, config: FocusConfig, num_tokens: int, num_new_tokens: int = 256, place: str = "device"
+) -> Cost:
     """The memory that reading `num_tokens` tokens and answering one question takes.
 
     The model may be on the meta device (nothing loaded). Memory of the runtime itself (libraries) is not counted.
+
+    Args:
+        place: where the chunks' keys and values are kept; on the device they count as memory, elsewhere they do not.
     """
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
     per_token = found.kv_bytes_per_token * dtype.itemsize
     num_chunks = count_chunks(num_tokens, config.chunk_length)
+    packed = Packing.of(model, config.kv_dtype)
+    chunks = packed.row_bytes(num_tokens)
+    in_place = place == "device" and config.kv_dtype == "same"
     prompt = min(config.prompt_length, config.chunk_length)
-    room = (((prompt + num_new_tokens) // GrowingKV.STEP) + 1) * GrowingKV.STEP
+    grown, focused = _room(prompt + num_new_tokens), _is_focused(config, num_chunks)
+    if focused:
+        hot = min(config.refresh_rows or num_chunks, num_chunks)
+        rows = num_chunks * (_room(prompt - 1) + 1) + hot * (config.chunk_length + grown)
+    else:
+        rows = num_chunks * (grown + 1) + (0 if in_place else 1) * config.chunks_per_batch * config.chunk_length
     in_flight = min(num_tokens, config.chunk_length * config.chunks_per_batch)
     hidden: int = base_config.hidden_size  # type: ignore[union-attr,assignment]
     inner: int = getattr(base_config, "intermediate_size", 4 * hidden)
     widths = 6 * hidden + 3 * inner + 2 * found.num_heads * found.head_dim  # live at once in a layer
     return Cost(
         weights=sum(parameter.nbytes for parameter in model.parameters()),
-        chunks=num_tokens * per_token,
-        rows=(num_chunks * (room + 1) + config.max_local_length) * per_token,
+        chunks=chunks if place == "device" else 0,
+        rows=(rows + config.max_local_length) * per_token,
         scratch=in_flight * (widths * dtype.itemsize + per_token),
         free=free_memory(next(model.parameters()).device),
     )
+
+
+def _room(num_tokens: int) -> int:
+    return (num_tokens // GrowingKV.STEP + 1) * GrowingKV.STEP
+
+
+def _is_focused(config: FocusConfig, num_chunks: int) -> bool:
+    return config.decoding == "cached" and config.refresh_rows is not None and config.refresh_rows < num_chunks
 
 
 def free_memory(device: torch.device) -> int:
@@ -82,40 +108,69 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_memory(model: nn.Module, config: FocusConfig, num_tokens: int) -> None:
-    """Refuse a read that would not fit, before anything is computed.
+def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> str:
+    """Where the chunks of a text go (see `find_place`); refuses what fits nowhere, before anything is computed.
 
     Raises:
         MemoryLimitError: with what is needed, what is free, and the setting that would fit.
+        ConfigError: more chunks than the base model has positions for.
     """
-    cost = estimate(model, config, num_tokens)
-    if cost.new <= cost.free:
-        return
-    remedies = []
-    if next(model.parameters()).dtype == torch.float32 and cost.new / 2 <= cost.free:
-        remedies.append("dtype='bfloat16'")
-    frugal = config.replace(chunks_per_batch=1)
-    if estimate(model, frugal, num_tokens).new <= cost.free:
-        remedies.append("chunks_per_batch=1")
-    fitting = num_tokens
-    while fitting and estimate(model, config, fitting).new > cost.free:
-        fitting = fitting * 99 // 100
-    remedies.append(f"a text of at most {fitting:,} tokens")
+    place = find_place(model, config, num_tokens, folder)
+    if place is not None:
+        config.check_num_chunks(count_chunks(num_tokens, config.chunk_length), layout(model).max_positions)
+        return place
+    cost = estimate(model, config, num_tokens, place=_places(model, config)[0])
+    stored = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
+    memory = f"needs about {cost.new / GIB:.1f} GiB of memory, but {cost.free / GIB:.1f} GiB are free"
+    disk = f"needs about {stored / GIB:.1f} GiB on disk, but {free_disk(folder) / GIB:.1f} GiB are free in {folder}"
+    remedies = _remedies(model, config, num_tokens, folder)
     raise MemoryLimitError(
-        f"reading {num_tokens:,} tokens needs about {cost.new / GIB:.1f} GiB, but {cost.free / GIB:.1f} GiB are free; "
+        f"reading {num_tokens:,} tokens {disk if config.kv_place == 'disk' and cost.new <= cost.free else memory}; "
         f"use {' or '.join(remedies)}."
     )
 
 
-def check_read(model: nn.Module, config: FocusConfig, num_tokens: int) -> None:
-    """Refuse a read whose chunks would not fit, into memory or into the local pass, before anything is computed.
+def find_place(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> str | None:
+    """The first of device, host and disk (or the one that is set) that has room for a text's chunks; None: none has.
 
-    Raises:
-        MemoryLimitError: as `check_memory`.
-        ConfigError: more chunks than the base model has positions for.
+    Args:
+        folder: where files would go.
     """
-    check_memory(model, config, num_tokens)
-    config.check_num_chunks(count_chunks(num_tokens, config.chunk_length), layout(model).max_positions)
+    return next((place for place in _places(model, config) if _fits(model, config, num_tokens, place, folder)), None)
+
+
+def _places(model: nn.Module, config: FocusConfig) -> list[str]:
+    chosen = ["device", "host", "disk"] if config.kv_place == "auto" else [config.kv_place]
+    has_host = next(model.parameters()).device.type not in ("cpu", "meta")
+    return list(dict.fromkeys("device" if place == "host" and not has_host else place for place in chosen))
+
+
+def _fits(model: nn.Module, config: FocusConfig, num_tokens: int, place: str, folder: Path) -> bool:
+    cost = estimate(model, config, num_tokens, place=place)
+    stored = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
+    elsewhere = {"device": 0, "host": free_memory(torch.device("cpu")), "disk": free_disk(folder)}[place]
+    return cost.new <= cost.free and (place == "device" or stored <= elsewhere)
+
+
+def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> list[str]:
+    def fits(tokens: int, **changes: Any) -> bool:
+        return find_place(model, config.replace(**changes), tokens, folder) is not None
+
+    remedies = [f"{name}={value!r}" for name, value in REMEDIES.items() if fits(num_tokens, **{name: value})]
+    cost = estimate(model, config, num_tokens)
+    if next(model.parameters()).dtype == torch.float32 and config.kv_place != "disk" and cost.new / 2 <= cost.free:
+        remedies.append("dtype='bfloat16'")
+    fitting = num_tokens
+    while fitting and not fits(fitting):
+        fitting = fitting * 99 // 100
+    return [*remedies, f"a text of at most {fitting:,} tokens"]
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that can be written into a folder, there or not yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def peak_memory(device: torch.device) -> int:

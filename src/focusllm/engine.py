@@ -10,7 +10,7 @@ chunks are addressed as blocks that any number of requests share, and are never 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,68 +18,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from focusllm.base import layout, run_plain
-from focusllm.chunking import count_chunks, cut
+from focusllm.chunking import count_chunks
+from focusllm.chunks import ChunkBlock, encode
 from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
-from focusllm.focus import candidate_pass, decode_pass, encode_chunks, local_pass, read_prompt, to_slots
+from focusllm.focus import candidate_pass, decode_pass, local_pass, read_prompt, to_slots
 from focusllm.kv import KV, GrowingKV, Segment, concat
 from focusllm.refresh import HotRows, RefreshPolicy, Row, hottest
-
-Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all) while a long read goes on."""
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkBlock:
-    """Chunks of equal length, encoded: `token_ids` [R, C] and their keys and values [R, K, C, D] a layer."""
-
-    token_ids: Tensor
-    kv: KV
-
-    @property
-    def num_chunks(self) -> int:
-        """R."""
-        return self.kv.num_rows
-
-    @property
-    def length(self) -> int:
-        """C."""
-        return self.kv.length
-
-    def rows(self, start: int, stop: int) -> ChunkBlock:
-        """Some of the chunks, as views."""
-        return ChunkBlock(self.token_ids[start:stop], self.kv.rows(start, stop))
-
-
-@torch.no_grad()
-def encode(
-    model: nn.Module, token_ids: Sequence[int], config: FocusConfig, progress: Progress | None = None
-) -> list[ChunkBlock]:
-    """Cut a text into chunks and read them in batches of `config.chunks_per_batch`.
-
-    Returns:
-        One block with the full chunks and one with the shorter last chunk, as far as there are such.
-    """
-    device = next(model.parameters()).device
-    bounds = cut(len(token_ids), config.chunk_length)
-    full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
-    blocks, done = [], 0
-    for group in (full, bounds[len(full) :]):
-        if not group:
-            continue
-        ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
-        kv: KV | None = None
-        for first in range(0, len(group), config.chunks_per_batch):
-            batch = ids[first : first + config.chunks_per_batch]
-            encoded = encode_chunks(model, batch)
-            kv = kv or encoded.empty_like(len(group), ids.shape[1])
-            kv.write(first, 0, encoded)
-            done += batch.numel()
-            if progress is not None:
-                progress(done, len(token_ids))
-        assert kv is not None
-        blocks.append(ChunkBlock(ids, kv))
-    return blocks
 
 
 @dataclass(eq=False)
@@ -178,23 +123,22 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     prompt_ids = _dynamic_prompt(request, config)
     request.row_ids = list(prompt_ids)
     prompt = _tensor(model, prompt_ids)
-    # As many tokens at once as while the chunks were read, so that the scratch memory is bounded alike.
-    rows_at_once = max(1, config.chunks_per_batch * config.chunk_length // len(prompt))
     candidates, first_slot = [], 0
     for block in request.blocks:
-        tail = GrowingKV(block.kv, block.num_chunks, len(prompt))
-        for first in range(0, block.num_chunks, rows_at_once):
-            kv = block.kv.rows(first, first + rows_at_once)
+        tail: GrowingKV | None = None
+        for first, kv in _batches(model, block, len(prompt), config):
             ordinary, lined_up = read_prompt(model, kv, prompt, first_slot)
+            tail = tail or GrowingKV(ordinary, block.num_chunks, len(prompt) - 1)
             tail.fill_rows(first, ordinary)
             candidates.append(lined_up)
             first_slot += kv.num_rows
+        assert tail is not None
         tail.length = len(prompt) - 1
         request.tails.append(tail)
     request.candidates = concat(candidates, dim=2)
     logits = _local_from_start(model, request, config, logits_to_keep)
     if config.decoding == "cached" and config.refresh_rows is not None and config.refresh_rows < request.num_chunks:
-        _choose_hot(request, RefreshPolicy(config.refresh_rows))
+        _choose_hot(model, request, RefreshPolicy(config.refresh_rows))
     return logits
 
 
@@ -223,11 +167,12 @@ def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int],
             together.append(i)
         else:
             logits[i] = _plain(model, request, [token], 1)[-1]
-    if together:
-        advanced = [requests[i] for i in together]
-        step = _decode_cached if config.decoding == "cached" else _decode_exact
-        for i, row in zip(together, step(model, advanced, config), strict=True):
-            logits[i] = row
+    side_by_side = [i for i in together if config.decoding == "cached" and _refreshed(requests[i]) is not None]
+    if side_by_side:
+        advanced = _decode_cached(model, [requests[i] for i in side_by_side], config)
+        logits |= dict(zip(side_by_side, advanced, strict=True))
+    for i in set(together) - set(side_by_side):
+        logits[i] = _decode_in_batches(model, requests[i], config)
     return torch.stack([logits[i] for i in range(len(requests))])
 
 
@@ -252,39 +197,68 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
     return list(logits)
 
 
-def _decode_exact(model: nn.Module, requests: Sequence[Request], config: FocusConfig) -> Sequence[Tensor]:
-    """The candidate pass for all rows, then every request's whole local context: logits [V] of every request."""
-    pairs, start, row = _rows(model, requests)
-    ordinary, candidates = candidate_pass(model, pairs, start, row)
-    _keep_ordinary(requests, ordinary)
-    first, logits = 0, []
-    for request in requests:
-        stop = first + request.num_chunks
-        request.candidates = to_slots(model, candidates.rows(first, stop), start[first:stop] + 1)
-        logits.append(_local_from_start(model, request, config, 1)[-1])
-        first = stop
-    return logits
+def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
+    """All rows a batch at a time, then the local pass: logits [V]. For `exact`, and for rows that lie elsewhere."""
+    pair, slot, candidates = _tensor(model, [[request.row_ids[-1], request.local_ids[-1]]]), 0, []
+    for block, tail in zip(request.blocks, request.tails, strict=True):
+        start = block.length + tail.length
+        made: list[KV] = []
+        for first, kv in _batches(model, block, 2, config):
+            behind = Segment([tail.rows(first, first + kv.num_rows)])
+            starts = torch.full((kv.num_rows,), start, device=pair.device)
+            ordinary, ours = candidate_pass(model, pair.expand(kv.num_rows, -1), starts, [Segment([kv]), behind])
+            made.append(ordinary)
+            candidates.append(to_slots(model, ours, starts + 1, slot))
+            slot += kv.num_rows
+        tail.append(concat(made, 0))
+    request.row_ids.append(request.local_ids[-1])
+    request.candidates = concat(candidates, dim=2)
+    if request.local_kv is None:
+        return _local_from_start(model, request, config, 1)[-1]
+    newest = _tensor(model, [request.local_ids[-1:]])
+    place = _tensor(model, [request.num_chunks + len(request.local_ids) - 1])
+    logits, kv, paid = local_pass(model, newest, place, [Segment([request.candidates]), Segment([request.local_kv])])
+    request.local_kv.append(kv)
+    _count_attention(request, paid[0])
+    return logits[0, -1]
+
+
+def _batches(model: nn.Module, block: ChunkBlock, num_tokens: int, config: FocusConfig) -> Iterator[tuple[int, KV]]:
+    """The rows of a block, as many at once as bound the scratch memory: (index of the first, keys and values).
+
+    As many tokens at once as while the chunks were read, if each row takes `num_tokens` more; rows that must be brought
+    first, as many as were read at once.
+    """
+    at_once = max(1, config.chunks_per_batch * config.chunk_length // num_tokens)
+    if block.resident is None:
+        at_once = min(at_once, config.chunks_per_batch)
+    for first in range(0, block.num_chunks, at_once):
+        yield first, block.rows(model, first, first + at_once)
 
 
 def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor, list[Segment]]:
     """What the rows of all requests read now: pairs [R, 2], their first positions [R], and what the rows hold."""
-    pairs, starts = [], []
-    blocks = [block for request in requests for block in _refreshed(request)]
+    pairs, starts, blocks = [], [], []
     for request in requests:
         pair = torch.tensor([request.row_ids[-1], request.local_ids[-1]])
-        for kv, tail in _refreshed(request):
+        for kv, tail in _refreshed(request) or []:
             pairs.append(pair.expand(kv.num_rows, -1))
             starts.append(torch.full((kv.num_rows,), kv.length + tail.length))
+            blocks.append((kv, tail))
     device = next(model.parameters()).device
     row = [Segment([kv for kv, _ in blocks]), Segment([tail for _, tail in blocks])]
     return torch.cat(pairs).to(device), torch.cat(starts).to(device), row
 
 
-def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]]:
-    """The rows that a decode step reads: chunks and what is behind them, block by block."""
+def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
+    """The rows that a decode step reads, block by block: chunks and what is behind them. None: not all can be at once,
+    for they lie elsewhere.
+    """
     if request.hot:
         return [(rows.kv, rows.tail) for rows in request.hot]
-    return [(block.kv, tail) for block, tail in zip(request.blocks, request.tails, strict=True)]
+    found = [(block.resident, tail) for block, tail in zip(request.blocks, request.tails, strict=True)]
+    whole = [(kv, tail) for kv, tail in found if kv is not None]
+    return whole if len(whole) == len(found) else None
 
 
 def _refreshed_slots(request: Request) -> list[int]:
@@ -292,15 +266,15 @@ def _refreshed_slots(request: Request) -> list[int]:
     return [slot for rows in request.hot for slot in rows.slots] if request.hot else list(range(request.num_chunks))
 
 
-def _choose_hot(request: Request, policy: RefreshPolicy) -> None:
+def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy) -> None:
     """Choose the rows that are read at every token, by what the local context's last token paid."""
     rows: list[Row] = []
     for block, tail in zip(request.blocks, request.tails, strict=True):
         read = tail.filled()
         for i in range(block.num_chunks):
-            rows.append(Row(block.kv.rows(i, i + 1), read.rows(i, i + 1), len(rows)))
+            rows.append(Row(block.part(i, i + 1), read.rows(i, i + 1), len(rows)))
     assert request.paid is not None
-    request.hot = hottest(rows, request.paid, policy)
+    request.hot = hottest(model, rows, request.paid, policy)
 
 
 def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
@@ -308,7 +282,7 @@ def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
     first = 0
     for request in requests:
         request.row_ids.append(request.local_ids[-1])
-        for _, tail in _refreshed(request):
+        for _, tail in _refreshed(request) or []:
             tail.append(ordinary.rows(first, first + tail.num_rows))
             first += tail.num_rows
 

@@ -118,6 +118,10 @@ class GrowingKV:
         """What counts, as views [B, K, length, D]."""
         return self._kv.tokens(0, self.length)
 
+    def rows(self, start: int, stop: int) -> KV:
+        """What counts of some rows, as views."""
+        return self.filled().rows(start, stop)
+
     def copy(self) -> GrowingKV:
         """An independent copy."""
         twin = GrowingKV(self._kv, self.num_rows, self.length)

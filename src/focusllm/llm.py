@@ -23,10 +23,10 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, 
 from focusllm.adapter import fingerprint
 from focusllm.base import layout
 from focusllm.chunking import cut, num_local_chunks, split
+from focusllm.chunks import ChunkBlock, Progress
 from focusllm.config import FocusConfig
-from focusllm.cost import check_read, peak_memory
+from focusllm.cost import peak_memory
 from focusllm.embedded import resolve_model
-from focusllm.engine import ChunkBlock, Progress, encode
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
 from focusllm.modeling import (
     UNTRAINED,
@@ -74,7 +74,7 @@ class Document:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
+        """Bytes of keys and values held in memory."""
         return sum(block.kv.nbytes for block in self.blocks)
 
     def first_blocks(self, num_chunks: int) -> list[ChunkBlock]:
@@ -82,7 +82,7 @@ class Document:
         blocks = []
         for block in self.blocks:
             if num_chunks > 0:
-                blocks.append(block.rows(0, min(num_chunks, block.num_chunks)))
+                blocks.append(block.part(0, min(num_chunks, block.num_chunks)))
             num_chunks -= block.num_chunks
         return blocks
 
@@ -214,11 +214,13 @@ class FocusLLM:
     Args:
         model: the model with `generate()`, for use in the ecosystem's own ways.
         tokenizer: its tokenizer.
+        notify: called with a sentence about what is worth knowing.
     """
 
     model: FocusForCausalLM
     tokenizer: Any
     name: str = ""
+    notify: Callable[[str], None] = lambda _: None
 
     @classmethod
     def from_pretrained(
@@ -242,7 +244,7 @@ class FocusLLM:
                 instructions for a 16-bit one.
             device: where to compute; None: a GPU if there is one, else the CPU.
             config: lengths and options; None: the defaults.
-            notify: called with a sentence when something takes long (a download).
+            notify: called with a sentence when something takes long (a download), or went otherwise than expected.
             settings: single fields of the config, by name.
 
         Raises:
@@ -261,7 +263,7 @@ class FocusLLM:
         loaded = on_device(loaded, device)
         if dtype == "auto" and not getattr(loaded.base, "is_quantized", False):
             loaded = loaded.to(computing_dtype(loaded.dtype, loaded.device))
-        return cls(loaded, tokenizer, str(model))
+        return cls(loaded, tokenizer, str(model), notify)
 
     @property
     def config(self) -> FocusConfig:
@@ -280,6 +282,7 @@ class FocusLLM:
         name: str | None = None,
         encoding: str = "utf-8",
         progress: bool | Progress = False,
+        store: str | Path | None = None,
     ) -> Document:
         """Read a document once, to be asked many times.
 
@@ -288,29 +291,45 @@ class FocusLLM:
             name: how citations call it; None: the file's name, or "text".
             encoding: of a text file.
             progress: True for a progress bar, or a function of (tokens done, tokens in all).
+            store: a folder that keeps what was read, in files (about 23 KiB a token for the embedded model in
+                bfloat16). The same text is not read again from there, and a read that was broken off goes on. None:
+                as `kv_place` says, gone with the document.
 
         Raises:
-            DocumentError: a missing file, one that is not text, or one without text.
+            DocumentError: a missing file, one that is not text, one without text, or a full disk.
             MemoryLimitError: it would not fit; raised before anything is computed.
         """
         is_file = self._is_file(source)
         text, ids, spans = self._tokens(source, encoding, is_file)
         if name is None:
             name = Path(source).name if is_file else "text"  # type: ignore[arg-type]
-        return self._read(name, text, ids, spans, progress)
+        return self._read(name, text, ids, spans, progress, store)
 
-    def read_text(self, text: str, *, name: str = "text", progress: bool | Progress = False) -> Document:
+    def read_text(
+        self,
+        text: str,
+        *,
+        name: str = "text",
+        progress: bool | Progress = False,
+        store: str | Path | None = None,
+    ) -> Document:
         """`read` for what is certainly a text, even if it looks like a path."""
         encoded = encode_text(self.tokenizer, check_text(text, name))
-        return self._read(name, text, encoded.token_ids, encoded.spans, progress)
+        return self._read(name, text, encoded.token_ids, encoded.spans, progress, store)
 
     def _read(
-        self, name: str, text: str, ids: list[int], spans: list[tuple[int, int]], progress: bool | Progress
+        self,
+        name: str,
+        text: str,
+        ids: list[int],
+        spans: list[tuple[int, int]],
+        progress: bool | Progress,
+        store: str | Path | None,
     ) -> Document:
         if not ids:
             raise DocumentError(f"{name} gives no tokens; give a document with text.")
         start = time.perf_counter()
-        blocks = self._encode(ids, progress)
+        blocks = self._encode(ids, progress, Path(store) if store is not None else None)
         chunks = [
             Chunk(spans[first][0], spans[stop - 1][1], first, stop)
             for first, stop in cut(len(ids), self.config.chunk_length)
@@ -368,10 +387,9 @@ class FocusLLM:
         blocks = self._encode(far, progress) if far else []
         return self._decoder(local, FocusState(blocks), generate, len(ids))(on_text)
 
-    def _encode(self, token_ids: list[int], progress: bool | Progress) -> list[ChunkBlock]:
-        check_read(self.model.base, self.config, len(token_ids))
+    def _encode(self, token_ids: list[int], progress: bool | Progress, store: Path | None = None) -> list[ChunkBlock]:
         with _progress(progress, len(token_ids)) as report:
-            return encode(self.model.base, token_ids, self.config, report)
+            return self.model.encode(token_ids, report, store, self.notify)
 
     def frame(self, question: str) -> tuple[list[int], list[int]]:
         """The tokens that stand before and after the documents, with the question among the latter.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from focusllm.adapter import AdapterConfig, injected, injected_config, load_adapter, remove, save_adapter
 from focusllm.base import layout
 from focusllm.chunking import split
+from focusllm.chunks import ChunkBlock, Place, Progress, document_key, encode
 from focusllm.config import FocusConfig
 from focusllm.cost import check_read
-from focusllm.embedded import boxed_adapter
-from focusllm.engine import ChunkBlock, Request, decode, encode, prefill, start_request
+from focusllm.embedded import boxed_adapter, cache_folder
+from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.errors import ConfigError, ModelError, first_line
 
 UNTRAINED = "none"
@@ -171,13 +172,35 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
                 state.requests.append(first[text].fork())
                 continue
             far, local = split(text, config) if state.blocks is None else ([], list(text))
-            if far:
-                check_read(self.base, config, len(far))
-            blocks = encode(self.base, far, config) if state.blocks is None else state.blocks
+            blocks = self.encode(far) if state.blocks is None else state.blocks
             first[text] = start_request(self.base, blocks, local, config, state.prompt_length)
             logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
             state.requests.append(first[text])
         return torch.stack([logits[text] for text in texts])
+
+    def encode(
+        self,
+        token_ids: Sequence[int],
+        progress: Progress | None = None,
+        store: Path | None = None,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> list[ChunkBlock]:
+        """Read far context, and put its keys and values where the settings and the free memory say.
+
+        Args:
+            store: a folder that keeps them; the same text is not read again.
+
+        Raises:
+            MemoryLimitError, ConfigError: it would not fit; raised before anything is computed.
+            DocumentError: the disk is full; what is written stays.
+        """
+        if not token_ids:
+            return []
+        folder = store or cache_folder() / "rows"
+        config = self.focus_config if store is None else self.focus_config.replace(kv_place="disk")
+        kind = check_read(self.base, config, len(token_ids), folder)
+        name = document_key(self.base, token_ids, config) if store else None
+        return encode(self.base, token_ids, config, progress, Place(kind, folder, name), notify)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:

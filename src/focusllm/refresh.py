@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from focusllm.chunks import ChunkBlock
 from focusllm.focus import candidate_pass
 from focusllm.kv import KV, GrowingKV, Segment, concat
 
@@ -48,9 +49,9 @@ class RefreshPolicy:
 
 @dataclass(frozen=True)
 class Row:
-    """Where a cold row is: its chunk's and its prompt's keys and values, each of one row."""
+    """Where a cold row is: its chunk, and its prompt's keys and values [1, K, P, D] a layer."""
 
-    chunk: KV
+    chunk: ChunkBlock
     tail: KV
     slot: int
 
@@ -66,19 +67,21 @@ class HotRows:
 
     rows: list[Row]
     hot: list[int]
-    kv: KV = field(init=False)
+    kv: KV
     """[k, K, C, D] a layer."""
-    tail: GrowingKV = field(init=False)
+    tail: GrowingKV
     """[k, K, T, D] a layer: ordinary prompt and generated tokens."""
     parked: dict[int, KV] = field(default_factory=dict)
     """What rows that were hot before have read behind their prompt."""
 
-    def __post_init__(self) -> None:
-        chosen = [self.rows[i] for i in self.hot]
-        self.kv = concat([row.chunk for row in chosen], 0)
-        prompts = concat([row.tail for row in chosen], 0)
-        self.tail = GrowingKV(prompts, len(chosen), prompts.length)
-        self.tail.append(prompts)
+    @classmethod
+    def load(cls, model: nn.Module, rows: list[Row], hot: list[int]) -> HotRows:
+        """Bring rows into a new buffer."""
+        chunks = [rows[i].chunk.rows(model, 0, 1) for i in hot]
+        prompts = concat([rows[i].tail for i in hot], 0)
+        tail = GrowingKV(prompts, len(hot), prompts.length)
+        tail.append(prompts)
+        return cls(rows, hot, concat(chunks, 0), tail)
 
     @property
     def slots(self) -> list[int]:
@@ -92,9 +95,7 @@ class HotRows:
 
     def copy(self) -> HotRows:
         """An independent copy."""
-        twin = HotRows(self.rows, list(self.hot))
-        twin.kv, twin.tail, twin.parked = self.kv.map(torch.clone), self.tail.copy(), dict(self.parked)
-        return twin
+        return HotRows(self.rows, list(self.hot), self.kv.map(torch.clone), self.tail.copy(), dict(self.parked))
 
     def update(self, model: nn.Module, policy: RefreshPolicy, attention: Tensor, row_ids: Sequence[int]) -> None:
         """Let rows change places after a token.
@@ -114,17 +115,18 @@ class HotRows:
         own = self.tail.filled().rows(place, place + 1)
         self.parked[old] = own.tokens(row.tail.length).map(torch.clone)
         seen = concat([row.tail, self.parked.pop(new)], 2) if new in self.parked else row.tail
-        device = row.tail.keys[0].device
+        chunk = row.chunk.rows(model, 0, 1)
+        device = row.chunk.token_ids.device
         missed = torch.tensor([row_ids[seen.length :]], device=device)
-        start = torch.tensor([row.chunk.length + seen.length], device=device)
+        start = torch.tensor([chunk.length + seen.length], device=device)
         # The candidate is not used: the next step makes the row's new one.
-        ordinary, _ = candidate_pass(model, missed, start, [Segment([row.chunk]), Segment([seen])])
-        self.kv.write(place, 0, row.chunk)
+        ordinary, _ = candidate_pass(model, missed, start, [Segment([chunk]), Segment([seen])])
+        self.kv.write(place, 0, chunk)
         self.tail.fill_rows(place, concat([seen, ordinary], 2))
         self.hot[place] = new
 
 
-def hottest(rows: list[Row], attention: Tensor, policy: RefreshPolicy) -> list[HotRows]:
+def hottest(model: nn.Module, rows: list[Row], attention: Tensor, policy: RefreshPolicy) -> list[HotRows]:
     """The rows that begin as hot ones, by what the last token of the local context paid: one group a chunk length."""
     lengths = sorted({row.chunk.length for row in rows})
     found = []
@@ -132,5 +134,5 @@ def hottest(rows: list[Row], attention: Tensor, policy: RefreshPolicy) -> list[H
         group = [row for row in rows if row.chunk.length == length]
         paid = attention[[row.slot for row in group]]
         count = len(group) if policy.rows is None else min(policy.rows, len(group))
-        found.append(HotRows(group, sorted(paid.topk(count).indices.tolist())))
+        found.append(HotRows.load(model, group, sorted(paid.topk(count).indices.tolist())))
     return found

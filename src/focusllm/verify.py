@@ -16,8 +16,9 @@ from transformers import DynamicCache
 
 from focusllm.adapter import AdapterConfig, inject, injected, remove
 from focusllm.base import layout, run
+from focusllm.chunks import encode
 from focusllm.config import FocusConfig
-from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.engine import decode, prefill, start_request
 from focusllm.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, read_prompt
 from focusllm.kv import KV, Segment, concat
 from focusllm.rope import move_keys, rotation

@@ -1,0 +1,165 @@
+"""Chunks as they are kept: read once, shared by any number of requests, brought back a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from focusllm.adapter import injected
+from focusllm.base import layout
+from focusllm.chunking import cut
+from focusllm.config import FocusConfig
+from focusllm.focus import encode_chunks
+from focusllm.kv import KV
+from focusllm.store import DamagedRow, Packed, Packing, RowFile, RowStore
+
+Notify = Callable[[str], None]
+Progress = Callable[[int, int], None]
+"""Called with (tokens done, tokens in all) while a long read goes on."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where encoded chunks are put."""
+
+    kind: str = "device"
+    """device, host (memory beside a GPU) or disk."""
+    folder: Path | None = None
+    """disk: where the files go."""
+    name: str | None = None
+    """disk: what the files' names begin with; None: temporary files."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkBlock:
+    """Chunks of equal length, encoded: `token_ids` [R, C] and where their keys and values lie."""
+
+    token_ids: Tensor
+    kv: RowStore
+    first: int = 0
+    """Which row of `kv` is the first one of this block."""
+    notify: Notify = lambda _: None
+
+    @property
+    def num_chunks(self) -> int:
+        """R."""
+        return len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """C."""
+        return self.kv.length
+
+    @property
+    def resident(self) -> KV | None:
+        """All rows as views, if they lie where and as they are computed with."""
+        return self.kv.rows(self.first, self.first + self.num_chunks) if isinstance(self.kv, KV) else None
+
+    def part(self, start: int, stop: int) -> ChunkBlock:
+        """Some of the chunks; nothing is copied."""
+        return ChunkBlock(self.token_ids[start:stop], self.kv, self.first + start, self.notify)
+
+    def rows(self, model: nn.Module, start: int, stop: int) -> KV:
+        """Keys and values of some chunks [n, K, C, D] a layer; what is damaged on disk is read anew, and said."""
+        stop = min(stop, self.num_chunks)
+        try:
+            return self.kv.rows(self.first + start, self.first + stop)
+        except DamagedRow as error:
+            if stop - start > 1:  # find out which
+                parts = [self.rows(model, i, i + 1) for i in range(start, stop)]
+                return _joined(parts)
+            assert isinstance(self.kv, RowFile)
+            self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
+            encoded = encode_chunks(model, self.token_ids[start:stop])
+            self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
+            return self.kv.rows(self.first + start, self.first + stop)
+
+
+def _joined(parts: Sequence[KV]) -> KV:
+    whole = parts[0].empty_like(len(parts), parts[0].length)
+    for i, part in enumerate(parts):
+        whole.write(i, 0, part)
+    return whole
+
+
+@torch.no_grad()
+def encode(
+    model: nn.Module,
+    token_ids: Sequence[int],
+    config: FocusConfig,
+    progress: Progress | None = None,
+    place: Place | None = None,
+    notify: Notify = lambda _: None,
+) -> list[ChunkBlock]:
+    """Cut a text into chunks and read them in batches of `config.chunks_per_batch`.
+
+    Args:
+        place: where the keys and values go; None: the device. Chunks that a named file holds already are not read.
+
+    Returns:
+        One block with the full chunks and one with the shorter last chunk, as far as there are such.
+
+    Raises:
+        DocumentError: the disk is full; what is written stays.
+    """
+    device = next(model.parameters()).device
+    place = place or Place()
+    bounds = cut(len(token_ids), config.chunk_length)
+    full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
+    blocks, done = [], 0
+    for group in (full, bounds[len(full) :]):
+        if not group:
+            continue
+        ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
+        store: KV | Packed | RowFile | None = _store(model, ids, config, place)
+        for first in range(0, len(group), config.chunks_per_batch):
+            batch = ids[first : first + config.chunks_per_batch]
+            if not isinstance(store, RowFile):
+                store = _filled(store, first, encode_chunks(model, batch), len(group))
+            elif not all(store.has(first + i, row) for i, row in enumerate(batch.tolist())):
+                store.write(first, encode_chunks(model, batch), batch)
+            done += batch.numel()
+            if progress is not None:
+                progress(done, len(token_ids))
+        assert store is not None
+        blocks.append(ChunkBlock(ids, store, notify=notify))
+    return blocks
+
+
+def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
+    """A name for a text as a model reads it: other weights, another type, length of chunks or token give another."""
+    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.kv_dtype} ".encode())
+    digest.update(",".join(map(str, token_ids)).encode())
+    layers = layout(model).layers
+    ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}
+    for layer in (layers[0], layers[-1]):  # a trained model differs from its siblings everywhere
+        for parameter in (p for p in layer.module.parameters() if id(p) not in ours):
+            sample = parameter.detach().flatten()[:4096].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> Packed | RowFile | None:
+    """Where rows are put; None: as computed, on the device, which the first rows tell how."""
+    packing, (num_rows, length) = Packing.of(model, config.kv_dtype), ids.shape
+    if place.kind == "disk":
+        assert place.folder is not None
+        path = place.folder / f"{place.name}-{length}.rows" if place.name else None
+        return RowFile(packing, num_rows, length, path, place.folder)
+    if place.kind == "device" and config.kv_dtype == "same":
+        return None
+    return Packed.empty(packing, num_rows, length, torch.device("cpu") if place.kind == "host" else None)
+
+
+def _filled(store: KV | Packed | None, first: int, encoded: KV, num_rows: int) -> KV | Packed:
+    if isinstance(store, Packed):
+        store.write(first, encoded)
+        return store
+    store = store or encoded.empty_like(num_rows, encoded.length)
+    store.write(first, 0, encoded)
+    return store

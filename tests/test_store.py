@@ -1,0 +1,227 @@
+"""Keys and values in fewer bits and on disk: how exact, what is damaged, what is read again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import SMALL, build, random_ids, with_candidates
+from focusllm import DocumentError, FocusConfig, FocusLLM, MemoryLimitError, chunks
+from focusllm.chunking import split
+from focusllm.chunks import ChunkBlock, Place, document_key, encode
+from focusllm.cost import check_read
+from focusllm.engine import Request, decode, prefill, start_request
+from focusllm.kv import KV
+from focusllm.store import Packing, RowFile
+
+IDS = random_ids(24 * 6 + 7)
+BITS = {"same": 0.0, "int8": 1 / 127, "int4": 1 / 15}
+
+
+def rows_of(model: nn.Module, blocks: list[ChunkBlock]) -> list[KV]:
+    return [block.rows(model, 0, block.num_chunks) for block in blocks]
+
+
+def difference(got: list[KV], expected: list[KV]) -> float:
+    """The largest error as a share of the largest number of its token and head."""
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
+            spread = 2 * y.abs().amax(-1, keepdim=True).float()
+            worst = max(worst, float(((x - y).float().abs() / spread).max()))
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_dtype", ["same", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["device", "host", "disk"])
+def test_rows_come_back(tmp_path: Path, kind: str, kv_dtype: str, dtype: torch.dtype) -> None:
+    model = build(dtype=dtype)
+    config = SMALL.replace(kv_dtype=kv_dtype)
+    plain = rows_of(model, encode(model, IDS, SMALL))
+    blocks = encode(model, IDS, config, place=Place(kind, tmp_path))
+    got = rows_of(model, blocks)
+    assert got[0].keys[0].dtype == dtype
+    bound = BITS[kv_dtype] / 2 + (0.006 if dtype == torch.bfloat16 and kv_dtype != "same" else 1e-3 * BITS[kv_dtype])
+    assert difference(got, plain) <= bound
+    if kv_dtype != "same":
+        assert difference(got, plain) > 0  # it is packed
+    one = blocks[0].part(2, 5).rows(model, 1, 2)
+    assert torch.equal(one.values[1], got[0].values[1][3:4])
+    bytes_each = Packing.of(model, kv_dtype).row_bytes(24)
+    held = 0 if kind == "disk" else bytes_each * 6
+    assert blocks[0].kv.nbytes == held
+    assert bytes_each <= {"same": 1, "int8": 0.6, "int4": 0.6}[kv_dtype] * Packing.of(model, "same").row_bytes(24)
+
+
+def begin(model: nn.Module, config: FocusConfig, place: Place) -> tuple[Request, torch.Tensor]:
+    far, local = split(random_ids(24 * 6 + 7 + 20), config)
+    request = start_request(model, encode(model, far, config, place=place), local, config)
+    return request, prefill(model, request, config)[-1]
+
+
+@pytest.mark.parametrize("refresh_rows", [None, 2])
+@pytest.mark.parametrize("decoding", ["cached", "exact"])
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_decoding_does_not_care_where_rows_lie(
+    llama: nn.Module, tmp_path: Path, kind: str, decoding: str, refresh_rows: int | None
+) -> None:
+    config = SMALL.replace(decoding=decoding, refresh_rows=refresh_rows)
+    here, first = begin(llama, config, Place())
+    there, other = begin(llama, config, Place(kind, tmp_path))
+    torch.testing.assert_close(other, first, rtol=1e-4, atol=2e-5)
+    for token in random_ids(30, seed=1):  # past the local context, too
+        expected = decode(llama, [here], [token], config)
+        torch.testing.assert_close(decode(llama, [there], [token], config), expected, rtol=1e-4, atol=2e-5)
+    assert here.num_chunks == there.num_chunks > 7
+
+
+def test_what_is_in_a_named_file_is_not_read_again(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place("disk", tmp_path, document_key(llama, IDS, SMALL))
+    before = rows_of(llama, encode(llama, IDS, SMALL, place=place))
+    monkeypatch.setattr(chunks, "encode_chunks", lambda *_: pytest.fail("it was read again"))
+    after = rows_of(llama, encode(llama, IDS, SMALL, place=place))
+    assert difference(after, before) == 0
+
+
+def test_a_read_that_was_broken_off_goes_on(llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place("disk", tmp_path, "book")
+
+    def stop(done: int, total: int) -> None:
+        if done >= 96:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(llama, IDS, SMALL, stop, place)
+    read = []
+    whole = chunks.encode_chunks
+    monkeypatch.setattr(chunks, "encode_chunks", lambda model, ids: (read.append(len(ids)), whole(model, ids))[1])
+    got = rows_of(llama, encode(llama, IDS, SMALL, place=place))
+    assert read == [2, 1]  # two full chunks and the short one were left
+    assert difference(got, rows_of(llama, encode(llama, IDS, SMALL))) == 0
+
+
+def test_another_text_under_the_same_name_is_read(llama: nn.Module, tmp_path: Path) -> None:
+    place = Place("disk", tmp_path, "book")
+    encode(llama, IDS, SMALL, place=place)
+    changed = [*IDS[:30], 9, *IDS[31:]]
+    got = rows_of(llama, encode(llama, changed, SMALL, place=place))
+    assert difference(got, rows_of(llama, encode(llama, changed, SMALL))) == 0
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "changed":
+        at = len(content) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    elif how == "cut":
+        os.truncate(path, len(content) - 100)
+    else:
+        os.truncate(path, 4096)
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "emptied"])
+def test_damaged_rows_are_read_again_and_said(llama: nn.Module, tmp_path: Path, how: str) -> None:
+    expected = rows_of(llama, encode(llama, IDS, SMALL))
+    said: list[str] = []
+    blocks = encode(llama, IDS, SMALL, place=Place("disk", tmp_path, "book"), notify=said.append)
+    damage(tmp_path / "book-24.rows", how)
+    assert difference(rows_of(llama, blocks), expected) == 0
+    assert len(said) == (6 if how == "emptied" else 1)
+    assert "damaged on disk" in said[0]
+    assert difference(rows_of(llama, blocks), expected) == 0
+    assert len(said) == (6 if how == "emptied" else 1)  # it was mended
+
+
+def test_a_damaged_file_is_found_when_it_is_opened_again(llama: nn.Module, tmp_path: Path) -> None:
+    place, said = Place("disk", tmp_path, "book"), []
+    encode(llama, IDS, SMALL, place=place)
+    (tmp_path / "book-24.rows").write_bytes(b"not rows")
+    damage(tmp_path / "book-7.rows", "changed")
+    blocks = encode(llama, IDS, SMALL, place=place, notify=said.append)
+    assert difference(rows_of(llama, blocks), rows_of(llama, encode(llama, IDS, SMALL))) == 0
+    assert len(said) == 1  # the header told of the first; a changed record shows when it is read
+
+
+def test_names_tell_models_types_and_texts_apart() -> None:
+    model = build()
+    names = {
+        document_key(model, IDS, SMALL),
+        document_key(model, IDS[1:], SMALL),
+        document_key(model, IDS, SMALL.replace(kv_dtype="int8")),
+        document_key(model, IDS, SMALL.replace(chunk_length=25)),
+        document_key(build(dtype=torch.bfloat16), IDS, SMALL),
+        document_key(build("qwen3"), IDS, SMALL),
+    }
+    assert len(names) == 6
+    assert document_key(with_candidates(build()), IDS, SMALL) in names  # rows do not depend on the adapter
+
+
+class Full:
+    def __init__(self, file: object):
+        self.file = file
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+    def write(self, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place("disk", tmp_path, "book")
+    opened = RowFile._opened
+    written = RowFile.write
+
+    def fill(self: RowFile, row: int, kv: KV, ids: torch.Tensor) -> None:
+        if row == 4:
+            self._file = Full(self._file)  # type: ignore[assignment]
+        written(self, row, kv, ids)
+
+    monkeypatch.setattr(RowFile, "write", fill)
+    with pytest.raises(DocumentError, match=r"cannot be written to .*No space left.*kv_dtype='int8'"):
+        encode(llama, IDS, SMALL, place=place)
+    monkeypatch.setattr(RowFile, "write", written)
+    file = RowFile(Packing.of(llama, "same"), 6, 24, tmp_path / "book-24.rows", tmp_path)
+    assert [file.has(i, IDS[24 * i : 24 * i + 24]) for i in range(6)] == [True] * 4 + [False] * 2
+    assert opened is RowFile._opened
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("focusllm.cost.free_disk", lambda _: 1000)
+    model = build(max_position_embeddings=10_000)
+    with pytest.raises(MemoryLimitError, match=r"on disk, but 0.0 GiB are free in .*a text of at most"):
+        check_read(model, SMALL.replace(kv_place="disk"), 100_000, tmp_path)
+
+
+def test_documents_are_kept_in_a_folder(tiny_llm: FocusLLM, tmp_path: Path) -> None:
+    text = "The key is under the mat. " * 20
+    first = tiny_llm.read(text, store=tmp_path / "kept")
+    expected = tiny_llm.ask(first, "Where?", max_new_tokens=8).text
+    assert first.nbytes == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    again = tiny_llm.read(text, store=tmp_path / "kept")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()} == files
+    assert tiny_llm.ask(again, "Where?", max_new_tokens=8).text == expected
+    plain = tiny_llm.read(text)
+    assert tiny_llm.ask(plain, "Where?", max_new_tokens=8).text == expected
+    assert plain.nbytes > 0
+
+
+def test_temporary_rows_leave_nothing(tiny_llm: FocusLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path))
+    tiny_llm.model.focus_config = tiny_llm.config.replace(kv_place="disk")
+    document = tiny_llm.read("The key is under the mat. " * 20)
+    assert document.nbytes == 0
+    assert tiny_llm.ask(document, "Where?", max_new_tokens=4).num_generated_tokens
+    assert not list((tmp_path / "rows").iterdir())
