@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.readers import read_text
-from focusllm.text import encode_ids, encode_text
+from focusllm.text import encode_ids, encode_text, frame_ids
+from focusllm.training.config import Source
+from focusllm.training.corpus import documents
+
+PRESETS = {
+    "pg19": Source("hf:emozilla/pg19-test", split="test"),
+    "proof-pile": Source("hf:hoskinson-center/proof-pile", split="test"),
+    "codeparrot": Source("hf:codeparrot/codeparrot-clean-valid", column="content"),
+}
+"""Texts of the paper's perplexity tables (section 4.2), as data sets on the hub."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +68,14 @@ class Setting:
         tokenizer: counts tokens; lengths are in its tokens.
         seed: of everything that is drawn.
         data: folder with the benchmarks' files, in the originals' formats.
-        text: file or folder of plain text, for haystacks and perplexity.
+        text: plain text for haystacks and perplexity: a file, a folder, `hf:owner/name`, or one of `PRESETS`.
         hub: whether data sets may be loaded from the hub.
     """
 
     tokenizer: Any
     seed: int = 0
     data: Path | None = None
-    text: Path | None = None
+    text: str | None = None
     hub: bool = False
 
     def rng(self, *parts: object) -> np.random.Generator:
@@ -78,6 +86,18 @@ class Setting:
         """Length of a text in tokens."""
         return len(encode_ids(self.tokenizer, text))
 
+    def room(self, task: str, length: int, *parts: str, max_new_tokens: int) -> int:
+        """Tokens that are left for the long text: a length counts the other parts, chat template and answer too.
+
+        Raises:
+            ConfigError: none are left.
+        """
+        frame = sum(map(len, frame_ids(self.tokenizer)))
+        needed = frame + sum(map(self.num_tokens, parts)) + max_new_tokens
+        if length <= needed:
+            raise ConfigError(f"{task} at {length} tokens has no room for its text; use a length above {needed}.")
+        return length - needed
+
     @cached_property
     def haystack(self) -> Haystack:
         """The plain text, tokenised once.
@@ -85,20 +105,23 @@ class Setting:
         Raises:
             DocumentError: no text is given or found.
         """
-        return Haystack(self.tokenizer, "\n\n".join(read_text(path) for path in self.text_files()))
+        return Haystack(self.tokenizer, "\n\n".join(self.texts()))
 
-    def text_files(self) -> list[Path]:
-        """The files of `text`, in order.
+    def texts(self) -> Iterator[str]:
+        """The documents of the plain text, in order.
 
         Raises:
             DocumentError: no text is given or found.
         """
         if self.text is None:
             raise DocumentError("this task needs plain text, and none is given; name a file or folder with --text.")
-        files = sorted(self.text.rglob("*.txt")) if self.text.is_dir() else [self.text]
-        if not files:
-            raise DocumentError(f"the folder {self.text} has no .txt files; name one that has with --text.")
-        return files
+        found = 0
+        for text, _ in documents(PRESETS.get(self.text) or Source(self.text), self.tokenizer):
+            if isinstance(text, str) and text.strip():
+                found += 1
+                yield text
+        if not found:
+            raise DocumentError(f"{self.text} has no text; name a file, a folder or a data set that has with --text.")
 
     def file(self, *names: str) -> Path:
         """A benchmark's file under the data folder: the first of these relative paths that exists.
@@ -156,20 +179,10 @@ class Task(ABC):
         """At most `limit` examples, the same ones in the same order in every run.
 
         Args:
-            length: of the prompt, in tokens, without chat template and answer; None for tasks with own lengths.
+            length: in tokens, of all that a window must hold: prompt, chat template and answer (see `Setting.room`);
+                None for tasks with own lengths.
         """
 
     def score(self, prediction: str, example: Example) -> float:
         """0 to 1; here: whether an accepted answer occurs in the prediction."""
         return float(any(reference.lower() in prediction.lower() for reference in example.references))
-
-
-def check_room(task: str, length: int, needed: int) -> int:
-    """Tokens that are left for the long text when `needed` are taken by the rest.
-
-    Raises:
-        ConfigError: none are.
-    """
-    if length <= needed:
-        raise ConfigError(f"{task} at {length} tokens has no room for its text; use a length above {needed}.")
-    return length - needed
