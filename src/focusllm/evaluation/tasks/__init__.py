@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Collection
 from functools import cache
 
 from focusllm.errors import ConfigError
@@ -29,7 +30,7 @@ def get(name: str) -> Task:
     return registry()[name]
 
 
-def unknown(kind: str, name: str, known: dict[str, Task] | dict[str, str]) -> str:
+def unknown(kind: str, name: str, known: Collection[str]) -> str:
     """One sentence on a mistyped name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     guess = f"did you mean {near[0]}? " if near else ""

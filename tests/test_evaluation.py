@@ -1,0 +1,206 @@
+"""Evaluation: every method on tiny models, the tasks that are made up, runs that are killed, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
+from focusllm import FocusForCausalLM, FocusLLM
+from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.errors import ConfigError
+from focusllm.evaluation.chunk_cache import ChunkCache
+from focusllm.evaluation.example import Example, LossExample
+from focusllm.evaluation.methods import NAMES
+from focusllm.evaluation.methods import build as build_method
+from focusllm.evaluation.methods.streaming import Stream
+
+TEXT = "A whale is not a fish, and the sea is wide. " * 12
+LONG = Example("long", "Read this.\n", TEXT, "\nWhat is wide?", ("the sea",), max_new_tokens=6)
+SHORT = dataclasses.replace(LONG, context="The sea is wide.")
+
+
+@pytest.fixture
+def llm() -> FocusLLM:
+    model = FocusForCausalLM(with_candidates(build()), SMALL.replace(local_length=64))
+    return FocusLLM(model, byte_tokenizer(), "tiny")
+
+
+def loss_example(length: int, labels: int = 12) -> LossExample:
+    return LossExample("text", tuple(random_ids(length)), labels)
+
+
+def base_loss(llm: FocusLLM, ids: tuple[int, ...], labels: int) -> float:
+    logits = llm.model.base(torch.tensor([ids]))[0][0, :-1]
+    return float(F.cross_entropy(logits[-labels:], torch.tensor(ids[-labels:]), reduction="sum"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_predicts_and_measures(name: str, llm: FocusLLM) -> None:
+    method = build_method(name, llm)
+    example, text = (SHORT, loss_example(120)) if name == "full" else (LONG, loss_example(400))
+    assert method.fits(method.num_tokens(example)) is None
+    prediction = method.generate(example)
+    assert prediction.text
+    assert 0 < prediction.first_token_seconds <= prediction.seconds
+    assert method.generate(example).text == prediction.text
+    nats, labels = method.loss(text)
+    assert labels == 12
+    assert 0 < nats / labels < 12
+    assert method.loss(text) == (nats, labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_text_is_the_base_models(name: str, llm: FocusLLM) -> None:
+    short = dataclasses.replace(SHORT, context="Wide.", before="", after="?", max_new_tokens=5)
+    method = build_method(name, llm)
+    prompt = torch.tensor([method.prompt(short).ids])
+    expected = llm.model.base.generate(prompt, max_new_tokens=5, do_sample=False)[0, prompt.shape[1] :]
+    assert method.generate(short).text == llm.tokenizer.decode(expected, skip_special_tokens=True)
+    text = loss_example(40)
+    assert method.loss(text)[0] == pytest.approx(base_loss(llm, text.text_ids, 12), abs=1e-4)
+
+
+def test_full_refuses_what_the_positions_do_not_hold(llm: FocusLLM) -> None:
+    assert "256 positions" in build_method("full", llm).fits(257)
+    assert build_method("full", llm).fits(256) is None
+
+
+def test_focus_answers_as_ask_does(llm: FocusLLM) -> None:
+    document = llm.read_text(TEXT)
+    expected = llm.ask(document, "What is wide?", max_new_tokens=6).text
+    example = dataclasses.replace(LONG, before="", after="\n\nWhat is wide?")
+    assert build_method("focus", llm).generate(example).text == expected
+
+
+@pytest.mark.parametrize("options", ["", "decoding=exact", "chunk_length=31,local_length=50", "chunks_per_batch=1"])
+def test_focus_loss_is_that_of_decoding(options: str, llm: FocusLLM) -> None:
+    method = build_method(f"focus:{options}", llm)
+    config, ids = method.config, list(loss_example(300).text_ids)
+    far, local = ids[: -config.local_length], ids[-config.local_length :]
+    request = start_request(llm.model.base, encode(llm.model.base, far, config), local[:-12], config)
+    logits = [prefill(llm.model.base, request, config)[-1]]
+    logits += [decode(llm.model.base, [request], [token], config)[0] for token in local[-12:-1]]
+    expected = F.cross_entropy(torch.stack(logits), torch.tensor(local[-12:]), reduction="sum")
+    assert method.loss(loss_example(300))[0] == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_focus_takes_many_labels_a_piece_at_a_time(llm: FocusLLM) -> None:
+    method = build_method("focus", llm)
+    ids = loss_example(300).text_ids
+    pieces = [method.loss(LossExample("", ids[:stop], 32))[0] for stop in (268, 300)]
+    assert method.loss(LossExample("", ids, 64))[0] == pytest.approx(sum(pieces), abs=1e-4)
+
+
+def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from focusllm.evaluation import chunk_cache
+
+    read: list[int] = []
+    encode_chunks = chunk_cache.encode_chunks
+    monkeypatch.setattr(chunk_cache, "encode_chunks", lambda model, ids: read.append(1) or encode_chunks(model, ids))
+    base = llm.model.base
+    cache = ChunkCache(base, 24, 2**30)
+    first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
+    blocks = cache.blocks(first)
+    assert [block.num_chunks for block in blocks] == [3, 1]
+    assert len(read) == 4
+    again = cache.blocks(second + first)
+    assert len(read) == 5
+    for kept, new in zip(blocks[0].kv.keys, again[0].kv.keys, strict=True):
+        assert torch.equal(kept, new[1:])
+    small = ChunkCache(base, 24, blocks[0].kv.nbytes // 3 * 2)
+    small.blocks(first)
+    assert small.nbytes <= small.most_bytes
+    read.clear()
+    small.blocks(first)
+    assert len(read) == 2  # the first two stayed
+    small.blocks(second)
+    assert len(read) == 3
+    assert small.nbytes == small.most_bytes
+
+
+def test_streaming_is_full_attention_while_the_window_holds_all(llm: FocusLLM) -> None:
+    ids = random_ids(60)
+    stream = Stream(build_method("streaming", llm))
+    expected = llm.model.base(torch.tensor([ids])).logits[0, -9:]
+    assert torch.allclose(stream.read(ids, 9), expected, atol=1e-4)
+
+
+def test_streaming_skips_only_what_cannot_reach(llm: FocusLLM) -> None:
+    ids = random_ids(1000)
+    method = build_method("streaming", llm)
+    whole, stream = Stream(method), Stream(method)
+    for start in (0, *range(4, 1000, method.block)):
+        logits = whole.advance(ids[start : start + method.block] if start else ids[:4], 1)
+    assert torch.allclose(stream.read(ids, 1), logits, atol=1e-4)
+    assert whole.kv.length == method.sinks + method.budget
+    other = [*ids[:600], *random_ids(400, seed=3)]  # another ending: the window counts
+    assert not torch.allclose(Stream(method).read(other, 1), logits, atol=1e-2)
+
+
+def test_streaming_sees_sinks_and_window_only() -> None:
+    model = FocusForCausalLM(with_candidates(build(num_hidden_layers=1)), SMALL.replace(local_length=16))
+    method = build_method("streaming", FocusLLM(model, byte_tokenizer(), "tiny"))
+    ids = random_ids(100)
+    logits = Stream(method).read(ids, 1)
+    hidden = [*ids[:4], *random_ids(80, seed=5), *ids[84:]]
+    assert torch.allclose(Stream(method).read(hidden, 1), logits, atol=1e-5)
+    for place in (0, 84):  # the first sink, the first of the window
+        changed = [*ids[:place], (ids[place] + 1) % 250 + 3, *ids[place + 1 :]]
+        assert not torch.allclose(Stream(method).read(changed, 1), logits, atol=1e-5)
+
+
+def test_truncation_keeps_both_ends_and_the_template(llm: FocusLLM) -> None:
+    method = build_method("truncate:to=local", llm)
+    prompt = method.prompt(LONG)
+    chosen = method.choose(prompt, 64 - 6)
+    body = chosen[len(prompt.start) : -len(prompt.end)]
+    assert len(chosen) == 58
+    assert body == [*prompt.body[: len(body) // 2], *prompt.body[len(prompt.body) - (len(body) + 1) // 2 :]]
+
+
+def test_retrieval_finds_the_passage(llm: FocusLLM) -> None:
+    context = (
+        "Nothing to see on this page at all. " * 10 + "The harbour of Zanzibar opens at nine. " + "And so on. " * 30
+    )
+    example = dataclasses.replace(LONG, context=context, before="", after="\nWhen does Zanzibar open?")
+    method = build_method("retrieval:passage=40", llm)
+    prompt = method.prompt(example)
+    text = method.decode(method.choose(prompt, 200))
+    assert "Zanzibar opens" in text.replace("?", "")
+    assert len(method.choose(prompt, 200)) <= 200
+
+
+@pytest.mark.parametrize("name", ["pi", "ntk", "yarn"])
+def test_scaled_positions_are_those_of_transformers(name: str, llm: FocusLLM) -> None:
+    text = loss_example(512 + 1)
+    base = llm.model.base
+    before = base.model.rotary_emb
+    nats = build_method(name, llm).loss(text)[0]
+    assert base.model.rotary_emb is before
+    changes = {
+        "pi": {"rope_type": "linear", "factor": 2.0},
+        "ntk": {"rope_type": "default", "rope_theta": 1e4 * 2.0 ** (16 / 14)},
+        "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256},
+    }[name]
+    other = build(rope_parameters={"rope_theta": 1e4, **changes})
+    expected = base_loss(FocusLLM(FocusForCausalLM(other, SMALL), byte_tokenizer(), ""), text.text_ids, 12)
+    assert nats == pytest.approx(expected, abs=1e-3)
+    assert nats != pytest.approx(base_loss(llm, text.text_ids, 12), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("focs", "did you mean focus"),
+        ("full:x=1", "full has no option x"),
+        ("focus:chunk_length", "name=value"),
+        ("truncate:to=nowhere", "base or local"),
+    ],
+)
+def test_bad_methods_are_refused(spec: str, message: str, llm: FocusLLM) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_method(spec, llm)
