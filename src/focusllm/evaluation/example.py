@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -108,20 +108,59 @@ class Setting:
         return Haystack(self.tokenizer, "\n\n".join(self.texts()))
 
     def texts(self) -> Iterator[str]:
-        """The documents of the plain text, in order.
+        """The documents of the plain text, in order; read from the source as far as they are asked for, and kept.
 
         Raises:
             DocumentError: no text is given or found.
         """
         if self.text is None:
             raise DocumentError("this task needs plain text, and none is given; name a file or folder with --text.")
-        found = 0
-        for text, _ in documents(PRESETS.get(self.text) or Source(self.text), self.tokenizer):
+        yield from self._read
+        for text, _ in self._unread:
             if isinstance(text, str) and text.strip():
-                found += 1
+                self._read.append(text)
                 yield text
-        if not found:
+        if not self._read:
             raise DocumentError(f"{self.text} has no text; name a file, a folder or a data set that has with --text.")
+
+    @cached_property
+    def _read(self) -> list[str]:
+        return []
+
+    @cached_property
+    def _unread(self) -> Iterator[tuple[str | list[int], str]]:
+        assert self.text is not None
+        return documents(PRESETS.get(self.text) or Source(self.text), self.tokenizer)
+
+    @cached_property
+    def _token_ids(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def documents(self, least_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and token ids of the documents that are long enough; each is tokenised once.
+
+        Raises:
+            DocumentError: no text is given, or no document is so long.
+        """
+        found = False
+        for number, text in enumerate(self.texts()):
+            if len(text) < least_tokens:  # a token has a character at least
+                continue
+            if number not in self._token_ids:
+                self._token_ids[number] = np.asarray(encode_ids(self.tokenizer, text), dtype=np.int32)
+            if len(self._token_ids[number]) >= least_tokens:
+                found = True
+                yield number, self._token_ids[number]
+        if not found:
+            raise DocumentError(f"no document of {self.text} has {least_tokens:,} tokens; use a shorter length.")
+
+    def count_fitting(self, items: Callable[[int], str], room: int) -> int:
+        """How many of the items 0, 1, ... (alike in length) fit into a room of tokens, joined."""
+        each = self.num_tokens("".join(map(items, range(32)))) / 32
+        count = int(room / each)
+        while count > 0 and (taken := self.num_tokens("".join(map(items, range(count))))) > room:
+            count -= max(1, int((taken - room) / each))
+        return count
 
     def file(self, *names: str) -> Path:
         """A benchmark's file under the data folder: the first of these relative paths that exists.
@@ -158,6 +197,15 @@ class Haystack:
         if stop > self.num_tokens:
             return self.cut(start, self.num_tokens - start) + "\n\n" + self.cut(0, stop - self.num_tokens)
         return self.text[self._ends[start - 1] if start else 0 : self._ends[stop - 1]]
+
+    def with_inserts(self, start: int, length: int, inserts: Sequence[tuple[float, str]]) -> str:
+        """`length` tokens with lines put in at depths from 0 (the beginning) to 1 (the end), given in order."""
+        parts, at = [], 0
+        for depth, line in inserts:
+            place = round(depth * length)
+            parts += [self.cut(start + at, place - at), f"\n{line}\n"]
+            at = place
+        return "".join([*parts, self.cut(start + at, length - at)])
 
 
 class Task(ABC):
