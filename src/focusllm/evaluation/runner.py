@@ -184,7 +184,7 @@ def _settled(path: Path, config: dict[str, Any], llm: FocusLLM) -> dict[str, Any
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in config.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found

@@ -62,6 +62,37 @@ class KeyValue(Task):
             rng = setting.rng(self.name, length, i)
             pairs = _Pairs(rng)
             count = setting.count_fitting(partial(_pair_line, pairs), room)
+            yield pair_example(str(i), pairs.first(max(count, 1)), depth_of(i, limit))
+
+
+class LostInTheMiddle(Task):
+    """Right when the value occurs in the answer."""
+
+    name, needs, has_own_lengths = "lost-in-the-middle", "files", True
+
+    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
+        """From each file that is there `limit` rows, the asked key going from the first to the last."""
+        for count, path in _files(setting):
+            with path.open(encoding="utf-8") as lines:
+                for i, line in zip(range(limit), lines, strict=False):
+                    pairs = [(key, value) for key, value in json.loads(line)["ordered_kv_records"]]
+                    yield pair_example(f"{count}-{i}", pairs, depth_of(i, limit), dataset=f"{count} keys")
+
+
+class MathFind(Task):
+    """Right when the first number of the answer is the one that is asked for."""
+
+    name = "math-find"
+
+    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
+        """Each time another list; the kinds of question take turns."""
+        length = must_have(self, length)
+        for i in range(limit):
+            rng, kind = setting.rng(self.name, length, i), tuple(RANKS)[i % len(RANKS)]
+            before = f"What is the {kind} number in the following list?\n\n"
+            after = f"\n\nYou should answer with only one number, no other words. The {kind} number of the list is:"
+            room = setting.room(self.name, length, before, after, max_new_tokens=8)
+            numbers = rng.integers(0, 10_000, size=room)
             numbers = numbers[: setting.count_fitting(partial(_number, numbers), room)]
             rank = RANKS[kind]
             answer = np.sort(numbers)[len(numbers) // 2 if rank is None else rank]
