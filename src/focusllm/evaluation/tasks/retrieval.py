@@ -92,7 +92,7 @@ class MathFind(Task):
             before = f"What is the {kind} number in the following list?\n\n"
             after = f"\n\nYou should answer with only one number, no other words. The {kind} number of the list is:"
             room = setting.room(self.name, length, before, after, max_new_tokens=8)
-            numbers = rng.integers(0, 10_000, size=room)
+            numbers = rng.integers(0, 10_000, size=max(room, 32))
             numbers = numbers[: setting.count_fitting(partial(_number, numbers), room)]
             rank = RANKS[kind]
             answer = np.sort(numbers)[len(numbers) // 2 if rank is None else rank]
