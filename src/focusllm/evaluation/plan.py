@@ -54,7 +54,7 @@ class Plan:
             raise ConfigError(f"lengths are {self.lengths} and the limit is {self.limit}; they must be at least 1.")
         without = [task.name for task in selected if not task.has_own_lengths]
         if without and not self.lengths:
-            raise ConfigError(f"{', '.join(without)} need lengths; name some, as in --lengths 4096,8192.")
+            raise ConfigError(f"no lengths are given for {', '.join(without)}; name some, as in --lengths 4096,8192.")
 
     @property
     def cells(self) -> list[Cell]:
