@@ -465,6 +465,12 @@ def test_bad_commands_are_one_line(
     assert not Path("unused-run").exists()
 
 
+def test_a_family_stands_for_its_tasks() -> None:
+    selected = Plan(("passkey", "babilong"), ("focus",), (4096,)).tasks
+    assert selected[0] == "passkey"
+    assert set(selected[1:]) == {name for name in tasks.registry() if name.startswith("babilong-")} != set()
+
+
 def test_nothing_selected_is_refused() -> None:
     with pytest.raises(ConfigError, match="no task is selected"):
         Plan((), ("focus",))

@@ -26,6 +26,7 @@ class Plan:
     """A selection: every task by every method at every length.
 
     Args:
+        tasks: names, or those of families (`longbench`), which stand for their tasks.
         methods: names, or `name:option=value,...` (see `methods.parse`).
         limit: examples of a task at a length.
         seed, data, text, hub: as `Setting` takes them.
@@ -49,6 +50,7 @@ class Plan:
                 raise ConfigError(f"no {kind} is selected; `focusllm eval list` shows what there is.")
         for method in self.methods:
             methods.parse(method)
+        object.__setattr__(self, "tasks", tuple(found for name in self.tasks for found in tasks.expand(name)))
         selected = [tasks.get(name) for name in self.tasks]
         if min(self.lengths, default=1) < 1 or self.limit < 1:
             raise ConfigError(f"lengths are {self.lengths} and the limit is {self.limit}; they must be at least 1.")

@@ -30,8 +30,18 @@ def get(name: str) -> Task:
     return registry()[name]
 
 
+def expand(name: str) -> list[str]:
+    """A task's name as it is, and a family's (`longbench`) as those of its tasks.
+
+    Raises:
+        ConfigError: neither.
+    """
+    family = [found for found in registry() if found.startswith(f"{name}-")]
+    return [get(name).name] if name in registry() or not family else family
+
+
 def unknown(kind: str, name: str, known: Collection[str]) -> str:
     """One sentence on a mistyped name."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     guess = f"did you mean {near[0]}? " if near else ""
-    return f"there is no {kind} {name!r}; {guess}Known are: {', '.join(sorted(known))}."
+    return f"there is no {kind} {name!r}; {guess}`focusllm eval list` shows what there is."
