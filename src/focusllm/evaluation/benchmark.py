@@ -85,6 +85,8 @@ class Benchmark(Prompted):
     has_own_lengths = True
     fields: dict[str, type | tuple[type, ...]] = {}  # noqa: RUF012
     """What a row must have."""
+    hub_names: dict[str, str] = {}  # noqa: RUF012
+    """Fields that the data set on the hub calls otherwise."""
 
     def __init__(self, name: str, about: dict[str, Any], paths: tuple[str, ...], hub: Source):
         super().__init__(name, about)
@@ -113,7 +115,8 @@ class Benchmark(Prompted):
             if not setting.hub:
                 raise
             for number, row in enumerate(dataset_rows(self.hub), 1):
-                yield str(number), f"row {number} of {self.hub.path[3:]}", row
+                named = {self.hub_names.get(name, name): value for name, value in row.items()}
+                yield str(number), f"row {number} of {self.hub.path[3:]}", named
         else:
             yield from entries(path)
 

@@ -100,8 +100,9 @@ def character_f1(prediction: str, reference: str) -> float:
 
 
 def _rouge_l(prediction: str, reference: str) -> float:
+    rouge = library("rouge").Rouge(metrics=["rouge-l"])
     try:
-        scores = library("rouge").Rouge(metrics=["rouge-l"]).get_scores([prediction], [reference], avg=True)
+        scores = rouge.get_scores([prediction], [reference], avg=True)
     except (ValueError, RecursionError):  # an empty or far too long sentence counts nothing
         return 0.0
     return float(scores["rouge-l"]["f"])

@@ -17,13 +17,12 @@ from focusllm.training.config import Source
 class LongBench(Benchmark):
     """A task of v1. Score: the best over the references."""
 
-    fields = {"context": str, "answers": list}  # noqa: RUF012
+    fields = {"input": str, "context": str, "answers": list}  # noqa: RUF012
+    hub_names = {"question": "input"}  # noqa: RUF012
 
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:
-        """One example a row; the data set on the hub calls the input a question."""
-        asked = row["input"] if "input" in row else row["question"]
-        classes = tuple(row.get("all_classes") or ())
-        yield self.example(key, {"input": asked}, row["context"], row["answers"], choices=classes)
+        """One example a row."""
+        yield self.example(key, row, row["context"], row["answers"], choices=tuple(row.get("all_classes") or ()))
 
     def score(self, prediction: str, example: Example) -> float:
         """As the original scores: few-shot answers by their first line."""
