@@ -485,7 +485,13 @@ def test_a_report_is_one_page_with_plots(small: FocusLLM, setting: Setting, tmp_
     evaluate(texts, small, tmp_path / "second")
     paths = write_report([tmp_path / "first", tmp_path / "second"], tmp_path / "report")
     names = {path.name for path in paths}
-    assert names >= {"report.html", "perplexity-by-length.png", "passkey-by-depth.png", "passkey-by-seconds.png"}
+    assert names >= {
+        "report.html",
+        "perplexity-by-length.png",
+        "perplexity-by-seconds.png",
+        "passkey-by-depth.png",
+        "passkey-by-seconds.png",
+    }
     for path in paths[1:]:
         assert path.read_bytes().startswith(b"\x89PNG")
     page = paths[0].read_text()

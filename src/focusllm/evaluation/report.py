@@ -41,7 +41,7 @@ class Row:
     skipped: int
     reason: str
     seconds: float | None
-    """Mean of an example's, from reading to the last token."""
+    """Mean of an example's, from reading to the last token or label."""
     by_depth: dict[float, float]
     """Mean score by depth."""
 
@@ -94,7 +94,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
                     examples=cell["examples"],
                     skipped=cell["skipped"],
                     reason=cell.get("reason", ""),
-                    seconds=seconds[key]["seconds"] or None,
+                    seconds=seconds[key]["seconds"],
                     by_depth=_by_depth(mine),
                 )
             )

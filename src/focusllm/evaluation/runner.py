@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -97,8 +98,9 @@ def _measure(task: Any, method: Method, example: Example | LossExample) -> Line:
     if reason is not None:
         return {"skipped": reason, "meta": example.meta}
     if isinstance(example, LossExample):
+        begin = time.perf_counter()
         nats, labels = method.loss(example)
-        return {"nats": nats, "labels": labels, "meta": example.meta}
+        return {"nats": nats, "labels": labels, "meta": example.meta, "seconds": time.perf_counter() - begin}
     prediction = asdict(method.generate(example))
     found = {"prediction": prediction.pop("text"), "references": list(example.references)}
     return {**found, "score": task.score(found["prediction"], example), "meta": example.meta, **prediction}
@@ -129,9 +131,11 @@ def summarise(metric: str, lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _timing(cell: Cell, lines: Sequence[Line]) -> dict[str, Any]:
-    timed = [{name: line[name] for name in ("id", *TIMINGS)} for line in lines if "seconds" in line]
-    count = len(timed) or 1
-    means = {name: sum(line[name] for line in timed) / count for name in TIMINGS[:2]}
+    timed = [{name: line[name] for name in ("id", *TIMINGS) if name in line} for line in lines if "seconds" in line]
+    means = {}
+    for name in TIMINGS[:2]:
+        found = [line[name] for line in timed if name in line]
+        means[name] = sum(found) / len(found) if found else None
     return {**asdict(cell), **means, "examples": timed}
 
 
