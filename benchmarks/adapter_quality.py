@@ -33,16 +33,15 @@ from transformers import DynamicCache
 from common import finish
 from focusllm import FocusLLM
 from focusllm.chunking import split
-from focusllm.engine import ChunkBlock, decode, prefill, start_request
-from focusllm.focus import encode_chunks
-from focusllm.kv import KV, concat
+from focusllm.cost import total_memory
+from focusllm.engine import decode, prefill, start_request
+from focusllm.evaluation.chunk_cache import ChunkCache
+from focusllm.evaluation.tasks.passkey import GARBAGE, INTRO, LEAD, needle_line
+from focusllm.kv import concat
 from focusllm.text import encode_text, frame_question, start_tokens
 from focusllm.training.dense import Sample, dense_loss
 from focusllm.training.tasks import read_stories
 
-INTRO = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there.\n"  # noqa: E501
-GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-LEAD = "What is the pass key? The pass key is"
 BOOKS = (
     "herman_melville__moby_dick",
     "leo_tolstoy__war_and_peace",
@@ -53,13 +52,14 @@ SINKS = 4
 
 
 class Bench:
-    """The model, and the chunks that were encoded so far."""
+    """The model, and the chunks that were encoded so far (`blocks`)."""
 
     def __init__(self, llm: FocusLLM, arguments: argparse.Namespace):
         self.llm, self.base, self.config, self.arguments = llm, llm.model.base, llm.config, arguments
         self.data = Path(arguments.data)
         self.books: dict[Path, list[int]] = {}
-        self.known: dict[tuple[int, ...], KV] = {}
+        known_bytes = total_memory(self.base.device) // 4
+        self.blocks = ChunkCache(self.base, self.config.chunk_length, known_bytes).blocks
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -73,24 +73,6 @@ class Bench:
             if len(self.books[path]) >= length:
                 return self.books[path]
         raise SystemExit(f"no book has {length:,} tokens; use a smaller length")
-
-    def blocks(self, far: Sequence[int]) -> list[ChunkBlock]:
-        """Encoded chunks of a text; what other cases have too is kept."""
-        length = self.config.chunk_length
-        pieces = [tuple(far[i : i + length]) for i in range(0, len(far), length)]
-        missing = [piece for piece in dict.fromkeys(pieces) if piece not in self.known]
-        size = self.config.chunks_per_batch
-        for group in ([p for p in missing if len(p) == length], [p for p in missing if len(p) < length]):
-            for i in range(0, len(group), size):
-                kv = encode_chunks(self.base, torch.tensor(group[i : i + size]))
-                self.known |= {piece: kv.rows(j, j + 1) for j, piece in enumerate(group[i : i + size])}
-        made = []
-        for group in ([p for p in pieces if len(p) == length], [p for p in pieces if len(p) < length]):
-            if group:
-                made.append(ChunkBlock(torch.tensor(group), concat([self.known[piece] for piece in group], 0)))
-        keep = {piece for piece in pieces if piece not in missing}  # seen twice: worth its memory
-        self.known = {p: kv for p, kv in self.known.items() if p in keep or not self.arguments.forget}
-        return made
 
     @torch.no_grad()
     def answer(self, far: Sequence[int], local: Sequence[int], count: int, prompt: int | None = None) -> list[int]:
@@ -116,7 +98,7 @@ def passkey(bench: Bench, length: int, rng: np.random.Generator) -> dict[str, An
     """One number in the paper's text, at a random depth."""
     number = "".join(map(str, rng.integers(0, 10, size=5)))
     intro, garbage, lead = bench.encode(INTRO), bench.encode(GARBAGE), bench.encode(LEAD)
-    needle = bench.encode(f"The pass key is {number}. Remember it. {number} is the pass key.\n")
+    needle = bench.encode(needle_line(number))
     repeats = (length - len(intro) - len(needle) - len(lead) - 1) // len(garbage)
     before = int(rng.integers(0, repeats + 1))
     ids = [*start_tokens(bench.llm.tokenizer), *intro, *garbage * before, *needle, *garbage * (repeats - before), *lead]
@@ -237,7 +219,6 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--full", action="store_true", help="keys: full attention beside it")
     parser.add_argument("--full-to", type=int, default=8192, help="perplexity: full attention up to this length")
-    parser.add_argument("--forget", action="store_true", help="keep only chunks that are seen again: less memory")
     parser.add_argument("--name", help="of the result file; default: adapter_TASK")
     arguments = parser.parse_args()
     lengths = {name: getattr(arguments, name) for name in ("chunk_length", "local_length", "prompt_length")}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
-import transformers
+from focusllm.info import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,28 +18,9 @@ def sample_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def machine() -> dict[str, Any]:
-    """Where a number comes from."""
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def finish(name: str, result: dict[str, Any]) -> None:
     """Keep a result with the command that made it, and print it as the last line."""
     result = {"command": " ".join(["python", *sys.orig_argv[1:]]), "machine": machine(), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -19,7 +19,8 @@ import torch
 from common import finish, sample_text
 from focusllm import FocusLLM
 from focusllm.chunking import split
-from focusllm.engine import Request, decode, encode, prefill, start_request
+from focusllm.chunks import encode
+from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.text import encode_text
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])

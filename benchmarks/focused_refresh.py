@@ -97,7 +97,6 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--tasks", nargs="+", default=["passkey", "keys", "repetition", "books"])
     parser.add_argument("--name", default="focused_refresh")
-    parser.add_argument("--forget", action="store_true", help="keep only chunks that are seen again: less memory")
     arguments = parser.parse_args()
     llm = FocusLLM.from_pretrained("smollm2-135m", dtype=arguments.dtype, adapter=arguments.adapter)
     bench = Bench(llm, arguments)

@@ -47,6 +47,20 @@ ORDER = [
     "training.loop",
     "training.report",
     "training.run",
+    "evaluation.example",
+    "evaluation.metrics",
+    "evaluation.benchmark",
+    *(f"evaluation.tasks.{name}" for name in ("passkey", "perplexity", "documents", "retrieval")),
+    *(f"evaluation.tasks.{name}" for name in ("longbench", "infinitebench", "leval", "ruler", "babilong")),
+    "evaluation.tasks",
+    "evaluation.method",
+    "evaluation.chunk_cache",
+    *(f"evaluation.methods.{name}" for name in ("full", "truncate", "pi", "ntk", "yarn", "retrieval")),
+    *("evaluation.methods.streaming", "evaluation.methods.focus"),
+    "evaluation.methods",
+    "evaluation.plan",
+    "evaluation.runner",
+    "evaluation.report",
     "conformance",
     "cli",
     "__main__",
@@ -54,11 +68,15 @@ ORDER = [
 WITHOUT_TORCH = [
     *("errors", "files", "config", "chunking", "readers", "text", "embedded", "cli"),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
+    *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.report"),
+    *(name for name in ORDER if name.startswith("evaluation.tasks.")),
 ]
+PACKAGES = ["training", "evaluation"]
 
 
 def path_of(name: str) -> Path:
-    return SOURCE / f"{name.replace('.', '/')}.py"
+    path = SOURCE / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
 
 
 def imports(name: str, top_level_only: bool = False) -> set[str]:
@@ -66,8 +84,8 @@ def imports(name: str, top_level_only: bool = False) -> set[str]:
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     found = set()
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module == "focusllm.training":
-            found |= {f"focusllm.training.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module in [f"focusllm.{package}" for package in PACKAGES]:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
         elif isinstance(node, ast.Import):
@@ -77,7 +95,7 @@ def imports(name: str, top_level_only: bool = False) -> set[str]:
 
 def test_every_file_has_its_place() -> None:
     found = {".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
-    assert found == {*ORDER, "__init__", "training.__init__"}
+    assert {name.removesuffix(".__init__") for name in found} == {*ORDER, *PACKAGES, "__init__"}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -133,7 +151,9 @@ def test_readme_files_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/method.md", "docs/models.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/method.md", "docs/models.md", "docs/training.md", "docs/evaluation.md"]
+)
 def test_python_in_the_documents_runs(document: str, tiny_llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block, on the tiny model instead of the one that is named."""
     monkeypatch.chdir(tmp_path)

@@ -108,6 +108,15 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that a device has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> str:
     """Where the chunks of a text go (see `find_place`); refuses what fits nowhere, before anything is computed.
 

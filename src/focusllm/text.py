@@ -53,12 +53,19 @@ def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]
     """
     if not question.strip():
         raise DocumentError("the question is empty; ask something.")
+    before, after = frame_ids(tokenizer)
+    if chat_frame(tokenizer)[0] is None:
+        return before, encode_ids(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:")
+    return before, [*encode_ids(tokenizer, f"\n\n{question.strip()}"), *after]
+
+
+def frame_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens of the chat template around a user's message; without a template those in front of any text."""
     before, after = chat_frame(tokenizer)
-    arguments: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     if before is None:
-        return start_tokens(tokenizer), encode_text(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:").token_ids
-    asked = encode_text(tokenizer, f"\n\n{question.strip()}").token_ids
-    return list(tokenizer(before, **arguments).input_ids), asked + list(tokenizer(after, **arguments).input_ids)
+        return start_tokens(tokenizer), []
+    arguments: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    return list(tokenizer(before, **arguments).input_ids), list(tokenizer(after, **arguments).input_ids)
 
 
 def chat_frame(tokenizer: Any) -> tuple[str | None, str]:

@@ -128,7 +128,7 @@ def check_source(source: Source) -> None:
 def documents(source: Source, tokenizer: Any) -> Iterator[tuple[str | list[int], str]]:
     """The documents of a source as (text or token ids, supervised answer or "")."""
     if source.path.startswith("hf:"):
-        for row in _dataset(source):
+        for row in dataset_rows(source):
             yield _row(row, source, tokenizer, f"the dataset {source.path[3:]}")
         return
     check_source(source)
@@ -201,7 +201,12 @@ def _conversation(messages: list[Any], tokenizer: Any, place: str) -> tuple[list
     return list(ids), content
 
 
-def _dataset(source: Source) -> Iterator[dict[str, Any]]:
+def dataset_rows(source: Source) -> Iterator[dict[str, Any]]:
+    """The rows of a data set on the hub, read in a stream.
+
+    Raises:
+        ConfigError: the package datasets is not installed; DocumentError: the data set cannot be read.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:

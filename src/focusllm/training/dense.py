@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from focusllm.base import run
 from focusllm.focus import Over, focus_logits, mover
-from focusllm.kv import KV, Segment
+from focusllm.kv import KV, Segment, concat
 
 PACK_LABELS = 128
 
@@ -106,6 +106,24 @@ def dense_logits(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], chec
     return torch.cat([logits[i] for i in range(len(samples))])
 
 
+@torch.no_grad()
+def memory_logits(model: nn.Module, groups: Sequence[KV], sample: Sample) -> Tensor:
+    """`dense_logits` of one sample, for measuring: a memory in groups of rows, whose chunk lengths may differ.
+
+    Args:
+        groups: [R_i, K, C_i, D] a layer, in order; one is worked on at a time.
+
+    Returns:
+        Logits [labels, V] of the answer tokens.
+    """
+    sets, first_slot = [], 0
+    for kv in groups:
+        places = _Places([sample], kv.length, kv.keys[0].device)
+        sets.append(candidate_sets(model, kv, ordinary_pass(model, kv, places), places, first_slot))
+        first_slot += kv.num_rows
+    return local_logits(model, concat(sets, 0), places)
+
+
 def _packs(samples: Sequence[Sample]) -> list[list[int]]:
     """Which samples go through the passes together: alike in length, and with at most `PACK_LABELS` labels.
 
@@ -130,8 +148,8 @@ def ordinary_pass(model: nn.Module, chunk_kv: KV, places: _Places) -> KV:
     return chunk_kv.tokens(0, 0)
 
 
-def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: _Places) -> KV:
-    """A candidate at every answer position of every row, keys moved to the slots: [R, K, N, D] a layer."""
+def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: _Places, first_slot: int = 0) -> KV:
+    """A candidate at every answer position of every row, keys moved to slots first_slot + i: [R, K, N, D] a layer."""
     rows, count = chunk_kv.num_rows, len(places.candidate_tokens)
     segments = [Segment([chunk_kv])]
     if ordinary.length:
@@ -140,7 +158,7 @@ def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: _Places
     attention = Over(segments, own_mask=own)
     positions = places.candidate_positions[None]
     run(model, places.candidate_tokens.expand(rows, -1), positions, attention, candidates=slice(0, count))
-    slots = torch.arange(rows, device=own.device)[:, None]
+    slots = first_slot + torch.arange(rows, device=own.device)[:, None]
     move = mover(model, slots - positions)
     return KV([move(i, key) for i, key in enumerate(attention.kv.keys)], attention.kv.values)
 

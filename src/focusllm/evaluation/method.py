@@ -1,0 +1,172 @@
+"""What every method shares: prompts as token ids, greedy decoding, limits. A method only says how text is read."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from focusllm.base import layout, run_plain
+from focusllm.cost import GIB, peak_memory, total_memory
+from focusllm.evaluation.example import Example, LossExample
+from focusllm.llm import FocusLLM
+from focusllm.text import encode_ids, frame_ids, start_tokens
+
+Step = Callable[[int], Tensor]
+"""From a new token to the next token's logits [V]."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in the order in which it is read; `start` and `end` are the chat template's."""
+
+    start: list[int]
+    before: list[int]
+    context: list[int]
+    after: list[int]
+    end: list[int]
+    chat: bool
+    query: str
+    """The question as text, for methods that search with it."""
+
+    @property
+    def body(self) -> list[int]:
+        """What stands inside the template."""
+        return [*self.before, *self.context, *self.after]
+
+    @property
+    def ids(self) -> list[int]:
+        """All of it."""
+        return [*self.start, *self.body, *self.end]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer and its cost. Seconds count from the token ids of the prompt, its reading included."""
+
+    text: str
+    seconds: float
+    first_token_seconds: float
+    peak_memory: int
+    """Most bytes that the process has held so far."""
+
+
+class Method(ABC):
+    """A way to let a model read long text.
+
+    Args:
+        llm: model and tokenizer; `llm.config.local_length` is the local budget that all methods are held to.
+        options: of this method, by name (`defaults` has them all).
+    """
+
+    name: ClassVar[str]
+    """As the user types it."""
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, llm: FocusLLM, **options: Any):
+        self.llm, self.base, self.tokenizer = llm, llm.model.base, llm.tokenizer
+        self.options = {**self.defaults, **options}
+        self.window: int = layout(self.base).max_positions
+        self.budget = llm.config.local_length
+        self.encode = lru_cache(maxsize=8)(lambda text: encode_ids(self.tokenizer, text))
+        own = self.base.generation_config.eos_token_id
+        self.ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+
+    def prompt(self, example: Example) -> Prompt:
+        """Token ids of an example's prompt; its parts are tokenised apart, so that a document's chunks are its own."""
+        start, end = frame_ids(self.tokenizer) if example.chat else (start_tokens(self.tokenizer), [])
+        before, context, after = (self.encode(text) for text in (example.before, example.context, example.after))
+        return Prompt(start, before, context, after, end, example.chat, f"{example.before}\n{example.after}")
+
+    def num_tokens(self, example: Example | LossExample) -> int:
+        """What a window must hold: the prompt and the longest answer, or the text without its last token."""
+        if isinstance(example, LossExample):
+            return len(example.text_ids) - 1
+        return len(self.prompt(example).ids) + example.max_new_tokens
+
+    def fits(self, num_tokens: int) -> str | None:
+        """None, or the reason why so long a text cannot be read. By default the whole of it is attended to."""
+        per_token = layout(self.base).kv_bytes_per_token * self.base.dtype.itemsize
+        needed, there = per_token * num_tokens, total_memory(self.base.device)
+        if needed > there:
+            return f"its keys and values take {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
+        return None
+
+    @abstractmethod
+    def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
+        """Read a prompt: the next token's logits [V], and a function that goes on from a token."""
+
+    @abstractmethod
+    def loss(self, example: LossExample) -> tuple[float, int]:
+        """Negative log likelihood of the labels in nats, summed, and their number."""
+
+    @torch.no_grad()
+    def generate(self, example: Example) -> Prediction:
+        """The greedy answer, up to an end token, a stop string or the longest length."""
+        prompt, made = self.prompt(example), list[int]()
+        begin = time.perf_counter()
+        logits, step = self.start(prompt, example.max_new_tokens)
+        token = int(logits.argmax())
+        first = time.perf_counter() - begin
+        while token not in self.ends:
+            made.append(token)
+            if len(made) == example.max_new_tokens or any(stop in self.decode(made) for stop in example.stop):
+                break
+            token = int(step(token).argmax())
+        text = self.decode(made)
+        for stop in example.stop:
+            text = text.partition(stop)[0]
+        return Prediction(text, time.perf_counter() - begin, first, peak_memory(self.base.device))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def tensor(self, ids: Sequence[int]) -> Tensor:
+        """[1, T] where the model is."""
+        return torch.tensor([list(ids)], device=self.base.device)
+
+
+class WindowMethod(Method):
+    """A method that picks tokens and lets the base model attend to all of them, `size` at most."""
+
+    @property
+    def size(self) -> int:
+        """Most tokens that the model is given."""
+        return self.window
+
+    def choose(self, prompt: Prompt, room: int) -> list[int]:
+        """At most `room` tokens of a prompt; by default all."""
+        return prompt.ids
+
+    def choose_text(self, example: LossExample) -> Sequence[int]:
+        """At most `size` tokens of a text and its last label; by default all."""
+        return example.text_ids
+
+    def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
+        """The base model's own prefill and cached steps."""
+        cache = DynamicCache(config=self.base.config)
+        ids = self.choose(prompt, self.size - max_new_tokens)
+        logits = run_plain(self.base, self.tensor(ids), cache, 1)[0, -1]
+        return logits, lambda token: run_plain(self.base, self.tensor([token]), cache, 1)[0, -1]
+
+    @torch.no_grad()
+    def loss(self, example: LossExample) -> tuple[float, int]:
+        """One pass of the base model."""
+        ids = self.tensor(self.choose_text(example))
+        logits = run_plain(self.base, ids[:, :-1], DynamicCache(config=self.base.config), example.labels)[0]
+        return sum_of_losses(logits, ids[0, -example.labels :]), example.labels
+
+
+def sum_of_losses(logits: Tensor, labels: Tensor) -> float:
+    """Cross entropies [n, V] x [n] in nats, summed; in float32 whatever the model's type."""
+    return float(F.cross_entropy(logits.float(), labels, reduction="sum"))

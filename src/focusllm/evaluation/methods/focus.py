@@ -1,0 +1,109 @@
+"""FocusLLM: the far text in chunks, condensed into candidates, beside a local context of the local budget.
+
+The layout is that of `FocusLLM.ask`: the chunks are the long text's own, template and question stand in the local
+context. A prompt without a chat template, or with more beside the text than the local context holds, is cut as one
+text. For losses the local context ends with the labels, so that it never holds more than the budget, and every chunk is
+condensed anew for every label (`refresh_rows` is for generation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from focusllm.base import run_plain
+from focusllm.chunking import count_chunks, cut, num_local_chunks, split
+from focusllm.chunks import ChunkBlock
+from focusllm.config import FocusConfig
+from focusllm.cost import GIB, estimate, total_memory
+from focusllm.engine import decode, prefill, start_request
+from focusllm.errors import ConfigError
+from focusllm.evaluation.chunk_cache import ChunkCache
+from focusllm.evaluation.example import LossExample
+from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
+from focusllm.llm import FocusLLM
+from focusllm.training.dense import Sample, memory_logits
+
+CACHE_SHARE = 4
+"""Known chunks may take one part in so many of the memory."""
+
+
+class Focus(Method):
+    """The settings are those of `FocusConfig`, by name."""
+
+    name = "focus"
+    defaults = {field.name: None for field in dataclasses.fields(FocusConfig)}  # noqa: RUF012
+
+    def __init__(self, llm: FocusLLM, **options: Any):
+        super().__init__(llm, **options)
+        self.config = llm.config.replace(**options)
+        self.config.check_positions(self.window)
+        self.budget = self.config.local_length
+        most_bytes = total_memory(self.base.device) // CACHE_SHARE
+        self.cache = ChunkCache(self.base, self.config.chunk_length, most_bytes, self.config.kv_dtype)
+
+    def fits(self, num_tokens: int) -> str | None:
+        """As many chunks as the base model has positions for, and the memory room."""
+        try:
+            self.config.check_num_chunks(count_chunks(num_tokens, self.config.chunk_length), self.window)
+        except ConfigError as error:
+            return str(error).rstrip(".")
+        needed, there = estimate(self.base, self.config, num_tokens).total, total_memory(self.base.device)
+        if needed > there:
+            return f"it needs about {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
+        return None
+
+    def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
+        """Read what is not known of the far text, then the local context."""
+        far, local, prompt_length = self.divide(prompt)
+        request = start_request(self.base, self.cache.blocks(far), local, self.config, prompt_length)
+        logits = prefill(self.base, request, self.config)[-1]
+        return logits, lambda token: decode(self.base, [request], [token], self.config)[0]
+
+    def divide(self, prompt: Prompt) -> tuple[list[int], list[int], int | None]:
+        """Far context, local context, and the length of the dynamic prompt (None: as configured)."""
+        head, tail = [*prompt.start, *prompt.before], [*prompt.after, *prompt.end]
+        own = len(head) + len(tail)
+        if not prompt.chat or own > self.budget:
+            return *split(prompt.ids, self.config), None
+        bounds = cut(len(prompt.context), self.config.chunk_length)
+        num_far = len(bounds) - num_local_chunks([stop - start for start, stop in bounds], own, self.config)
+        place = bounds[num_far][0] if num_far < len(bounds) else len(prompt.context)
+        return prompt.context[:place], [*head, *prompt.context[place:], *tail], len(tail)
+
+    @torch.no_grad()
+    def loss(self, example: LossExample) -> tuple[float, int]:
+        """Teacher-forced; labels beyond half of the local context are taken a piece at a time."""
+        ids, total = list(example.text_ids), 0.0
+        first, size = len(ids) - example.labels, min(example.labels, max(1, self.budget // 2))
+        for start in range(first, len(ids), size):
+            stop = min(start + size, len(ids))
+            labels = self.tensor(ids[start:stop])[0]
+            total += sum_of_losses(self._logits(ids[:stop], stop - start), labels)
+        return total, example.labels
+
+    def _logits(self, ids: list[int], num_labels: int) -> Tensor:
+        """Logits [labels, V] of the last tokens."""
+        if self.config.is_plain(len(ids)):
+            given = self.tensor(ids[:-1])
+            return run_plain(self.base, given, DynamicCache(config=self.base.config), num_labels)[0]
+        far, local = ids[: -self.budget], ids[-self.budget :]
+        blocks = self.cache.blocks(far)
+        if self.config.decoding == "cached" and self.config.bos_token_id is None:
+            prompt_length = min(self.config.prompt_length, self.config.chunk_length)
+            return memory_logits(self.base, self._row_groups(blocks), Sample(local, num_labels, prompt_length))
+        request = start_request(self.base, blocks, local[:-num_labels], self.config)
+        logits = [prefill(self.base, request, self.config)[-1]]
+        logits += [decode(self.base, [request], [token], self.config)[0] for token in local[-num_labels:-1]]
+        return torch.stack(logits)
+
+    def _row_groups(self, blocks: list[ChunkBlock]) -> list[Any]:
+        size = self.config.chunks_per_batch
+        return [block.rows(self.base, i, i + size) for block in blocks for i in range(0, block.num_chunks, size)]
+
+
+METHOD = Focus

@@ -1,0 +1,72 @@
+"""Retrieval: passages of the text that share words with the question (BM25), in their order, in the base's window.
+
+Searched with the question; for losses with the last tokens of the given text, as many as the local budget holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from focusllm.errors import ConfigError
+from focusllm.evaluation.example import LossExample
+from focusllm.evaluation.method import Prompt, WindowMethod
+from focusllm.llm import FocusLLM
+
+
+class Retrieval(WindowMethod):
+    """Passages of `passage` tokens, the best first, as many as fit."""
+
+    name = "retrieval"
+    defaults = {"passage": 128}  # noqa: RUF012
+
+    def __init__(self, llm: FocusLLM, **options: Any):
+        super().__init__(llm, **options)
+        try:
+            import bm25s  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("retrieval needs the package bm25s: pip install 'focusllm[eval]'.") from error
+
+    def fits(self, num_tokens: int) -> str | None:
+        """Always."""
+        return None
+
+    def choose(self, prompt: Prompt, room: int) -> list[int]:
+        """The prompt with the best passages in the place of its long text."""
+        own = len(prompt.ids) - len(prompt.context)
+        context = self._best(prompt.context, prompt.query, room - own)
+        return [*prompt.start, *prompt.before, *context, *prompt.after, *prompt.end]
+
+    def choose_text(self, example: LossExample) -> Sequence[int]:
+        """The best passages, then the end of the text."""
+        near = max(self.budget, example.labels + 1)
+        far, local = list(example.text_ids[:-near]), list(example.text_ids[-near:])
+        query = self.decode(local[: -example.labels])
+        return [*self._best(far, query, self.window + 1 - len(local)), *local]
+
+    def _best(self, ids: list[int], query: str, room: int) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        size = self.options["passage"]
+        passages = [ids[start : start + size] for start in range(0, len(ids), size)]
+        chosen, left = [], room
+        for index in np.argsort(-self._scores([self.decode(passage) for passage in passages], query), kind="stable"):
+            if len(passages[index]) <= left:
+                chosen.append(int(index))
+                left -= len(passages[index])
+        return [token for index in sorted(chosen) for token in passages[index]]
+
+    def _scores(self, passages: list[str], query: str) -> np.ndarray:
+        import bm25s
+
+        words = bm25s.tokenize([*passages, query], return_ids=False, show_progress=False)
+        index = bm25s.BM25()
+        index.index(words[:-1], show_progress=False)
+        known = {word for passage in words[:-1] for word in passage}
+        asked = [word for word in words[-1] if word in known]
+        return np.asarray(index.get_scores(asked)) if asked else np.zeros(len(passages))
+
+
+METHOD = Retrieval

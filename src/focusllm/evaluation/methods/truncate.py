@@ -1,0 +1,57 @@
+"""Truncation: the first and the last half of what a window holds, as LongBench does it (arXiv 2308.14508, section 4.1).
+
+The chat template stays whole. For losses the end of the text is kept, for that is what the labels follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from focusllm.errors import ConfigError
+from focusllm.evaluation.example import LossExample
+from focusllm.evaluation.method import Prompt, WindowMethod
+from focusllm.llm import FocusLLM
+
+
+class Truncate(WindowMethod):
+    """Into the base model's window (`to=base`, the default) or into the local budget (`to=local`)."""
+
+    name = "truncate"
+    defaults = {"to": "base"}  # noqa: RUF012
+
+    def __init__(self, llm: FocusLLM, **options: Any):
+        super().__init__(llm, **options)
+        if self.options["to"] not in ("base", "local"):
+            raise ConfigError(f"truncate to {self.options['to']!r} is unknown; it must be base or local.")
+
+    @property
+    def size(self) -> int:
+        """Most tokens that are kept, the answer included."""
+        return self.window if self.options["to"] == "base" else self.budget
+
+    def fits(self, num_tokens: int) -> str | None:
+        """Always."""
+        return None
+
+    def choose(self, prompt: Prompt, room: int) -> list[int]:
+        """The template, and the first and last half of what it leaves room for."""
+        return [*prompt.start, *ends(prompt.body, room - len(prompt.start) - len(prompt.end)), *prompt.end]
+
+    def choose_text(self, example: LossExample) -> Sequence[int]:
+        """The end."""
+        return example.text_ids[-self.size - 1 :]
+
+
+def ends(ids: list[int], room: int) -> list[int]:
+    """The first and the last half of a room, or all that fits.
+
+    Raises:
+        ConfigError: there is no room.
+    """
+    if room < 2:
+        raise ConfigError(f"{room} tokens are left for the prompt beside template and answer; use a longer window.")
+    return ids if len(ids) <= room else [*ids[: room // 2], *ids[room // 2 - room :]]
+
+
+METHOD = Truncate

@@ -1,0 +1,261 @@
+"""Runs as one page to look at: tables and plots in one HTML file that needs no other, the plots as PNG. No torch.
+
+A table a task (methods by lengths); perplexity or score against length; a heat map of depth by length where examples
+have a depth; score against seconds. Several runs are joined; a method that two of them have is told apart by run.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from focusllm.errors import ConfigError, DocumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}.note{color:#666;font-size:13px}img{max-width:100%}"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell of a run."""
+
+    run: str
+    task: str
+    length: int | None
+    method: str
+    metric: str
+    value: float | None
+    standard_error: float | None
+    examples: int
+    skipped: int
+    reason: str
+    seconds: float | None
+    """Mean of an example's, from reading to the last token or label."""
+    by_depth: dict[float, float]
+    """Mean score by depth."""
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether smaller is better."""
+        return self.metric == "perplexity"
+
+    @property
+    def shown(self) -> str:
+        """The value as people read it: perplexity as it is, a score in percent."""
+        if self.value is None:
+            return "-"
+        if self.is_loss:
+            return f"{self.value:,.2f}"
+        error = "" if self.standard_error is None else f" ± {100 * self.standard_error:.1f}"
+        return f"{100 * self.value:.1f}{error}"
+
+
+def load(folders: Sequence[Path]) -> list[Row]:
+    """The cells of finished runs.
+
+    Raises:
+        ConfigError: no folders. DocumentError: a folder without finished results.
+    """
+    if not folders:
+        raise ConfigError("no runs are named; give the folders that `focusllm eval ... --output` has written.")
+    rows = []
+    for folder in folders:
+        try:
+            results = json.loads((folder / "results.json").read_text())
+            timings = json.loads((folder / "timings.json").read_text())
+        except OSError as error:
+            raise DocumentError(f"{folder} has no results; repeat the run's command until it is finished.") from error
+        except ValueError as error:
+            raise DocumentError(f"the results in {folder} are damaged ({error}); repeat the run's command.") from error
+        seconds = {(cell["task"], cell["length"], cell["method"]): cell for cell in timings}
+        for cell in results["results"]:
+            key = (cell["task"], cell["length"], cell["method"])
+            mine = [line for line in results["examples"] if (line["task"], line["length"], line["method"]) == key]
+            rows.append(
+                Row(
+                    run=folder.name,
+                    task=cell["task"],
+                    length=cell["length"],
+                    method=cell["method"],
+                    metric=cell["metric"],
+                    value=cell["value"],
+                    standard_error=cell.get("standard_error"),
+                    examples=cell["examples"],
+                    skipped=cell["skipped"],
+                    reason=cell.get("reason", ""),
+                    seconds=seconds[key]["seconds"],
+                    by_depth=_by_depth(mine),
+                )
+            )
+    return _told_apart(rows)
+
+
+def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
+    """Write report.html and the plots: their paths, the page first.
+
+    Raises:
+        ConfigError, DocumentError: as `load`; or matplotlib is not installed.
+    """
+    rows = load(folders)
+    output.mkdir(parents=True, exist_ok=True)
+    paths, parts = [output / "report.html"], []
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = [row for row in rows if row.task == task]
+        parts.append(f"<h2>{html.escape(task)}</h2>\n{table(mine)}")
+        for name, figure in figures(mine):
+            paths.append(output / f"{task}-{name}.png")
+            figure.savefig(paths[-1], dpi=150)
+            parts.append(_inline(figure, f"{task}: {name.replace('-', ' ')}"))
+    runs = "".join(f"<h3>{html.escape(folder.name)}</h3>\n{_about(folder)}" for folder in folders)
+    body = "\n".join([*parts, "<h2>Runs</h2>", runs])
+    paths[0].write_text(
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>FocusLLM evaluation</title>\n'
+        f"<style>{STYLE}</style>\n<h1>FocusLLM evaluation</h1>\n{body}\n</html>\n",
+        encoding="utf-8",
+    )
+    return paths
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Methods by lengths, as HTML; what was left out is said below."""
+    lengths = sorted({row.length for row in rows}, key=lambda length: length or 0)
+    names = "".join(f"<th>{f'{length:,}' if length else 'own lengths'}</th>" for length in lengths)
+    lines, notes = [f"<tr><th>{html.escape(rows[0].metric)}</th>{names}</tr>"], []
+    for method in dict.fromkeys(row.method for row in rows):
+        cells = {row.length: row for row in rows if row.method == method}
+        shown = "".join(f"<td>{cells[length].shown if length in cells else ''}</td>" for length in lengths)
+        lines.append(f"<tr><td>{html.escape(method)}</td>{shown}</tr>")
+        for row in cells.values():
+            if row.skipped:
+                which = f"at {row.length:,} tokens" if row.length else f"{row.skipped} examples"
+                notes.append(f"{method}, {which}: left out, for {row.reason}.")
+    counts = sorted({row.examples for row in rows if row.examples})
+    notes.append(f"Examples a cell: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}." if counts else "")
+    below = "<br>".join(map(html.escape, notes))
+    return f'<table>{"".join(lines)}</table>\n<p class="note">{below}</p>'
+
+
+def figures(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
+    """The plots of one task, by name.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    measured = [row for row in rows if row.value is not None]
+    made = []
+    if len({row.length for row in measured}) > 1:
+        made.append(("by-length", _lines(measured, lambda row: row.length, "tokens")))
+    if any(row.seconds for row in measured):
+        timed = [row for row in measured if row.seconds]
+        made.append(("by-seconds", _lines(timed, lambda row: row.seconds, "seconds an example")))
+    if any(len(row.by_depth) > 1 for row in measured):
+        made.append(("by-depth", _heat_maps(measured)))
+    return made
+
+
+def _lines(rows: Sequence[Row], x: Callable[[Row], float | None], label: str) -> Figure:
+    """A line a method, its points the lengths."""
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        mine = sorted((row for row in rows if row.method == method), key=lambda row: row.length or 0)
+        values = [_scaled(row) for row in mine]
+        line = "-" if number < 10 else "--"
+        axes.plot([x(row) or 0 for row in mine], values, ls=line, marker="o", ms=4, color=f"C{number}", label=method)
+    axes.set_xscale("log", base=2 if label == "tokens" else 10)
+    if label == "tokens":
+        lengths = sorted({row.length for row in rows if row.length})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
+    axes.set(xlabel=label, ylabel=_unit(rows), title=rows[0].task)
+    if rows[0].is_loss:
+        best = min(value for row in rows if (value := row.value) is not None)
+        if max(_scaled(row) for row in rows) > 10 * best:
+            axes.set_yscale("log")
+    else:
+        axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _heat_maps(rows: Sequence[Row]) -> Figure:
+    """A map a method: depth down, length across."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    lengths = sorted({row.length for row in rows}, key=lambda length: length or 0)
+    depths = sorted({depth for row in rows for depth in row.by_depth})
+    figure = _figure(1.5 + 3.2 * len(methods), 4)
+    image = None
+    for axes, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
+        found = {row.length: row.by_depth for row in rows if row.method == method}
+        grid = [[found.get(length, {}).get(depth, float("nan")) * 100 for length in lengths] for depth in depths]
+        image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axes.set_facecolor("#ddd")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" if length else "own" for length in lengths], rotation=60)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set(title=method, xlabel="tokens", ylabel="depth")
+    assert image is not None
+    figure.colorbar(image, ax=figure.axes, label=_unit(rows))
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("a report needs the package matplotlib: pip install 'focusllm[eval]'.") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _inline(figure: Figure, title: str) -> str:
+    """A plot as an image in the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<p><img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}"></p>'
+
+
+def _about(folder: Path) -> str:
+    results = json.loads((folder / "results.json").read_text())
+    facts = {name: value for name, value in results.items() if name not in ("results", "examples")}
+    lines = []
+    for name, value in facts.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        lines.append(f"<b>{html.escape(name)}</b>: {html.escape(text)}")
+    return f'<p class="note">{"<br>".join(lines)}</p>'
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """Rows of several runs, with the run behind a method's name where another run has the same cell."""
+    seen = Counter((row.task, row.length, row.method) for row in rows)
+    shared = {method for (_, _, method), count in seen.items() if count > 1}
+    return [
+        Row(**{**vars(row), "method": f"{row.method} ({row.run})"}) if row.method in shared else row for row in rows
+    ]
+
+
+def _by_depth(lines: Sequence[dict[str, Any]]) -> dict[float, float]:
+    scores: dict[float, list[float]] = {}
+    for line in lines:
+        if "score" in line and "depth" in line["meta"]:
+            scores.setdefault(line["meta"]["depth"], []).append(line["score"])
+    return {depth: sum(found) / len(found) for depth, found in scores.items()}
+
+
+def _scaled(row: Row) -> float:
+    assert row.value is not None
+    return row.value if row.is_loss else 100 * row.value
+
+
+def _unit(rows: Sequence[Row]) -> str:
+    return rows[0].metric if rows[0].is_loss else f"{rows[0].metric}, %"

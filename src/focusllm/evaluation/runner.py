@@ -1,0 +1,239 @@
+"""One loop over tasks, lengths, methods and examples that may be killed at any moment and goes on when run again.
+
+config.json       what is measured, on which machine; written first. Another configuration is refused
+examples.jsonl    a line for every finished example, appended and flushed; half a line at the end is dropped
+results.json      at the end: configuration, versions, machine, means, and every example with prediction and score.
+                  Nothing that a clock or another run could change: byte for byte that of an unbroken run
+timings.json      at the end: seconds and memory of the same examples
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from focusllm import __version__
+from focusllm.adapter import injected
+from focusllm.errors import ConfigError, DocumentError
+from focusllm.evaluation.example import Example, LossExample
+from focusllm.evaluation.method import Method
+from focusllm.evaluation.methods import build
+from focusllm.evaluation.plan import Cell, Plan
+from focusllm.files import whole_file
+from focusllm.info import machine
+from focusllm.llm import FocusLLM
+
+OWN_LENGTH = 8192
+"""What an example of a task with own lengths counts for in the progress."""
+TIMINGS = ("seconds", "first_token_seconds", "peak_memory")
+Report = Callable[[str, float, float], None]
+"""Called with (what is measured, tokens done, tokens in all)."""
+Line = dict[str, Any]
+
+
+def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_: None) -> dict[str, Any]:
+    """Measure what is missing in a run folder, and write the results.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ConfigError: the folder holds another run, or another process works in it.
+        DocumentError: files that a task needs are missing; a damaged run folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    setting = plan.setting(llm.tokenizer)
+    methods = {spec: build(spec, llm) for spec in plan.methods}
+    plan.check_examples(setting)
+    with _only_one(folder):
+        config = _settled(folder / "config.json", _config(plan, llm), llm)
+        log = _Log(folder / "examples.jsonl")
+        total = sum(_weight(cell, plan) for cell in plan.cells)
+        lines: dict[Cell, list[Line]] = {}
+        before = 0.0
+        for cell in plan.cells:
+            title = f"{cell.task} {f'{cell.length:,} ' if cell.length else ''}{cell.method}"
+            lines[cell] = []
+            report(title, before, total)
+            for line in _cell(cell, plan, methods[cell.method], setting, log):
+                lines[cell].append(line)
+                share = len(lines[cell]) / plan.limit
+                report(title, before + min(share, 1) * _weight(cell, plan), total)
+            before += _weight(cell, plan)
+        report("done", total, total)
+        log.close()
+        results = _results(config, plan, lines)
+        _write(folder / "results.json", results)
+        _write(folder / "timings.json", [_timing(cell, made) for cell, made in lines.items()])
+    return results
+
+
+def _cell(cell: Cell, plan: Plan, method: Method, setting: Any, log: _Log) -> Iterator[Line]:
+    """The lines of a cell, from the log or measured now. What does not fit at a length ends it."""
+    task = plan.task(cell.task)
+    for example in task.examples(cell.length, plan.limit, setting):
+        key = (cell.task, cell.length, cell.method, example.id)
+        line = log.known.get(key)
+        if line is None:
+            line = dict(zip(("task", "length", "method", "id"), key, strict=True)) | _measure(task, method, example)
+            log.append(line)
+        yield line
+        if "skipped" in line and not task.has_own_lengths:
+            return
+
+
+def _measure(task: Any, method: Method, example: Example | LossExample) -> Line:
+    reason = method.fits(method.num_tokens(example))
+    if reason is not None:
+        return {"skipped": reason, "meta": example.meta}
+    if isinstance(example, LossExample):
+        begin = time.perf_counter()
+        nats, labels = method.loss(example)
+        return {"nats": nats, "labels": labels, "meta": example.meta, "seconds": time.perf_counter() - begin}
+    prediction = asdict(method.generate(example))
+    found = {"prediction": prediction.pop("text"), "references": list(example.references)}
+    return {**found, "score": task.score(found["prediction"], example), "meta": example.meta, **prediction}
+
+
+def _results(config: dict[str, Any], plan: Plan, lines: dict[Cell, list[Line]]) -> dict[str, Any]:
+    cells = [{**asdict(cell), **summarise(plan.task(cell.task).metric, made)} for cell, made in lines.items()]
+    kept = [{name: line[name] for name in line if name not in TIMINGS} for made in lines.values() for line in made]
+    return {**config, "results": cells, "examples": kept}
+
+
+def summarise(metric: str, lines: Sequence[Line]) -> dict[str, Any]:
+    """The value of a cell: a mean score with its standard error, or the perplexity of all labels."""
+    skipped = [line for line in lines if "skipped" in line]
+    done = [line for line in lines if "skipped" not in line]
+    found: dict[str, Any] = {"metric": metric, "value": None, "examples": len(done), "skipped": len(skipped)}
+    if skipped:
+        found["reason"] = skipped[0]["skipped"]
+    if done and "nats" in done[0]:
+        found["value"] = math.exp(sum(line["nats"] for line in done) / sum(line["labels"] for line in done))
+    elif done:
+        scores = [line["score"] for line in done]
+        mean = found["value"] = sum(scores) / len(scores)
+        if len(scores) > 1:
+            variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
+            found["standard_error"] = math.sqrt(variance / len(scores))
+    return found
+
+
+def _timing(cell: Cell, lines: Sequence[Line]) -> dict[str, Any]:
+    timed = [{name: line[name] for name in ("id", *TIMINGS) if name in line} for line in lines if "seconds" in line]
+    means = {}
+    for name in TIMINGS[:2]:
+        found = [line[name] for line in timed if name in line]
+        means[name] = sum(found) / len(found) if found else None
+    return {**asdict(cell), **means, "examples": timed}
+
+
+def _config(plan: Plan, llm: FocusLLM) -> dict[str, Any]:
+    """Everything that the numbers depend on."""
+    return {
+        "plan": plan.to_dict(),
+        "model": llm.name,
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "settings": llm.config.to_dict(),
+        "adapter": _digest(llm),
+        "versions": {"focusllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _digest(llm: FocusLLM) -> str | None:
+    """Sixteen hexadecimal digits of the candidate projections' numbers; None: untrained ones."""
+    if not llm.has_trained_candidates:
+        return None
+    digest = hashlib.sha256()
+    for path, wrapper in sorted(injected(llm.model.base).items()):
+        for name, parameter in sorted(wrapper.own_parameters().items()):
+            digest.update(f"{path}.{name}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _settled(path: Path, config: dict[str, Any], llm: FocusLLM) -> dict[str, Any]:
+    """The folder's configuration with its machine; written if there is none.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if not path.exists():
+        config = {**config, "machine": machine(llm.model.device)}
+        _write(path, config)
+        return config
+    try:
+        old: dict[str, Any] = json.loads(path.read_text())
+        before, now = _flat(old), _flat(config)
+    except (ValueError, AttributeError) as error:
+        raise DocumentError(f"{path} is damaged ({error}); choose another --output.") from error
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name) and not name.startswith("machine."):
+            raise ConfigError(
+                f"{path.parent} holds a run with {name} {before.get(name)!r}, and this one has {now.get(name)!r}; "
+                f"choose another --output, or repeat that run's command to go on with it."
+            )
+    return old
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+class _Log:
+    """examples.jsonl: what is known, and appending to it."""
+
+    def __init__(self, path: Path):
+        self.known: dict[tuple[Any, ...], Line] = {}
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # a kill may leave half a line
+        for number, text in enumerate(whole.splitlines(), 1):
+            try:
+                line = json.loads(text)
+                self.known[line["task"], line["length"], line["method"], line["id"]] = line
+            except (ValueError, KeyError, TypeError) as error:
+                raise DocumentError(
+                    f"{path}, line {number} is damaged; remove the line to measure it again."
+                ) from error
+        self.file = path.open("r+b" if path.exists() else "wb")
+        self.file.truncate(len(whole))
+        self.file.seek(len(whole))
+
+    def append(self, line: Line) -> None:
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"another process measures in {folder}; wait for it, or choose another --output.") from error
+
+
+def _weight(cell: Cell, plan: Plan) -> float:
+    return plan.limit * (cell.length or OWN_LENGTH)
+
+
+def _write(path: Path, content: Any) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")

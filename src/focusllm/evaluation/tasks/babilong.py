@@ -1,0 +1,94 @@
+"""BABILong (arXiv 2406.10149): the facts of a bAbI question (qa1 to qa10) between the sentences of books.
+
+Files: bAbI's `qa*_test.txt` (v1.2, "en") under --data; the books are the plain text under --text.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from functools import partial
+
+from focusllm.errors import ConfigError
+from focusllm.evaluation.benchmark import (
+    Prompted,
+    Warn,
+    around,
+    entries,
+    largest,
+    logger,
+    prompts,
+    sentences_of,
+    spread,
+    usable,
+)
+from focusllm.evaluation.example import Example, Setting
+from focusllm.evaluation.tasks.passkey import must_have
+
+FILES = (
+    "qa1_single-supporting-fact", "qa2_two-supporting-facts", "qa3_three-supporting-facts", "qa4_two-arg-relations",
+    "qa5_three-arg-relations", "qa6_yes-no-questions", "qa7_counting", "qa8_lists-sets", "qa9_simple-negation",
+    "qa10_indefinite-knowledge",
+)  # fmt: skip
+LEAST_TOKENS = 10
+"""Shorter sentences of the books are left out."""
+
+
+class Story:
+    """Reads the lines of a bAbI file: facts add up until the next story begins; a question has its answer behind it."""
+
+    facts: tuple[str, ...] = ()
+
+    def read(self, key: str, line: bytes) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
+        """(key, facts, question, answer) if the line is a question."""
+        number, _, text = line.decode().strip().partition(" ")
+        if int(number) == 1:
+            self.facts = ()
+        question, *answer = re.split(r"[\t|]", text)
+        if answer:
+            yield key, self.facts, question.strip(), answer[0]
+        else:
+            self.facts += (text,)
+
+
+class Babilong(Prompted):
+    """A task of BABILong."""
+
+    def examples(
+        self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
+    ) -> Iterator[Example]:
+        """Questions in a drawn order; those whose facts alone are too long are passed over."""
+        length, given = must_have(self, length), 0
+        path = setting.file(*(f"{folder}{self.about['file']}" for folder in ("babilong/", "babi/", "en/", "")))
+        questions = list(usable(entries(path), Story().read, warn))
+        for index in setting.rng(self.name).permutation(len(questions)):
+            key, facts, question, answer = questions[index]
+            before, after = around(self.about["prompt"], {"question": question})
+            room = setting.room(self.name, length, before, after, max_new_tokens=self.about["max_new_tokens"])
+            hide = partial(self.hide, facts, setting, int(setting.rng(self.name, length, key).integers(2**62)))
+            if given == limit:
+                break
+            context = largest(hide, setting, room)
+            if context is None:
+                continue
+            given += 1
+            labels = tuple(label for label in self.about["labels"] if label.lower() not in question.lower())
+            yield self.example(key, {"question": question}, context, [answer], choices=labels)
+        if not given:
+            raise ConfigError(f"{self.name} at {length} tokens has no room for its facts; use a greater length.")
+
+    @staticmethod
+    def hide(facts: tuple[str, ...], setting: Setting, seed: int, size: int) -> str:
+        """The facts, in order, at random places between the sentences of about `size` tokens of the books."""
+        draw = random.Random(seed)
+        text = setting.haystack.cut(draw.randrange(setting.haystack.num_tokens), size)
+        sentences = [part for part in sentences_of(text)[1:] if setting.num_tokens(f" {part}") >= LEAST_TOKENS]
+        places = sorted(draw.choices(range(len(sentences) + 1), k=len(facts)))
+        return " ".join(spread(sentences, facts, places))
+
+
+TASKS = tuple(
+    Babilong(f"babilong-{name}", {**about, "file": f"{file}_test.txt"})
+    for (name, about), file in zip(prompts("babilong").items(), FILES, strict=True)
+)

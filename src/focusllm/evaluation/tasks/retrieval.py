@@ -1,0 +1,158 @@
+"""Looking things up in long data, made up, after InfiniteBench (arXiv 2402.13718) and Lost in the Middle (2307.03172).
+
+number-string        ten digits in repeated sentences (InfiniteBench's Retrieve.Number)
+key-value            a value in a JSON object of UUIDs (Retrieve.KV)
+lost-in-the-middle   the same from the original's files kv-retrieval-{75,140,300}_keys.jsonl under --data
+math-find            a number by its rank in a list (Math.Find)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from focusllm.errors import DocumentError
+from focusllm.evaluation.example import Example, Setting, Task
+from focusllm.evaluation.tasks.passkey import GARBAGE, depth_of, must_have
+
+EXTRACT = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
+RANKS = {"largest": -1, "second largest": -2, "third largest": -3, "smallest": 0, "second smallest": 1, "median": None}
+
+
+class NumberString(Task):
+    """Right when the digits occur in the answer."""
+
+    name = "number-string"
+
+    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
+        """The same text but for the digits and their place."""
+        length = must_have(self, length)
+        intro = (
+            "There is an important info hidden inside a lot of irrelevant text. Find it. I will quiz you about it.\n\n"
+        )
+        question = "\nWhat is the sequence of digits? The sequence of digits is"
+        line = "The sequence of digits is {0}. Remember it. {0} is the sequence of digits.\n"
+        room = setting.room(self.name, length, intro, line.format("0" * 10), question, max_new_tokens=16)
+        repeats = room // setting.num_tokens(GARBAGE)
+        for i in range(limit):
+            digits = setting.rng(self.name, length, i).integers(0, 10, size=5)
+            number, depth = "".join(str(digit) * 2 for digit in digits), depth_of(i, limit)
+            before = round(depth * repeats)
+            text = GARBAGE * before + line.format(number) + GARBAGE * (repeats - before)
+            meta = {"depth": round(depth, 2)}
+            yield Example(str(i), intro, text, question, (number,), max_new_tokens=16, meta=meta)
+
+
+class KeyValue(Task):
+    """Right when the value occurs in the answer."""
+
+    name = "key-value"
+
+    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
+        """Each time other pairs."""
+        length = must_have(self, length)
+        room = setting.room(self.name, length, EXTRACT, _asked(str(uuid.UUID(int=0))), max_new_tokens=48)
+        for i in range(limit):
+            rng = setting.rng(self.name, length, i)
+            pairs = _Pairs(rng)
+            count = setting.count_fitting(partial(_pair_line, pairs), room)
+            yield pair_example(str(i), pairs.first(max(count, 1)), depth_of(i, limit))
+
+
+class LostInTheMiddle(Task):
+    """Right when the value occurs in the answer."""
+
+    name, needs, has_own_lengths = "lost-in-the-middle", "files", True
+
+    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
+        """From each file that is there `limit` rows, the asked key going from the first to the last."""
+        for count, path in _files(setting):
+            with path.open(encoding="utf-8") as lines:
+                for i, line in zip(range(limit), lines, strict=False):
+                    pairs = [(key, value) for key, value in json.loads(line)["ordered_kv_records"]]
+                    yield pair_example(f"{count}-{i}", pairs, depth_of(i, limit), dataset=f"{count} keys")
+
+
+class MathFind(Task):
+    """Right when the first number of the answer is the one that is asked for."""
+
+    name = "math-find"
+
+    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
+        """Each time another list; the kinds of question take turns."""
+        length = must_have(self, length)
+        for i in range(limit):
+            rng, kind = setting.rng(self.name, length, i), tuple(RANKS)[i % len(RANKS)]
+            before = f"What is the {kind} number in the following list?\n\n"
+            after = f"\n\nYou should answer with only one number, no other words. The {kind} number of the list is:"
+            room = setting.room(self.name, length, before, after, max_new_tokens=8)
+            numbers = rng.integers(0, 10_000, size=max(room, 32))
+            numbers = numbers[: setting.count_fitting(partial(_number, numbers), room)]
+            rank = RANKS[kind]
+            answer = np.sort(numbers)[len(numbers) // 2 if rank is None else rank]
+            text = f"[{', '.join(map(str, numbers))}]"
+            yield Example(str(i), before, text, after, (str(answer),), max_new_tokens=8, meta={"dataset": kind})
+
+    def score(self, prediction: str, example: Example) -> float:
+        """Exact."""
+        found = re.search(r"\d+", prediction)
+        return float(found is not None and found[0] == example.references[0])
+
+
+class _Pairs:
+    """Random keys and values, made when they are asked for."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng, self.made = rng, list[tuple[str, str]]()
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        while len(self.made) <= index:
+            key, value = (str(uuid.UUID(bytes=self.rng.bytes(16), version=4)) for _ in range(2))
+            self.made.append((key, value))
+        return self.made[index]
+
+    def first(self, count: int) -> list[tuple[str, str]]:
+        return [self[index] for index in range(count)]
+
+
+def pair_example(name: str, pairs: list[tuple[str, str]], depth: float, **meta: object) -> Example:
+    """The prompt of Lost in the Middle, without a chat template as there; the asked key at a depth."""
+    key, value = pairs[round(depth * (len(pairs) - 1))]
+    data = "{" + ",\n ".join(f'"{k}": "{v}"' for k, v in pairs) + "}"
+    meta = {"depth": round(depth, 2), "num_keys": len(pairs), **meta}
+    return Example(name, EXTRACT, data, _asked(key), (value,), max_new_tokens=48, chat=False, meta=meta)
+
+
+def _pair_line(pairs: _Pairs, index: int) -> str:
+    return '"{}": "{}",\n '.format(*pairs[index])
+
+
+def _number(numbers: np.ndarray, index: int) -> str:
+    return f"{numbers[index]}, "
+
+
+def _files(setting: Setting) -> list[tuple[int, Path]]:
+    """The files that are there, with their numbers of keys."""
+    found, missing = [], None
+    for count in (75, 140, 300):
+        name = f"lost_in_the_middle/kv-retrieval-{count}_keys.jsonl"
+        try:
+            found.append((count, setting.file(name, f"bench/{name}")))
+        except DocumentError as error:
+            missing = error
+    if not found and missing is not None:
+        raise missing
+    return found
+
+
+def _asked(key: str) -> str:
+    return f'\n\nKey: "{key}"\nCorresponding value:'
+
+
+TASKS: tuple[Task, ...] = (NumberString(), KeyValue(), LostInTheMiddle(), MathFind())

@@ -1,0 +1,508 @@
+"""Evaluation: every method on tiny models, the tasks that are made up, runs that are killed, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
+from focusllm import FocusForCausalLM, FocusLLM, cli, evaluation
+from focusllm.chunks import encode
+from focusllm.engine import decode, prefill, start_request
+from focusllm.errors import ConfigError, DocumentError
+from focusllm.evaluation import tasks
+from focusllm.evaluation.chunk_cache import ChunkCache
+from focusllm.evaluation.example import Example, LossExample, Setting
+from focusllm.evaluation.methods import NAMES
+from focusllm.evaluation.methods import build as build_method
+from focusllm.evaluation.methods.streaming import Stream
+from focusllm.evaluation.plan import Plan, parse_lengths
+from focusllm.evaluation.report import load, write_report
+from focusllm.evaluation.runner import evaluate
+from focusllm.text import encode_ids, frame_ids
+
+TEXT = "A whale is not a fish, and the sea is wide. " * 12
+LONG = Example("long", "Read this.\n", TEXT, "\nWhat is wide?", ("the sea",), max_new_tokens=6)
+SHORT = dataclasses.replace(LONG, context="The sea is wide.")
+
+
+@pytest.fixture
+def llm() -> FocusLLM:
+    model = FocusForCausalLM(with_candidates(build()), SMALL.replace(local_length=64))
+    return FocusLLM(model, byte_tokenizer(), "tiny")
+
+
+def loss_example(length: int, labels: int = 12) -> LossExample:
+    return LossExample("text", tuple(random_ids(length)), labels)
+
+
+def base_loss(llm: FocusLLM, ids: tuple[int, ...], labels: int) -> float:
+    logits = llm.model.base(torch.tensor([ids]))[0][0, :-1]
+    return float(F.cross_entropy(logits[-labels:], torch.tensor(ids[-labels:]), reduction="sum"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_predicts_and_measures(name: str, llm: FocusLLM) -> None:
+    method = build_method(name, llm)
+    example, text = (SHORT, loss_example(120)) if name == "full" else (LONG, loss_example(400))
+    assert method.fits(method.num_tokens(example)) is None
+    prediction = method.generate(example)
+    assert prediction.text
+    assert 0 < prediction.first_token_seconds <= prediction.seconds
+    assert method.generate(example).text == prediction.text
+    nats, labels = method.loss(text)
+    assert labels == 12
+    assert 0 < nats / labels < 12
+    assert method.loss(text) == (nats, labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_text_is_the_base_models(name: str, llm: FocusLLM) -> None:
+    short = dataclasses.replace(SHORT, context="Wide.", before="", after="?", max_new_tokens=5)
+    method = build_method(name, llm)
+    prompt = torch.tensor([method.prompt(short).ids])
+    expected = llm.model.base.generate(prompt, max_new_tokens=5, do_sample=False)[0, prompt.shape[1] :]
+    assert method.generate(short).text == llm.tokenizer.decode(expected, skip_special_tokens=True)
+    text = loss_example(40)
+    assert method.loss(text)[0] == pytest.approx(base_loss(llm, text.text_ids, 12), abs=1e-4)
+
+
+def test_full_refuses_what_the_positions_do_not_hold(llm: FocusLLM) -> None:
+    assert "256 positions" in build_method("full", llm).fits(257)
+    assert build_method("full", llm).fits(256) is None
+
+
+def test_focus_answers_as_ask_does(llm: FocusLLM) -> None:
+    document = llm.read_text(TEXT)
+    expected = llm.ask(document, "What is wide?", max_new_tokens=6).text
+    example = dataclasses.replace(LONG, before="", after="\n\nWhat is wide?")
+    assert build_method("focus", llm).generate(example).text == expected
+
+
+@pytest.mark.parametrize("options", ["", "decoding=exact", "chunk_length=31,local_length=50", "chunks_per_batch=1"])
+def test_focus_loss_is_that_of_decoding(options: str, llm: FocusLLM) -> None:
+    method = build_method(f"focus:{options}", llm)
+    config, ids = method.config, list(loss_example(300).text_ids)
+    far, local = ids[: -config.local_length], ids[-config.local_length :]
+    request = start_request(llm.model.base, encode(llm.model.base, far, config), local[:-12], config)
+    logits = [prefill(llm.model.base, request, config)[-1]]
+    logits += [decode(llm.model.base, [request], [token], config)[0] for token in local[-12:-1]]
+    expected = F.cross_entropy(torch.stack(logits), torch.tensor(local[-12:]), reduction="sum")
+    assert method.loss(loss_example(300))[0] == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_focus_takes_many_labels_a_piece_at_a_time(llm: FocusLLM) -> None:
+    method = build_method("focus", llm)
+    ids = loss_example(300).text_ids
+    pieces = [method.loss(LossExample("", ids[:stop], 32))[0] for stop in (268, 300)]
+    assert method.loss(LossExample("", ids, 64))[0] == pytest.approx(sum(pieces), abs=1e-4)
+
+
+def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from focusllm.evaluation import chunk_cache
+
+    read: list[int] = []
+    encode_chunks = chunk_cache.encode_chunks
+    monkeypatch.setattr(chunk_cache, "encode_chunks", lambda model, ids: read.append(1) or encode_chunks(model, ids))
+    base = llm.model.base
+    cache = ChunkCache(base, 24, 2**30)
+    first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
+    blocks = cache.blocks(first)
+    assert [block.num_chunks for block in blocks] == [3, 1]
+    assert len(read) == 4
+    again = cache.blocks(second + first)
+    assert len(read) == 5
+    for kept, new in zip(blocks[0].kv.keys, again[0].kv.keys, strict=True):
+        assert torch.equal(kept, new[1:])
+    small = ChunkCache(base, 24, blocks[0].kv.nbytes // 3 * 2)
+    small.blocks(first)
+    assert small.nbytes <= small.most_bytes
+    read.clear()
+    small.blocks(first)
+    assert len(read) == 2  # the first two stayed
+    small.blocks(second)
+    assert len(read) == 3
+    assert small.nbytes == small.most_bytes
+
+
+def test_streaming_is_full_attention_while_the_window_holds_all(llm: FocusLLM) -> None:
+    ids = random_ids(60)
+    stream = Stream(build_method("streaming", llm))
+    expected = llm.model.base(torch.tensor([ids])).logits[0, -9:]
+    assert torch.allclose(stream.read(ids, 9), expected, atol=1e-4)
+
+
+def test_streaming_skips_only_what_cannot_reach(llm: FocusLLM) -> None:
+    ids = random_ids(1000)
+    method = build_method("streaming", llm)
+    whole, stream = Stream(method), Stream(method)
+    for start in (0, *range(4, 1000, method.block)):
+        logits = whole.advance(ids[start : start + method.block] if start else ids[:4], 1)
+    assert torch.allclose(stream.read(ids, 1), logits, atol=1e-4)
+    assert whole.kv.length == method.sinks + method.budget
+    other = [*ids[:600], *random_ids(400, seed=3)]  # another ending: the window counts
+    assert not torch.allclose(Stream(method).read(other, 1), logits, atol=1e-2)
+
+
+def test_streaming_sees_sinks_and_window_only() -> None:
+    model = FocusForCausalLM(with_candidates(build(num_hidden_layers=1)), SMALL.replace(local_length=16))
+    method = build_method("streaming", FocusLLM(model, byte_tokenizer(), "tiny"))
+    ids = random_ids(100)
+    logits = Stream(method).read(ids, 1)
+    hidden = [*ids[:4], *random_ids(80, seed=5), *ids[84:]]
+    assert torch.allclose(Stream(method).read(hidden, 1), logits, atol=1e-5)
+    for place in (0, 84):  # the first sink, the first of the window
+        changed = [*ids[:place], (ids[place] + 1) % 250 + 3, *ids[place + 1 :]]
+        assert not torch.allclose(Stream(method).read(changed, 1), logits, atol=1e-5)
+
+
+def test_truncation_keeps_both_ends_and_the_template(llm: FocusLLM) -> None:
+    method = build_method("truncate:to=local", llm)
+    prompt = method.prompt(LONG)
+    chosen = method.choose(prompt, 64 - 6)
+    body = chosen[len(prompt.start) : -len(prompt.end)]
+    assert len(chosen) == 58
+    assert body == [*prompt.body[: len(body) // 2], *prompt.body[len(prompt.body) - (len(body) + 1) // 2 :]]
+
+
+def test_retrieval_finds_the_passage(llm: FocusLLM) -> None:
+    context = (
+        "Nothing to see on this page at all. " * 10 + "The harbour of Zanzibar opens at nine. " + "And so on. " * 30
+    )
+    example = dataclasses.replace(LONG, context=context, before="", after="\nWhen does Zanzibar open?")
+    method = build_method("retrieval:passage=40", llm)
+    prompt = method.prompt(example)
+    text = method.decode(method.choose(prompt, 200))
+    assert "Zanzibar opens" in text.replace("?", "")
+    assert len(method.choose(prompt, 200)) <= 200
+
+
+@pytest.mark.parametrize("name", ["pi", "ntk", "yarn"])
+def test_scaled_positions_are_those_of_transformers(name: str, llm: FocusLLM) -> None:
+    text = loss_example(512 + 1)
+    base = llm.model.base
+    before = base.model.rotary_emb
+    nats = build_method(name, llm).loss(text)[0]
+    assert base.model.rotary_emb is before
+    changes = {
+        "pi": {"rope_type": "linear", "factor": 2.0},
+        "ntk": {"rope_type": "default", "rope_theta": 1e4 * 2.0 ** (16 / 14)},
+        "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256},
+    }[name]
+    other = build(rope_parameters={"rope_theta": 1e4, **changes})
+    expected = base_loss(FocusLLM(FocusForCausalLM(other, SMALL), byte_tokenizer(), ""), text.text_ids, 12)
+    assert nats == pytest.approx(expected, abs=1e-3)
+    assert nats != pytest.approx(base_loss(llm, text.text_ids, 12), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("focs", "did you mean focus"),
+        ("full:x=1", "full has no option x"),
+        ("focus:chunk_length", "name=value"),
+        ("truncate:to=nowhere", "base or local"),
+    ],
+)
+def test_bad_methods_are_refused(spec: str, message: str, llm: FocusLLM) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_method(spec, llm)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("".join(f"Page {number}, line {i} of it. " for i in range(700)))
+    return Setting(byte_tokenizer(), 0, tmp_path, str(folder))
+
+
+MADE_UP = ["passkey", "needle", "document", "number-string", "key-value", "math-find"]
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_made_up_tasks_fill_their_length(name: str, setting: Setting) -> None:
+    task = tasks.get(name)
+    frame = sum(map(len, frame_ids(setting.tokenizer)))
+    for length in (1200, 3000):
+        examples = list(task.examples(length, 12, setting))
+        assert len({example.id for example in examples}) == 12
+        assert examples == list(task.examples(length, 12, setting))
+        for example in examples:
+            taken = sum(len(encode_ids(setting.tokenizer, part)) for part in (example.before, example.context))
+            taken += len(encode_ids(setting.tokenizer, example.after)) + example.max_new_tokens + frame
+            assert length - 120 <= taken <= length
+            assert task.score(f" {example.references[0]} ", example) == 1
+            assert task.score("nothing", example) == 0
+            if name not in ("math-find",):
+                assert example.references[0] in example.context
+    assert examples != list(task.examples(3000, 12, dataclasses.replace(setting, seed=1)))
+
+
+@pytest.mark.parametrize("name", ["passkey", "needle", "number-string", "key-value"])
+def test_depths_go_from_the_beginning_to_the_end(name: str, setting: Setting) -> None:
+    examples = list(tasks.get(name).examples(5000, 20, setting))
+    for example in examples:
+        place = example.context.index(example.references[0]) / len(example.context)
+        assert place == pytest.approx(example.meta["depth"], abs=0.05)
+    assert {example.meta["depth"] for example in examples} >= {0.0, 1.0}
+
+
+def test_math_find_answers_are_right(setting: Setting) -> None:
+    for example in tasks.get("math-find").examples(2000, 6, setting):
+        numbers = sorted(json.loads(example.context))
+        kind = example.meta["dataset"]
+        place = {"largest": -1, "second largest": -2, "third largest": -3, "smallest": 0, "second smallest": 1}
+        assert str(numbers[place.get(kind, len(numbers) // 2)]) == example.references[0]
+
+
+def test_a_document_is_the_same_for_all_its_questions(setting: Setting) -> None:
+    examples = list(tasks.get("document").examples(3000, 5, setting))
+    assert len({example.context for example in examples}) == 1
+    assert len({example.after for example in examples}) == 5
+    assert all(example.references[0] in example.context for example in examples)
+
+
+def test_perplexity_has_the_same_labels_at_all_lengths(setting: Setting) -> None:
+    by_length = [list(tasks.get("perplexity").examples(length, 7, setting)) for length in (400, 3000)]
+    for short, long in zip(*by_length, strict=True):
+        assert short.id == long.id
+        assert len(short.text_ids) == 400
+        assert long.text_ids[-400:] == short.text_ids
+    assert len(by_length[0]) == 7
+    with pytest.raises(DocumentError, match="no document"):
+        list(tasks.get("perplexity").examples(1_000_000, 1, setting))
+
+
+def test_sliding_windows_label_every_token_once(setting: Setting) -> None:
+    first, second = list(tasks.get("sliding-perplexity").examples(700, 2, setting))
+    assert second.text_ids[: 700 - 256] == first.text_ids[256:]
+    assert first.labels == second.labels == 256
+
+
+def test_lost_in_the_middle_reads_the_original_files(setting: Setting, tmp_path: Path) -> None:
+    folder = tmp_path / "lost_in_the_middle"
+    folder.mkdir()
+    row = json.dumps({"ordered_kv_records": [[f"k{i}", f"v{i}"] for i in range(75)], "key": "k0", "value": "v0"})
+    (folder / "kv-retrieval-75_keys.jsonl").write_text(f"{row}\n" * 3)
+    examples = list(tasks.get("lost-in-the-middle").examples(None, 3, setting))
+    assert [example.references for example in examples] == [("v0",), ("v37",), ("v74",)]
+    assert examples[1].context.splitlines()[37] == ' "k37": "v37",'
+    with pytest.raises(DocumentError, match="no lost_in_the_middle"):
+        list(tasks.get("lost-in-the-middle").examples(None, 3, dataclasses.replace(setting, data=tmp_path / "text")))
+
+
+def test_a_length_without_room_is_refused(setting: Setting) -> None:
+    for name in MADE_UP:
+        with pytest.raises(ConfigError, match="use a length above"):
+            list(tasks.get(name).examples(60, 1, setting))
+
+
+def test_the_shortest_files_are_short() -> None:
+    folder = Path(evaluation.__file__).parent
+    for kind in ("methods", "tasks"):
+        files = [path for path in (folder / kind).glob("*.py") if path.name != "__init__.py"]
+        assert min(len(path.read_text().splitlines()) for path in files) < 60
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+# Runs the command line, and kills itself in place of the n-th line, or in the middle of writing it.
+KILLED = """
+import json, os, signal, sys
+from focusllm import cli
+from focusllm.evaluation import runner
+at, half = int(sys.argv[1]), sys.argv[2] == "half"
+append, count = runner._Log.append, 0
+def dying(self, line):
+    global count
+    count += 1
+    if count == at:
+        if half:
+            text = json.dumps(line).encode()
+            self.file.write(text[: len(text) // 2])
+            self.file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(self, line)
+runner._Log.append = dying
+sys.argv = ["focusllm", *sys.argv[3:]]
+cli.main()
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(model_folder: Path, setting: Setting, tmp_path: Path) -> None:
+    def run(folder: Path, at: int = 0, half: str = "") -> int:
+        selection = ["passkey", "perplexity", "--lengths", "500,700", "--limit", "2", "--text", setting.text]
+        methods = ["--method", "focus", "--method", "streaming", "--method", "full"]
+        arguments = ["eval", *selection, *methods, "--model", model_folder, "--output", folder]
+        command = [sys.executable, "-c", KILLED, str(at), half, *map(str, arguments)]
+        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True).returncode
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(whole) == 0
+    assert run(broken, 3) == -signal.SIGKILL
+    assert run(broken, 6, "half") == -signal.SIGKILL
+    assert not (broken / "results.json").exists()
+    data = (broken / "examples.jsonl").read_bytes()
+    assert len(data.splitlines()) == 2 + 5 + 1
+    assert not data.endswith(b"\n")
+    assert run(broken) == 0
+    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    lines = [json.loads(line) for line in (broken / "examples.jsonl").read_text().splitlines()]
+    keys = [(line["task"], line["length"], line["method"], line["id"]) for line in lines]
+    assert len(set(keys)) == len(keys) == 22  # 2 tasks, 2 lengths, 3 methods, 2 examples; at 700 full skips
+
+
+def plan_for(setting: Setting, **changes: Any) -> Plan:
+    plan = Plan(("passkey",), ("full", "streaming"), (200, 520), 2, text=setting.text)
+    return dataclasses.replace(plan, **changes)
+
+
+@pytest.fixture
+def small(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> FocusLLM:
+    from focusllm.evaluation.tasks import passkey
+
+    monkeypatch.setattr(passkey, "INTRO", "Find it.\n")
+    return llm
+
+
+def test_results_say_what_was_measured(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    seen: list[tuple[str, float, float]] = []
+    results = evaluate(plan_for(setting), small, tmp_path / "run", lambda *entry: seen.append(entry))
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    cells = {(cell["length"], cell["method"]): cell for cell in results["results"]}
+    assert cells[200, "full"]["examples"] == 2
+    assert cells[520, "full"] == {
+        "task": "passkey",
+        "length": 520,
+        "method": "full",
+        "metric": "accuracy",
+        "value": None,
+        "examples": 0,
+        "skipped": 1,
+        "reason": "the base model has 256 positions",
+    }
+    assert results["plan"]["task_versions"] == {"passkey": 1}
+    assert set(results["versions"]) == {"focusllm", "torch", "transformers"}
+    assert len(results["adapter"]) == 16
+    scores = [line["score"] for line in results["examples"] if line["method"] == "streaming" and line["length"] == 520]
+    assert cells[520, "streaming"]["value"] == sum(scores) / 2
+    assert "seconds" not in json.dumps(results)
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    assert all(cell["seconds"] > 0 for cell in timings if cell["length"] == 200)
+    done = [entry[1] for entry in seen]
+    assert done == sorted(done)
+    assert seen[-1][1] == seen[-1][2]
+
+
+@pytest.mark.parametrize("change", [{"limit": 3}, {"seed": 1}, {"methods": ("full",)}, {"lengths": (200,)}])
+def test_another_configuration_is_refused(
+    change: dict[str, Any], small: FocusLLM, setting: Setting, tmp_path: Path
+) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(ConfigError, match=f"holds a run with plan.{next(iter(change))}.*choose another --output"):
+        evaluate(plan_for(setting, **change), small, tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_another_adapter_is_refused(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    with torch.no_grad():
+        next(iter(small.model.base.model.layers[0].self_attn.q_proj.own_parameters().values())).add_(1)
+    with pytest.raises(ConfigError, match="a run with adapter"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+
+
+def test_damaged_lines_are_named(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    path = tmp_path / "run" / "examples.jsonl"
+    path.write_text("{oops\n" + path.read_text())
+    with pytest.raises(DocumentError, match="line 1 is damaged"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+
+
+def test_lengths_are_read() -> None:
+    assert parse_lengths("4096, 8k,1M,") == (4096, 8192, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["paskey", "--lengths", "1k"], "no task 'paskey'; did you mean passkey"),
+        (["passkey", "--lengths", "1k", "--method", "ful"], "no method 'ful'; did you mean full"),
+        (["passkey"], "no lengths are given for passkey"),
+        (["passkey", "--lengths", "0"], "'0' in --lengths is no length"),
+        (["passkey", "--lengths", "1k", "--limit", "0"], "the limit is 0"),
+        (["passkey", "--lengths", "1k", "--set", "chunk_length"], "name=value"),
+        (["report"], "Missing argument"),
+        (["report", "nowhere"], "nowhere has no results"),
+    ],
+)
+def test_bad_commands_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = [] if arguments[0] == "report" else ["--output", "unused-run"]
+    monkeypatch.setattr(sys, "argv", ["focusllm", "eval", *arguments, *output])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("unused-run").exists()
+
+
+def test_a_family_stands_for_its_tasks() -> None:
+    selected = Plan(("passkey", "babilong"), ("focus",), (4096,)).tasks
+    assert selected[0] == "passkey"
+    assert set(selected[1:]) == {name for name in tasks.registry() if name.startswith("babilong-")} != set()
+
+
+def test_nothing_selected_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no task is selected"):
+        Plan((), ("focus",))
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_one_page_with_plots(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "first")
+    texts = plan_for(setting, tasks=("perplexity", "passkey"), methods=("streaming",), lengths=(300, 400))
+    evaluate(texts, small, tmp_path / "second")
+    paths = write_report([tmp_path / "first", tmp_path / "second"], tmp_path / "report")
+    names = {path.name for path in paths}
+    assert names >= {
+        "report.html",
+        "perplexity-by-length.png",
+        "perplexity-by-seconds.png",
+        "passkey-by-depth.png",
+        "passkey-by-seconds.png",
+    }
+    for path in paths[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    page = paths[0].read_text()
+    assert "the base model has 256 positions" in page
+    assert not re.search(r"(src|href)=.?https?:|<script", page)
+    assert page.count("data:image/svg+xml") == len(paths) - 1
+
+
+def test_methods_of_two_runs_are_told_apart(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        evaluate(plan_for(setting), small, tmp_path / name)
+    methods = {row.method for row in load([tmp_path / "first", tmp_path / "second"])}
+    assert methods == {"full (first)", "full (second)", "streaming (first)", "streaming (second)"}
