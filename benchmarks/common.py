@@ -1,34 +1,18 @@
-"""What the benchmark programs share: the embedded model, the sample text, and where results go."""
+"""What the benchmark programs share: where results go."""
 
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-import torch
-import transformers
+from focusllm.bench.plan import sample_text
+from focusllm.machine import machine
+
+__all__ = ["finish", "sample_text"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def sample_text() -> str:
-    """The Python language reference, about 110,000 tokens."""
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def machine() -> dict[str, Any]:
-    """Where a number comes from."""
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def finish(name: str, result: dict[str, Any]) -> None:
@@ -37,11 +21,3 @@ def finish(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "focusllm"
 ORDER = [
     "errors",
     "files",
+    "machine",
     "config",
     "chunking",
     "kv",
@@ -44,13 +45,19 @@ ORDER = [
     "training.loop",
     "training.report",
     "training.run",
+    "bench.plan",
+    "bench.measure",
+    "bench.contenders",
+    "bench.run",
+    "bench.report",
     "conformance",
     "cli",
     "__main__",
 ]
 WITHOUT_TORCH = [
-    *("errors", "files", "config", "chunking", "readers", "text", "embedded", "cli"),
+    *("errors", "files", "machine", "config", "chunking", "readers", "text", "embedded", "cli"),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
+    *("bench.plan", "bench.contenders", "bench.report"),
 ]
 
 
@@ -74,7 +81,7 @@ def imports(name: str, top_level_only: bool = False) -> set[str]:
 
 def test_every_file_has_its_place() -> None:
     found = {".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
-    assert found == {*ORDER, "__init__", "training.__init__"}
+    assert found == {*ORDER, "__init__", "bench.__init__", "training.__init__"}
 
 
 @pytest.mark.parametrize("name", ORDER)
