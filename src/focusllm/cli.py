@@ -251,7 +251,7 @@ def train(
 @app.command()
 def bench(
     contenders: Annotated[
-        str, typer.Option(help="Any of focus, exact (the paper), full (transformers), llama.cpp.")
+        str, typer.Option(help="Of focus, exact (the paper), full (transformers), llama.cpp.")
     ] = "focus,exact,full,llama.cpp",
     settings: Annotated[
         list[str] | None,
@@ -270,7 +270,9 @@ def bench(
     full_to: Annotated[int, typer.Option(help="Longest text that full reads; beyond: a fit.")] = 32768,
     limit_minutes: Annotated[float, typer.Option(help="Most minutes of one turn; what takes longer is skipped.")] = 10,
     threads: Annotated[int | None, typer.Option(help="Of every contender. Default: as torch has it.")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="The model for llama.cpp. Default: the embedded one's.")] = None,
+    gguf: Annotated[
+        list[str] | None, typer.Option(help="FILE of the model for llama.cpp; NAME=FILE adds a contender.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result and its plots.")] = Path(
         "focusllm-bench"
     ),
@@ -283,7 +285,7 @@ def bench(
     from focusllm.readers import read_text
 
     plan = Plan(
-        specs=parse_contenders(contenders, settings or []),
+        specs=parse_contenders(contenders, settings or [], gguf or []),
         lengths=parse_lengths(lengths),
         model=model,
         adapter=adapter,
@@ -294,7 +296,6 @@ def bench(
         full_to=full_to,
         limit_minutes=limit_minutes,
         threads=threads,
-        gguf=gguf,
     )
     name, document = "the Python language reference", ""
     if text is not None:
@@ -311,7 +312,8 @@ def bench(
     if not as_json:
         from rich.console import Console
 
-        print_table(result, Console())
+        console = Console()
+        print_table(result, console if console.is_terminal else Console(width=120))
         print("Written:", *paths)
         if len(paths) == 1:
             print("There are no plots, for matplotlib is not installed.")
@@ -466,9 +468,17 @@ def _bench_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("Preparing", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    task = bar.add_task("", total=None)
+
+    def report(what: str, done: int, total: int) -> None:
+        bar.start()  # not before: bad input is one line
+        bar.update(task, description=what, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bar.stop()
 
 
 @contextmanager

