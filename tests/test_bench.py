@@ -31,7 +31,7 @@ LENGTHS = [1000, 2000, 4000, 8000]
 class Scripted:
     """A process that takes 1 second for 1,000 tokens, full attention the square of that; or does what it is told."""
 
-    trouble: dict[tuple[str, int], str] = {}  # noqa: RUF012 - set by tests
+    trouble: dict[tuple[str, int], tuple[int, str]] = {}  # noqa: RUF012 - the turn, and what happens in it; set by tests
     turns: list[tuple[str, int]] = []  # noqa: RUF012
 
     def __init__(self, job: Job, limit_minutes: float):
@@ -44,8 +44,9 @@ class Scripted:
 
     def turn(self) -> dict[str, Any]:
         self.turns.append((self.name, self.length))
-        if (self.name, self.length) in self.trouble:
-            raise bench_run._Lost(self.trouble[self.name, self.length])
+        number, reason = self.trouble.get((self.name, self.length), (0, ""))
+        if self.turns.count((self.name, self.length)) == number:
+            raise bench_run._Lost(reason)
         return {
             "prefill_seconds": self.seconds,
             "seconds_per_token": 0.1 + self.length * 1e-5,
@@ -224,12 +225,16 @@ def test_what_would_take_too_long_is_skipped(scripted, monkeypatch: pytest.Monke
 
 
 def test_one_that_dies_does_not_stop_the_others(scripted) -> None:
-    Scripted.trouble = {("exact", 2000): "its process died with exit code -9, perhaps for want of memory"}
-    result = scripted("focus,exact", repeats=2)
-    assert [row["status"] for row in rows_of(result, "exact").values()] == ["measured", *["skipped"] * 3]
-    assert "want of memory" in rows_of(result, "exact")[8000]["reason"]
-    assert [row["status"] for row in rows_of(result, "focus").values()] == ["measured"] * 4
-    assert Scripted.turns.count(("exact", 2000)) == 1
+    died = "its process died with exit code -9, perhaps for want of memory"
+    Scripted.trouble = {("exact", 2000): (2, died), ("full", 1000): (1, died)}
+    result = scripted("focus,exact,full", repeats=3)
+    exact, full, focus = (rows_of(result, name) for name in ("exact", "full", "focus"))
+    assert [row["status"] for row in exact.values()] == ["measured", "measured", "skipped", "skipped"]
+    assert [len(exact[length]["rounds"]) for length in (1000, 2000)] == [3, 1]
+    assert [row.get("reason") for row in exact.values()] == [None, died, died, died]
+    assert [row["status"] for row in full.values()] == ["skipped"] * 4
+    assert [row["status"] for row in focus.values()] == ["measured"] * 4
+    assert Scripted.turns.count(("exact", 2000)) == 2
 
 
 def test_too_little_memory_is_said_before_it_is_spent(scripted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,8 @@ class LlamaCpp:
     def __init__(self, job: Job):
         import llama_cpp
 
+        self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self.quiet, None)
         path = str(job.spec.gguf)
         options: dict[str, Any] = {"n_threads": job.threads, "n_threads_batch": job.threads, "verbose": False}
         try:

@@ -56,12 +56,13 @@ def print_table(result: dict[str, Any], console: Any) -> None:
         table.add_section()
     console.print(table)
     say("Medians of the rounds, ± half their range; ~ is a fit to shorter texts, not a measurement.")
+    words = {"fit": "fitted", "skipped": "skipped", "measured": "not in all rounds"}
     without: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
-        if row["status"] != "measured":
+        if "reason" in row:
             without.setdefault((row["contender"], row["status"], row["reason"]), []).append(f"{row['tokens']:,}")
     for (name, status, reason), lengths in without.items():
-        say(f"{name} at {', '.join(lengths)} tokens {'fitted' if status == 'fit' else 'skipped'}: {reason}.")
+        say(f"{name} at {', '.join(lengths)} tokens {words[status]}: {reason}.")
     for length, limits in result["limits"].items():
         rates = limits["flops_per_second"]["median"] / 1e9, limits["bytes_per_second"]["median"] / 1e9
         say(f"The machine beside {length:,} tokens: products {rates[0]:,.0f} GFLOP/s, bandwidth {rates[1]:,.1f} GB/s.")

@@ -178,7 +178,8 @@ class _Bench:
             if spec.name in rounds:
                 turns = rounds[spec.name]
                 self.seconds[spec.name][length] = statistics.median(turn["seconds"] for turn in turns)
-                self.rows.append({**self._row(spec, length, turns), **loaded[spec.name]})
+                row = {**self._row(spec, length, turns), **loaded[spec.name]}
+                self.rows.append(row | ({"reason": reasons[spec.name]} if spec.name in reasons else {}))
             else:
                 row = {"contender": spec.name, "tokens": length, "status": "skipped", "reason": reasons[spec.name]}
                 self.rows.append(row)
