@@ -1,21 +1,18 @@
-"""What the benchmark programs share: the embedded model, the sample text, and where results go."""
+"""What the benchmark programs share: where results go."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-from focusllm.info import machine
+from focusllm.bench.plan import sample_text
+from focusllm.machine import machine
+
+__all__ = ["finish", "sample_text"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def sample_text() -> str:
-    """The Python language reference, about 110,000 tokens."""
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def finish(name: str, result: dict[str, Any]) -> None:

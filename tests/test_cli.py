@@ -313,7 +313,7 @@ def test_version(focusllm) -> None:
     assert out.strip().count(".") == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["bench", "--help"], ["--version"]])
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = (
         f"import sys; sys.argv = ['focusllm', *{arguments}]\nfrom focusllm.cli import app\n"

@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "focusllm"
 ORDER = [
     "errors",
     "files",
+    "machine",
     "config",
     "chunking",
     "kv",
@@ -61,17 +62,23 @@ ORDER = [
     "evaluation.plan",
     "evaluation.runner",
     "evaluation.report",
+    "bench.plan",
+    "bench.measure",
+    "bench.contenders",
+    "bench.run",
+    "bench.report",
     "conformance",
     "cli",
     "__main__",
 ]
 WITHOUT_TORCH = [
-    *("errors", "files", "config", "chunking", "readers", "text", "embedded", "cli"),
+    *("errors", "files", "machine", "config", "chunking", "readers", "text", "embedded", "cli"),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.report"),
     *(name for name in ORDER if name.startswith("evaluation.tasks.")),
+    *("bench.plan", "bench.contenders", "bench.report"),
 ]
-PACKAGES = ["training", "evaluation"]
+PACKAGES = ["training", "evaluation", "bench"]
 
 
 def path_of(name: str) -> Path:

@@ -263,6 +263,78 @@ def train(
 
 
 @app.command()
+def bench(
+    contenders: Annotated[
+        str, typer.Option(help="Of focus, exact (the paper), full (transformers), llama.cpp.")
+    ] = "focus,exact,full,llama.cpp",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="name=value,... for focus and exact; NAME:name=value,... adds a variant of focus."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the document: 4096,32K,1M.")] = "4096,8192,16384,32768",
+    text: Annotated[
+        str | None, typer.Option(help="File with the document; default: the Python language reference.")
+    ] = None,
+    model: Model = "smollm2-135m",
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the first question.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds, in which all contenders take turns.")] = 3,
+    full_to: Annotated[int, typer.Option(help="Longest text that full reads; beyond: a fit.")] = 32768,
+    limit_minutes: Annotated[float, typer.Option(help="Most minutes of one turn; what takes longer is skipped.")] = 10,
+    threads: Annotated[int | None, typer.Option(help="Of every contender. Default: as torch has it.")] = None,
+    gguf: Annotated[
+        list[str] | None, typer.Option(help="FILE of the model for llama.cpp; NAME=FILE adds a contender.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result and its plots.")] = Path(
+        "focusllm-bench"
+    ),
+    encoding: Encoding = "utf-8",
+    as_json: Json = False,
+) -> None:
+    """Measure reading, decoding and memory by length, against full attention and llama.cpp."""
+    from focusllm.bench.plan import Plan, parse_contenders, parse_lengths, sample_text
+    from focusllm.bench.report import print_table, write_result
+    from focusllm.readers import read_text
+
+    plan = Plan(
+        specs=parse_contenders(contenders, settings or [], gguf or []),
+        lengths=parse_lengths(lengths),
+        model=model,
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        full_to=full_to,
+        limit_minutes=limit_minutes,
+        threads=threads,
+    )
+    name, document = "the Python language reference", ""
+    if text is not None:
+        name, document = Path(text).name, read_text(text, encoding)
+    with _writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with _calm_libraries(), _bench_progress(as_json) as report:
+        from focusllm.bench.run import run
+
+        result = run(plan, document or sample_text(), name, report, _notify)
+    result = {"command": " ".join(["focusllm", *sys.argv[1:]]), **result}
+    with _writing_to(output):
+        paths = write_result(result, output)
+    if not as_json:
+        from rich.console import Console
+
+        console = Console()
+        print_table(result, console if console.is_terminal else Console(width=120))
+        print("Written:", *paths)
+        if len(paths) == 1:
+            print("There are no plots, for matplotlib is not installed.")
+    print(json.dumps(result))
+
+
+@app.command()
 def info(
     model: Model = "smollm2-135m",
     adapter: Adapter = None,
@@ -546,6 +618,35 @@ def _show_results(folders: list[Path]) -> None:
             if row.skipped:
                 which = f"at {row.length:,} tokens" if row.length else f"{row.skipped} examples"
                 console.print(f"{row.method}, {which}: left out, for {row.reason}.")
+
+
+@contextmanager
+def _bench_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A live line: turns done, what is under way, time since the start."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    task = bar.add_task("", total=None)
+
+    def report(what: str, done: int, total: int) -> None:
+        bar.start()  # not before: bad input is one line
+        bar.update(task, description=what, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bar.stop()
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """A folder that cannot be written is bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise FocusError(f"{folder} cannot be written ({error.strerror or error}); choose another folder.") from error
 
 
 def _typed_questions() -> Iterator[str]:

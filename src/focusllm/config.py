@@ -123,14 +123,18 @@ class FocusConfig:
         """Check that all candidates and the local context fit into the base model's positions.
 
         Raises:
-            ConfigError: too many chunks; names the chunk length that would do.
+            ConfigError: too many chunks; names the chunk length that would do, or the longest text if none would.
         """
         room = max_positions - self.max_local_length
         if num_chunks > room:
             needed = -(-num_chunks * self.chunk_length // max(room, 1))
+            remedy = f"use a chunk_length of at least {needed}"
+            largest = max_positions - 2 * self.local_length  # of the chunks that leave room for a row's local tokens
+            if needed > largest:
+                remedy = f"no chunk_length holds more than {max(largest, 0) ** 2} tokens beside this local_length"
             raise ConfigError(
                 f"{num_chunks} chunks need {num_chunks} positions beside {self.max_local_length} for the local "
-                f"context, but the base model has {max_positions}; use a chunk_length of at least {needed}."
+                f"context, but the base model has {max_positions}; {remedy}."
             )
 
     def replace(self, **changes: Any) -> FocusConfig:

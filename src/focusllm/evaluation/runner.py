@@ -31,8 +31,8 @@ from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Cell, Plan
 from focusllm.files import whole_file
-from focusllm.info import machine
 from focusllm.llm import FocusLLM
+from focusllm.machine import machine
 
 OWN_LENGTH = 8192
 """What an example of a task with own lengths counts for in the progress."""

@@ -1,0 +1,1 @@
+"""`focusllm bench`: how fast and how large, by length, against what one would otherwise run."""
