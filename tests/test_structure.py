@@ -41,6 +41,7 @@ ORDER = [
     "training.dense",
     "training.sampling",
     "training.checkpoint",
+    "training.sharding",
     "training.loop",
     "training.report",
     "training.run",

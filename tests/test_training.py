@@ -546,42 +546,76 @@ def test_questions_from_files_are_kept_from_training() -> None:
 
 
 PROCESS = """
-import json, sys
+import json, signal, sys
+from contextlib import suppress
 from pathlib import Path
+from torch.distributed.tensor import DTensor
 from focusllm import TrainConfig, train
+from focusllm.training import dense
 from focusllm.training.loop import Training
 
 def run(self, report, original=Training.run):
-    print("wrapped as", type(self.module).__name__)
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.module.parameters())
+    share = held / sum(p.numel() for p in self.module.parameters())
+    print(f"{type(self.module).__name__} holds {share:.0%} from step {self.step}")
     return original(self, report)
 
+def interrupt(entry):
+    if "loss" in entry and entry["step"] == 3:
+        signal.raise_signal(signal.SIGINT)
+
 Training.run = run
-train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])
+dense.PACK_LABELS = int(sys.argv[3])
+config = TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+with suppress(KeyboardInterrupt):
+    train(config, sys.argv[2], report=interrupt)
+train(config, sys.argv[2])
 """
+FEW_LABELS = 12  # in a pack, so that processes need unequal numbers of passes
+WAYS = {
+    "copies": ({}, "false", "DistributedDataParallel holds 100%"),
+    "sharded by the settings": ({"sharded": True}, "false", "FSDPMemoryLoss holds 50%"),
+    "sharded by the launch": ({"checkpointed": True}, "true", "FSDPMemoryLoss holds 50%"),
+}
 
 
-def test_two_processes_train_as_one(base: Path, unbroken: Path, tmp_path: Path) -> None:
-    """The same global batch shared out between two gloo processes: the same losses, the same weights."""
-    (tmp_path / "config.json").write_text(json.dumps(tiny(base)))
+@pytest.fixture(scope="module")
+def in_one_process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("one") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FOCUSLLM_CACHE", str(output.parent / "cache"))
+        patched.setattr("focusllm.training.dense.PACK_LABELS", FEW_LABELS)
+        train(TrainConfig.from_dict(tiny(base)), output)
+    return output
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, tmp_path: Path) -> None:
+    """The same global batch shared out between two gloo processes, interrupted: the same losses, the same weights."""
+    changes, launched_sharded, wrapped = WAYS[way]
+    (tmp_path / "config.json").write_text(json.dumps({**tiny(base), **changes}))
     (tmp_path / "program.py").write_text(PROCESS)
     environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_FSDP": launched_sharded, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out")]
+    command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out"), str(FEW_LABELS)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("wrapped as DistributedDataParallel") == 2
-    both = [
-        [json.loads(line) for line in (x / "log.jsonl").read_text().splitlines()] for x in (tmp_path / "out", unbroken)
-    ]
-    assert len(both[0]) == len(both[1])
-    for ours, expected in zip(*both, strict=True):
-        assert ours["step"] == expected["step"]
-        part = ("evaluation",) if "evaluation" in expected else ()
-        for name in part:
-            ours, expected = ours[name], expected[name]
-        assert ours["loss"] == pytest.approx(expected["loss"], abs=2e-5)
-        assert ours["labels"] == expected["labels"]
-    first, second = weights(tmp_path / "out"), weights(unbroken)
+    for step in (0, 3):
+        assert result.stdout.count(f"{wrapped} from step {step}") == 2
+    ours, expected = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "out", in_one_process)
+    )
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in expected]
+    for one, other in zip(ours, expected, strict=True):
+        for name in {"evaluation", "without_memory"} & other.keys() or {"loss"}:
+            found, wanted = (one[name], other[name]) if name != "loss" else (one, other)
+            assert found["loss"] == pytest.approx(wanted["loss"], abs=2e-5)
+            assert found["labels"] == wanted["labels"]
+        if "gradient_norm" in other:
+            assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+    first, second = weights(tmp_path / "out"), weights(in_one_process)
     assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in second.items()}
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
@@ -597,12 +631,6 @@ def test_a_batch_that_cannot_be_shared_out(settings: Callable[..., TrainConfig],
     inject(model, AdapterConfig(rank=2))
     with pytest.raises(TrainingError, match="memories_per_step is 4, which cannot be shared out evenly among 3"):
         Training(settings(), model, None, None, tmp_path, accelerator=Three())
-
-
-def test_fsdp_is_refused(settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(TrainingError, match=r"FSDP is not supported.*launch without FSDP"):
-        train(settings(), tmp_path / "out")
 
 
 def test_in_another_thread(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
