@@ -19,14 +19,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from conftest import build, byte_tokenizer
+from conftest import build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, DocumentError, FocusLLM, TrainConfig, TrainingError, inject, train
+from focusllm.adapter import trainable_parameters
 from focusllm.errors import AdapterError, ConfigError
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
 from focusllm.training.corpus import Corpus, load_corpus
-from focusllm.training.loop import learning_rate
-from focusllm.training.sampling import Sampler
+from focusllm.training.dense import Sample
+from focusllm.training.loop import MemoryLoss, learning_rate
+from focusllm.training.sampling import Memory, Sampler
 from focusllm.training.tasks import Questions, fact, read_multihop, read_stories, table
 
 TEXT = "".join(f"{i}. Call me Ishmael number {i * i}. Some years ago I went to sea.\n" for i in range(400))
@@ -312,6 +314,7 @@ def test_a_damaged_checkpoint_is_named(settings: Callable[..., TrainConfig], tmp
         ({"chunk_lengths": []}, ConfigError, "chunk_lengths is"),
         ({"chunk_lengths": [256]}, ConfigError, "memory_lengths only to 128"),
         ({"learning_rate": "fast"}, ConfigError, "learning_rate is 'fast'; it must be a number"),
+        ({"sharded": "yes"}, ConfigError, "sharded is 'yes', which is of the wrong type"),
         ({"rank": "64"}, ConfigError, "rank is '64', which is of the wrong type"),
         ({"objectives": 0.5}, ConfigError, "objectives is 0.5, which is of the wrong type"),
         ({"local_lengths": "long"}, ConfigError, "local_lengths is"),
@@ -599,7 +602,8 @@ def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, 
     environment |= {"ACCELERATE_USE_FSDP": launched_sharded, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out"), str(FEW_LABELS)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # Processes that do not run the same passes wait for each other for ever.
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     for step in (0, 3):
         assert result.stdout.count(f"{wrapped} from step {step}") == 2
@@ -619,6 +623,49 @@ def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, 
     assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in second.items()}
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["dense", "checkpointed", "exact", "without memory"])
+def test_agreed_passes_count_for_nothing_but_are_run(
+    way: str, settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its samples are, a process that shares a model goes through it as often as is agreed."""
+    monkeypatch.setattr("focusllm.training.dense.PACK_LABELS", 4)
+    supervision = "exact" if way == "exact" else "dense"
+    model = with_candidates(build())
+    module = MemoryLoss(model, settings(supervision=supervision, checkpointed=way == "checkpointed"))
+    for parameter in trainable_parameters(model).values():
+        parameter.requires_grad_(way != "without memory")
+    calls = {"forward": 0, "backward": 0}
+
+    def count(what: str) -> None:
+        calls[what] += 1
+
+    model.model.layers[1].register_forward_hook(lambda *_: count("forward"))
+    model.model.layers[1].register_full_backward_pre_hook(lambda *_: count("backward"))
+    samples = [Sample(random_ids(20, 1), 5, 6), Sample(random_ids(2, 2), 1, 1), Sample(random_ids(30, 3), 1, 9)]
+    found: dict[int, tuple[int, ...]] = {}
+    for num_samples in (1, 2, 3):
+        memory = Memory(np.array(random_ids(48)).reshape(3, 16), samples[-num_samples:], "here")
+        natural = module.num_passes(memory.samples, way == "without memory")
+        assert natural <= 3
+        results = []
+        for passes in (0, 3, 5):
+            calls |= {"forward": 0, "backward": 0}
+            losses, hits = module(memory, passes, way == "without memory")
+            assert len(losses) == len(hits) == sum(module.sizes(memory.samples))
+            if losses.requires_grad:
+                losses.sum().backward()
+                parts = [parameter.grad.flatten() for parameter in trainable_parameters(model).values()]
+                model.zero_grad()
+                results.append(torch.cat([losses.detach(), *parts]))
+            else:
+                results.append(losses)
+            wanted = found.setdefault(max(passes, natural), tuple(calls.values()))
+            assert tuple(calls.values()) == wanted
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-4)
+    assert len(set(found.values())) == len(found) > 1
 
 
 def test_a_batch_that_cannot_be_shared_out(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -360,11 +360,12 @@ class Training:
         if self.held_out is None:
             return None
         accelerator, meter, alone = self.accelerator, Meter(), Meter()
+        meters = [(meter, False), (alone, True)] if first else [(meter, False)]
         count, together = self.config.evaluation_memories, accelerator.num_processes
         for start in range(0, count, together):  # a process without a memory in the last round takes one for nothing
             number = start + accelerator.process_index
             memory = self.held_out.draw(0, number)
-            for total, without_memory in ((meter, False), (alone, True)) if first else ((meter, False),):
+            for total, without_memory in meters:
                 (passes,) = self._agreed([self.loss.num_passes(memory.samples, without_memory)])
                 found = self.module(memory, passes, without_memory)
                 if number < count:
