@@ -45,6 +45,7 @@ ORDER = [
     "training.dense",
     "training.sampling",
     "training.checkpoint",
+    "training.sharding",
     "training.loop",
     "training.report",
     "training.run",

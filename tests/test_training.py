@@ -19,14 +19,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from conftest import build, byte_tokenizer
+from conftest import build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, DocumentError, FocusLLM, TrainConfig, TrainingError, inject, train
+from focusllm.adapter import trainable_parameters
 from focusllm.errors import AdapterError, ConfigError
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
 from focusllm.training.corpus import Corpus, load_corpus
-from focusllm.training.loop import learning_rate
-from focusllm.training.sampling import Sampler
+from focusllm.training.dense import Sample
+from focusllm.training.loop import MemoryLoss, learning_rate
+from focusllm.training.sampling import Memory, Sampler
 from focusllm.training.tasks import Questions, fact, read_multihop, read_stories, table
 
 TEXT = "".join(f"{i}. Call me Ishmael number {i * i}. Some years ago I went to sea.\n" for i in range(400))
@@ -312,6 +314,7 @@ def test_a_damaged_checkpoint_is_named(settings: Callable[..., TrainConfig], tmp
         ({"chunk_lengths": []}, ConfigError, "chunk_lengths is"),
         ({"chunk_lengths": [256]}, ConfigError, "memory_lengths only to 128"),
         ({"learning_rate": "fast"}, ConfigError, "learning_rate is 'fast'; it must be a number"),
+        ({"sharded": "yes"}, ConfigError, "sharded is 'yes', which is of the wrong type"),
         ({"rank": "64"}, ConfigError, "rank is '64', which is of the wrong type"),
         ({"objectives": 0.5}, ConfigError, "objectives is 0.5, which is of the wrong type"),
         ({"local_lengths": "long"}, ConfigError, "local_lengths is"),
@@ -546,45 +549,123 @@ def test_questions_from_files_are_kept_from_training() -> None:
 
 
 PROCESS = """
-import json, sys
+import json, signal, sys
+from contextlib import suppress
 from pathlib import Path
+from torch.distributed.tensor import DTensor
 from focusllm import TrainConfig, train
+from focusllm.training import dense
 from focusllm.training.loop import Training
 
 def run(self, report, original=Training.run):
-    print("wrapped as", type(self.module).__name__)
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.module.parameters())
+    share = held / sum(p.numel() for p in self.module.parameters())
+    print(f"{type(self.module).__name__} holds {share:.0%} from step {self.step}")
     return original(self, report)
 
+def interrupt(entry):
+    if "loss" in entry and entry["step"] == 3:
+        signal.raise_signal(signal.SIGINT)
+
 Training.run = run
-train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])
+dense.PACK_LABELS = int(sys.argv[3])
+config = TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+with suppress(KeyboardInterrupt):
+    train(config, sys.argv[2], report=interrupt)
+train(config, sys.argv[2])
 """
+FEW_LABELS = 12  # in a pack, so that processes need unequal numbers of passes
+WAYS = {
+    "copies": ({}, "false", "DistributedDataParallel holds 100%"),
+    "sharded by the settings": ({"sharded": True}, "false", "FSDPMemoryLoss holds 50%"),
+    "sharded by the launch": ({"checkpointed": True}, "true", "FSDPMemoryLoss holds 50%"),
+}
 
 
-def test_two_processes_train_as_one(base: Path, unbroken: Path, tmp_path: Path) -> None:
-    """The same global batch shared out between two gloo processes: the same losses, the same weights."""
-    (tmp_path / "config.json").write_text(json.dumps(tiny(base)))
+@pytest.fixture(scope="module")
+def in_one_process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("one") / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FOCUSLLM_CACHE", str(output.parent / "cache"))
+        patched.setattr("focusllm.training.dense.PACK_LABELS", FEW_LABELS)
+        train(TrainConfig.from_dict(tiny(base)), output)
+    return output
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, tmp_path: Path) -> None:
+    """The same global batch shared out between two gloo processes, interrupted: the same losses, the same weights."""
+    changes, launched_sharded, wrapped = WAYS[way]
+    (tmp_path / "config.json").write_text(json.dumps({**tiny(base), **changes}))
     (tmp_path / "program.py").write_text(PROCESS)
     environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_FSDP": launched_sharded, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out"), str(FEW_LABELS)]
+    # Processes that do not run the same passes wait for each other for ever.
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("wrapped as DistributedDataParallel") == 2
-    both = [
-        [json.loads(line) for line in (x / "log.jsonl").read_text().splitlines()] for x in (tmp_path / "out", unbroken)
-    ]
-    assert len(both[0]) == len(both[1])
-    for ours, expected in zip(*both, strict=True):
-        assert ours["step"] == expected["step"]
-        part = ("evaluation",) if "evaluation" in expected else ()
-        for name in part:
-            ours, expected = ours[name], expected[name]
-        assert ours["loss"] == pytest.approx(expected["loss"], abs=2e-5)
-        assert ours["labels"] == expected["labels"]
-    first, second = weights(tmp_path / "out"), weights(unbroken)
+    for step in (0, 3):
+        assert result.stdout.count(f"{wrapped} from step {step}") == 2
+    ours, expected = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "out", in_one_process)
+    )
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in expected]
+    for one, other in zip(ours, expected, strict=True):
+        for name in {"evaluation", "without_memory"} & other.keys() or {"loss"}:
+            found, wanted = (one[name], other[name]) if name != "loss" else (one, other)
+            assert found["loss"] == pytest.approx(wanted["loss"], abs=2e-5)
+            assert found["labels"] == wanted["labels"]
+        if "gradient_norm" in other:
+            assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+    first, second = weights(tmp_path / "out"), weights(in_one_process)
     assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in second.items()}
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["dense", "checkpointed", "exact", "without memory"])
+def test_agreed_passes_count_for_nothing_but_are_run(
+    way: str, settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its samples are, a process that shares a model goes through it as often as is agreed."""
+    monkeypatch.setattr("focusllm.training.dense.PACK_LABELS", 4)
+    supervision = "exact" if way == "exact" else "dense"
+    model = with_candidates(build())
+    module = MemoryLoss(model, settings(supervision=supervision, checkpointed=way == "checkpointed"))
+    for parameter in trainable_parameters(model).values():
+        parameter.requires_grad_(way != "without memory")
+    calls = {"forward": 0, "backward": 0}
+
+    def count(what: str) -> None:
+        calls[what] += 1
+
+    model.model.layers[1].register_forward_hook(lambda *_: count("forward"))
+    model.model.layers[1].register_full_backward_pre_hook(lambda *_: count("backward"))
+    samples = [Sample(random_ids(20, 1), 5, 6), Sample(random_ids(2, 2), 1, 1), Sample(random_ids(30, 3), 1, 9)]
+    found: dict[int, tuple[int, ...]] = {}
+    for num_samples in (1, 2, 3):
+        memory = Memory(np.array(random_ids(48)).reshape(3, 16), samples[-num_samples:], "here")
+        natural = module.num_passes(memory.samples, way == "without memory")
+        assert natural <= 3
+        results = []
+        for passes in (0, 3, 5):
+            calls |= {"forward": 0, "backward": 0}
+            losses, hits = module(memory, passes, way == "without memory")
+            assert len(losses) == len(hits) == sum(module.sizes(memory.samples))
+            if losses.requires_grad:
+                losses.sum().backward()
+                parts = [parameter.grad.flatten() for parameter in trainable_parameters(model).values()]
+                model.zero_grad()
+                results.append(torch.cat([losses.detach(), *parts]))
+            else:
+                results.append(losses)
+            wanted = found.setdefault(max(passes, natural), tuple(calls.values()))
+            assert tuple(calls.values()) == wanted
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-4)
+    assert len(set(found.values())) == len(found) > 1
 
 
 def test_a_batch_that_cannot_be_shared_out(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -597,12 +678,6 @@ def test_a_batch_that_cannot_be_shared_out(settings: Callable[..., TrainConfig],
     inject(model, AdapterConfig(rank=2))
     with pytest.raises(TrainingError, match="memories_per_step is 4, which cannot be shared out evenly among 3"):
         Training(settings(), model, None, None, tmp_path, accelerator=Three())
-
-
-def test_fsdp_is_refused(settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(TrainingError, match=r"FSDP is not supported.*launch without FSDP"):
-        train(settings(), tmp_path / "out")
 
 
 def test_in_another_thread(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -224,17 +225,28 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model's candidate projections, under the names that they have in files."""
+    return {
+        _file_name(path, name, wrapper.is_low_rank): tensor.detach()
+        for path, wrapper in injected(model).items()
+        for name, tensor in wrapper.own_parameters().items()
+    }
+
+
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
     config: AdapterConfig,
     base_name: str = "",
     notes: str = "",
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the candidate projections of a model; files are replaced one by one, each whole or not at all.
 
     Args:
         notes: Markdown for the end of the model card.
+        tensors: to be written instead of the model's own `adapter_tensors` (other weights, or gathered ones).
 
     Raises:
         AdapterError: the model has none.
@@ -244,17 +256,13 @@ def save_adapter(
         raise AdapterError("the model has no candidate projections to save; inject an adapter first.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    low_rank = config.rank is not None
-    tensors = {
-        f"{PEFT_PREFIX if low_rank else ''}{path}.{name}{'.weight' if low_rank else ''}": tensor.detach().contiguous()
-        for path, wrapper in wrappers.items()
-        for name, tensor in wrapper.own_parameters().items()
-    }
+    tensors = adapter_tensors(model) if tensors is None else tensors
     with whole_file(folder / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        written = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(written, temporary, metadata={"format": "pt"})
     targets = sorted({path.rpartition(".")[2] for path in wrappers})
     peft_config: dict[str, Any] = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM"}
-    if low_rank:
+    if config.rank is not None:
         peft_config |= {
             "peft_type": "LORA",
             "r": config.rank,
@@ -289,12 +297,7 @@ def load_adapter(model: nn.Module, source: str | Path, dtype: torch.dtype | None
     odd = [f"{name} {base[name]} instead of {own[name]}" for name in own if name in base and base[name] != own[name]]
     if odd:
         raise AdapterError(f"the adapter {source} belongs to another model ({', '.join(odd)}); use one for this model.")
-    try:
-        tensors = load_file(folder / WEIGHTS_NAME)
-    except FileNotFoundError as error:
-        raise AdapterError(f"the adapter {source} has no {WEIGHTS_NAME}; save or download it again.") from error
-    except (safetensors.SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / WEIGHTS_NAME} is damaged ({error}); save or download it again.") from error
+    tensors = load_tensors(folder)
     expected = _expected_shapes(model, config)
     problems = [
         f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'} instead of {shape}"
@@ -309,9 +312,22 @@ def load_adapter(model: nn.Module, source: str | Path, dtype: torch.dtype | None
     with torch.no_grad():
         for path, wrapper in inject(model, config, dtype).items():
             for name, parameter in wrapper.own_parameters().items():
-                key = f"{PEFT_PREFIX}{path}.{name}.weight" if wrapper.is_low_rank else f"{path}.{name}"
-                parameter.copy_(tensors[key])
+                parameter.copy_(tensors[_file_name(path, name, wrapper.is_low_rank)])
     return config
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights in an adapter's folder, as `adapter_tensors` names them.
+
+    Raises:
+        AdapterError: there are none, or they are damaged.
+    """
+    try:
+        return load_file(folder / WEIGHTS_NAME)
+    except FileNotFoundError as error:
+        raise AdapterError(f"the adapter {folder} has no {WEIGHTS_NAME}; save or download it again.") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder / WEIGHTS_NAME} is damaged ({error}); save or download it again.") from error
 
 
 def read_adapter_config(source: str | Path) -> AdapterConfig:
@@ -332,6 +348,11 @@ def push_adapter(folder: str | Path, repo_id: str, private: bool = False) -> str
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
+def _file_name(path: str, name: str, low_rank: bool) -> str:
+    """What the file calls a weight of the projection at a path: PEFT's name, or for a full copy the base's."""
+    return f"{PEFT_PREFIX}{path}.{name}.weight" if low_rank else f"{path}.{name}"
+
+
 def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that an adapter with this config has for this model."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -342,12 +363,12 @@ def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple
                 base: nn.Linear = module.base if isinstance(module, CandidateLinear) else module
                 path = f"{layer.path}.{name}"
                 if config.rank is not None:
-                    shapes[f"{PEFT_PREFIX}{path}.lora_A.weight"] = (config.rank, base.in_features)
-                    shapes[f"{PEFT_PREFIX}{path}.lora_B.weight"] = (base.out_features, config.rank)
+                    shapes[_file_name(path, "lora_A", True)] = (config.rank, base.in_features)
+                    shapes[_file_name(path, "lora_B", True)] = (base.out_features, config.rank)
                 else:
-                    shapes[f"{path}.weight"] = (base.out_features, base.in_features)
+                    shapes[_file_name(path, "weight", False)] = (base.out_features, base.in_features)
                     if base.bias is not None:
-                        shapes[f"{path}.bias"] = (base.out_features,)
+                        shapes[_file_name(path, "bias", False)] = (base.out_features,)
     return shapes
 
 

@@ -189,6 +189,11 @@ def layout(model: nn.Module) -> Layout:
     return found
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that the model calls one after another, each with an attention layer in it."""
+    return [model.get_submodule(layer.path.rpartition(".")[0]) for layer in layout(model).layers]
+
+
 def _inspect(model: nn.Module) -> Layout:
     config: Any = model.config
     kind = getattr(config, "model_type", type(model).__name__)

@@ -97,6 +97,9 @@ class TrainConfig:
     seed: int = 0
     checkpointed: bool = False
     """Recompute the passes for the gradients instead of keeping activations: less memory, a third more time."""
+    sharded: bool = False
+    """Split the model up among the processes (FSDP) instead of giving each a copy: less memory, more communication. A
+    launch by `accelerate launch --use_fsdp` does the same. One process has nothing to split."""
 
     # What is kept.
     evaluate_every: int = 100
@@ -105,7 +108,8 @@ class TrainConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        for name, kind in (("objectives", dict), ("rank", int | None), ("projections", str), ("model", str)):
+        kinds = {"objectives": dict, "rank": int | None, "projections": str, "model": str}
+        for name, kind in (kinds | {"checkpointed": bool, "sharded": bool}).items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, which is of the wrong type.")
         for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", *self.objectives):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from focusllm.base import run
-from focusllm.focus import Over, focus_logits, mover
+from focusllm.focus import Over, encode_chunks, focus_logits, mover
 from focusllm.kv import KV, Segment, concat
 
 PACK_LABELS = 128
@@ -58,19 +58,21 @@ class Sample:
 
 
 def dense_loss(
-    model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False
+    model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False, passes: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Losses and labels of all answer tokens.
 
     Args:
         chunk_kv: [R, K, C, D] a layer, from `encode_chunks`.
         checkpointed: keep no activations but recompute both passes for the gradients: less memory, a third more time.
+        passes: go through the model at least so often (see `num_passes`), with passes that count for nothing if need
+            be: processes that share one model's weights must do so equally often.
 
     Returns:
         Cross entropies [labels], in the order of the samples, and how many of them are right under greedy decoding
         (a boolean tensor of the same shape).
     """
-    logits = dense_logits(model, chunk_kv, samples, checkpointed)
+    logits = dense_logits(model, chunk_kv, samples, checkpointed, passes)
     labels = torch.tensor([x for s in samples for x in s.token_ids[-s.num_answers :]], device=logits.device)
     wide = logits.float() if logits.dtype.itemsize == 2 else logits
     return F.cross_entropy(wide, labels, reduction="none"), logits.detach().argmax(-1) == labels
@@ -92,18 +94,32 @@ def exact_loss(
     return F.cross_entropy(wide, label), logits
 
 
-def dense_logits(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False) -> Tensor:
+def num_passes(samples: Sequence[Sample]) -> int:
+    """How often `dense_loss` goes through the model for these samples, each time with the same passes."""
+    return len(_packs(samples))
+
+
+def dense_logits(
+    model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False, passes: int = 0
+) -> Tensor:
     """Logits [labels, V] of all answer tokens, in the order of the samples; differentiable in the projections."""
     call: Callable[..., tuple[Tensor, ...]] = _recomputed if checkpointed and torch.is_grad_enabled() else _plainly
+    packs = _packs(samples)
     logits: dict[int, Tensor] = {}
-    for pack in _packs(samples):
+    uncounted: list[Tensor] = []
+    for number, pack in enumerate(packs + packs[:1] * (passes - len(packs))):
         places = _Places([samples[i] for i in pack], chunk_kv.length, chunk_kv.keys[0].device)
         with torch.no_grad():
             rows = ordinary_pass(model, chunk_kv, places)
         made = call(lambda *flat, at=places: _flat(candidate_sets(model, chunk_kv, _unflat(flat), at)), *_flat(rows))
         (result,) = call(lambda *flat, at=places: (local_logits(model, _unflat(flat), at),), *made)
-        logits |= dict(zip(pack, torch.split(result, [samples[i].num_answers for i in pack]), strict=True))
-    return torch.cat([logits[i] for i in range(len(samples))])
+        if number < len(packs):
+            logits |= dict(zip(pack, torch.split(result, [samples[i].num_answers for i in pack]), strict=True))
+        else:
+            uncounted.append(result)
+    # Cut off rather than left out, so that their backward passes run as well, with gradients of zero.
+    in_order = torch.cat([*(logits[i] for i in range(len(samples))), *uncounted])
+    return in_order[: sum(sample.num_answers for sample in samples)]
 
 
 @torch.no_grad()
@@ -145,6 +161,7 @@ def ordinary_pass(model: nn.Module, chunk_kv: KV, places: _Places) -> KV:
     if places.row_tokens.numel():
         run(model, places.row_tokens.expand(rows, -1), places.row_positions[None], attention)
         return attention.kv
+    encode_chunks(model, places.local_tokens[:1, :1])  # for the same number of passes, see `dense_loss`
     return chunk_kv.tokens(0, 0)
 
 

@@ -5,7 +5,8 @@
         encode chunks (frozen, no graph) -> dense_loss -> gradients of the candidate projections -> AdamW
         every now and then: evaluate on held-out text, write a checkpoint
 
-The base model is frozen and may be in a 16-bit type; the candidate projections are float32.
+The base model is frozen and may be in a 16-bit type; the candidate projections are float32. Several processes hold a
+copy of the model each, or share one (`sharded`); then all of them run the same passes, some of which count for nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,18 +33,26 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from focusllm.adapter import AdapterConfig, inject, load_adapter, save_adapter, trainable_parameters
+from focusllm.adapter import (
+    AdapterConfig,
+    adapter_tensors,
+    inject,
+    load_adapter,
+    save_adapter,
+    trainable_parameters,
+)
 from focusllm.base import run
 from focusllm.errors import TrainingError
 from focusllm.files import remove_parts, whole_file
 from focusllm.focus import Over, encode_chunks
 from focusllm.training import checkpoint
 from focusllm.training.config import TrainConfig
-from focusllm.training.dense import Sample, dense_loss, exact_loss
+from focusllm.training.dense import Sample, dense_loss, exact_loss, num_passes
 from focusllm.training.sampling import Memory, Sampler
+from focusllm.training.sharding import gathered, shard, whole
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last")
+MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last", "sharded")
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -54,23 +63,62 @@ class MemoryLoss(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Cross entropies and hits, [labels] each."""
-        device = next(self.model.parameters()).device
-        chunks = torch.as_tensor(memory.chunks, dtype=torch.long, device=device)
-        if self.config.supervision == "exact":
-            return self._exact(list(chunks), memory.samples)
-        kv = encode_chunks(self.model, chunks)
-        return dense_loss(self.model, kv, memory.samples, self.config.checkpointed)
+    def forward(self, memory: Memory, passes: int = 0, without_memory: bool = False) -> tuple[Tensor, Tensor]:
+        """Cross entropies and hits, [labels] each.
 
-    def _exact(self, chunks: list[Tensor], samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        losses, hits = [], []
-        for sample in samples:
-            ids = torch.tensor(list(sample.token_ids[: sample.newest + 2]), device=chunks[0].device)
-            loss, logits = exact_loss(self.model, chunks, ids[sample.start : -1], ids[:-1], ids[-1])
-            losses.append(loss)
-            hits.append(logits.detach().argmax() == ids[-1])
-        return torch.stack(losses), torch.stack(hits)
+        Args:
+            passes: run at least so many (see `num_passes`), the last ones for nothing.
+            without_memory: by the base model, from the local contexts alone.
+        """
+        samples = memory.samples
+        device = next(self.model.parameters()).device
+        if without_memory:
+            return _joined((self._alone(sample, device) for sample in _repeated(samples, passes)), self.sizes(samples))
+        chunks = torch.as_tensor(memory.chunks, dtype=torch.long, device=device)
+        if self._exact:
+            rows = list(chunks)
+            return _joined((self._first(rows, sample) for sample in _repeated(samples, passes)), self.sizes(samples))
+        kv = encode_chunks(self.model, chunks)
+        return dense_loss(self.model, kv, samples, self.config.checkpointed, passes)
+
+    def sizes(self, samples: Sequence[Sample]) -> list[int]:
+        """How many labels each sample has."""
+        return [1 if self._exact else sample.num_answers for sample in samples]
+
+    def num_passes(self, samples: Sequence[Sample], without_memory: bool = False) -> int:
+        """How many passes, each alike, a memory with these samples takes."""
+        return len(samples) if self._exact or without_memory else num_passes(samples)
+
+    @property
+    def _exact(self) -> bool:
+        return self.config.supervision == "exact"
+
+    def _first(self, chunks: list[Tensor], sample: Sample) -> tuple[Tensor, Tensor]:
+        """The first label of a sample by the paper's loss: [1] and [1]."""
+        ids = torch.tensor(list(sample.token_ids[: sample.newest + 2]), device=chunks[0].device)
+        loss, logits = exact_loss(self.model, chunks, ids[sample.start : -1], ids[:-1], ids[-1])
+        return loss[None], (logits.detach().argmax() == ids[-1])[None]
+
+    def _alone(self, sample: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The labels of a sample from the local context alone: [labels] each."""
+        (num_labels,) = self.sizes([sample])
+        ids = torch.tensor([list(sample.token_ids)], device=device)
+        positions = torch.arange(ids.shape[1] - 1, device=device)[None]
+        logits = run(self.model, ids[:, :-1], positions, Over(), logits_to_keep=sample.num_answers)
+        assert logits is not None
+        found, labels = logits[0, :num_labels].float(), ids[0, -sample.num_answers :][:num_labels]
+        return nn.functional.cross_entropy(found, labels, reduction="none"), found.argmax(-1) == labels
+
+
+def _repeated(samples: Sequence[Sample], passes: int) -> list[Sample]:
+    """Samples, then the first one again and again up to so many."""
+    return [*samples, *[samples[0]] * (passes - len(samples))]
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Losses and hits of all samples; what was run for nothing is cut off (its backward pass runs, with zeros)."""
+    losses, hits = zip(*parts, strict=True)
+    return torch.cat(losses)[: sum(sizes)], torch.cat(hits)[: sum(sizes)]
 
 
 @dataclass
@@ -180,7 +228,10 @@ class Training:
         model.requires_grad_(False)
         for parameter in trainable_parameters(model).values():
             parameter.requires_grad_(True)
-        self.module = self.accelerator.prepare(MemoryLoss(model, config))
+        self.loss = MemoryLoss(model, config)
+        self.sharded = config.sharded and self.accelerator.num_processes > 1
+        prepare = self.accelerator.prepare
+        self.module = shard(self.loss, model, self.accelerator.device) if self.sharded else prepare(self.loss)
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
@@ -243,6 +294,7 @@ class Training:
         start = time.perf_counter()
         mine = range(accelerator.process_index, config.memories_per_step, accelerator.num_processes)
         memories = [self.sampler.draw(self.step, number) for number in mine]
+        passes = self._agreed([self.loss.num_passes(memory.samples) for memory in memories])
         labels = sum(size for memory in memories for _, size in self._sizes(memory))
         total = int(accelerator.reduce(torch.tensor(labels, device=accelerator.device), "sum"))
         rate = learning_rate(config, self.step)
@@ -252,7 +304,7 @@ class Training:
         for i, memory in enumerate(memories):
             last = i == len(memories) - 1
             with nullcontext() if last else accelerator.no_sync(self.module):
-                losses, hits = self.module(memory)
+                losses, hits = self.module(memory, passes[i])
                 # Gradients are averaged over processes, so the mean over all labels needs their number back.
                 loss = losses.sum() * (accelerator.num_processes / total)
                 if not torch.isfinite(loss):
@@ -262,6 +314,7 @@ class Training:
         norm = accelerator.clip_grad_norm_(
             [parameter for parameter in self.module.parameters() if parameter.requires_grad], config.clip
         )
+        norm = None if norm is None else whole(norm)
         if norm is not None and not torch.isfinite(norm):
             raise self._not_finite("gradient", float(norm), memories[-1])
         self.optimizer.step()
@@ -282,9 +335,16 @@ class Training:
             return here
         return int(self.accelerator.reduce(torch.tensor(int(here), device=self.accelerator.device), "sum")) > 0
 
+    def _agreed(self, passes: list[int]) -> list[int]:
+        """How many passes each memory gets: sharded, as many as any process needs for its one."""
+        if not self.sharded:
+            return passes
+        everywhere: Tensor = self.accelerator.gather(torch.tensor([passes], device=self.accelerator.device))
+        return everywhere.amax(0).tolist()
+
     def _sizes(self, memory: Memory) -> list[tuple[str, int]]:
-        exact = self.config.supervision == "exact"
-        return [(sample.objective, 1 if exact else sample.num_answers) for sample in memory.samples]
+        sizes = self.loss.sizes(memory.samples)
+        return [(sample.objective, size) for sample, size in zip(memory.samples, sizes, strict=True)]
 
     def _not_finite(self, what: str, value: float, memory: Memory) -> TrainingError:
         found = checkpoint.all_of(self.output)
@@ -300,15 +360,16 @@ class Training:
         if self.held_out is None:
             return None
         accelerator, meter, alone = self.accelerator, Meter(), Meter()
-        count = self.config.evaluation_memories
-        alone_module = accelerator.unwrap_model(self.module)  # processes may have unequal numbers of memories
-        for number in range(accelerator.process_index, count, accelerator.num_processes):
+        meters = [(meter, False), (alone, True)] if first else [(meter, False)]
+        count, together = self.config.evaluation_memories, accelerator.num_processes
+        for start in range(0, count, together):  # a process without a memory in the last round takes one for nothing
+            number = start + accelerator.process_index
             memory = self.held_out.draw(0, number)
-            sizes = self._sizes(memory)
-            meter.add(sizes, *alone_module(memory))
-            if first:
-                for sample, size in zip(memory.samples, sizes, strict=True):
-                    alone.add([size], *_without_memory(self.base, sample, size[1]))
+            for total, without_memory in meters:
+                (passes,) = self._agreed([self.loss.num_passes(memory.samples, without_memory)])
+                found = self.module(memory, passes, without_memory)
+                if number < count:
+                    total.add(self._sizes(memory), *found)
         entry: dict[str, Any] = {"step": self.step, "evaluation": meter.gathered(accelerator).result()}
         if first:
             entry["without_memory"] = alone.gathered(accelerator).result()
@@ -327,11 +388,12 @@ class Training:
             return
         self.saved = self.step
         optimizer = get_optimizer_state_dict(self.module, self.optimizer, options=WHOLE)
+        tensors = gathered(adapter_tensors(self.base), keep=self.accelerator.is_main_process)
         state = {"config": self.config.to_dict(), "data": self.sampler.data, "best": self.best}
         if self.accelerator.is_main_process:
 
             def write(folder: Path) -> None:
-                save_adapter(self.base, folder, self.adapter_config, self.base_name)
+                save_adapter(self.base, folder, self.adapter_config, self.base_name, tensors=tensors)
 
             checkpoint.save(self.output, self.step, state, optimizer, write)
             best = f"step-{self.best['step']:06d}" if self.best else None
@@ -361,17 +423,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             entries.append(json.loads(line))
     return entries
-
-
-def _without_memory(model: nn.Module, sample: Sample, num_labels: int) -> tuple[Tensor, Tensor]:
-    """The first labels of a sample from the local context alone, by the base model."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([list(sample.token_ids)], device=device)
-    positions = torch.arange(ids.shape[1] - 1, device=device)[None]
-    logits = run(model, ids[:, :-1], positions, Over(), logits_to_keep=sample.num_answers)
-    assert logits is not None
-    found, labels = logits[0, :num_labels].float(), ids[0, -sample.num_answers :][:num_labels]
-    return nn.functional.cross_entropy(found, labels, reduction="none"), found.argmax(-1) == labels
 
 
 @contextmanager

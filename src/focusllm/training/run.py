@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from focusllm.adapter import load_adapter, save_adapter
+from focusllm.adapter import load_tensors, save_adapter
 from focusllm.base import layout
 from focusllm.embedded import cache_folder, resolve_model
 from focusllm.errors import ConfigError, DocumentError, TrainingError
@@ -66,6 +67,17 @@ def train(
     if not config.sources:
         raise ConfigError("there are no sources; name at least one folder, file or dataset to train on.")
     _check_places(config, output)
+    with _launched_sharded() as sharded:
+        return _locked(config.replace(sharded=True) if sharded else config, output, report, reading, notify)
+
+
+def _locked(
+    config: TrainConfig,
+    output: Path,
+    report: Report,
+    reading: Callable[[str, int], None],
+    notify: Callable[[str], None],
+) -> Path:
     accelerator = _accelerator()
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -86,17 +98,23 @@ def train(
         lock.release()
 
 
-def _accelerator() -> Accelerator:
-    """One process, or several that each hold the whole model.
+@contextmanager
+def _launched_sharded() -> Iterator[bool]:
+    """Whether `accelerate launch --use_fsdp` was asked for.
 
-    Raises:
-        TrainingError: launched for a way of training that splits the model up.
+    Meanwhile nobody else sees that: accelerate would do it in its own way (on CPUs not at all), and transformers would
+    load the weights in the first process only, for accelerate to hand on.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise TrainingError(
-            "FSDP is not supported: processes have unequal numbers of passes, which it cannot wait for. Only the small "
-            "candidate projections are trained, so launch without FSDP (each process holds the model)."
-        )
+    name = "ACCELERATE_USE_FSDP"
+    asked = os.environ.get(name, "false")
+    os.environ[name] = "false"
+    try:
+        yield asked.lower() == "true"
+    finally:
+        os.environ[name] = asked
+
+
+def _accelerator() -> Accelerator:
     # Our own types and our own accumulation, whatever the user's accelerate configuration says.
     return Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -200,7 +218,7 @@ def _finish(training: Training, output: Path) -> None:
     folders = {path.name: path for path in checkpoint.all_of(output)}
     chosen = folders.get(f"step-{best:06d}" if best is not None else "", list(folders.values())[-1])
     log, steps = read_log(output / "log.jsonl"), int(chosen.name.removeprefix("step-"))
-    model, config = training.base, training.config
+    config = training.config
     adapter_config = training.adapter_config.replace(
         trained={
             "steps": steps,
@@ -210,9 +228,9 @@ def _finish(training: Training, output: Path) -> None:
             "prompt_lengths": list(config.prompt_lengths),
         }
     )
-    load_adapter(model, chosen, torch.float32)
+    notes, tensors = card_tables(config, log, chosen.name), load_tensors(chosen)
     with disk_errors(output / "adapter"), whole_folder(output / "adapter") as part:
-        save_adapter(model, part, adapter_config, config.model, notes=card_tables(config, log, chosen.name))
+        save_adapter(training.base, part, adapter_config, config.model, notes, tensors)
     plot_losses(log, output / "loss.png")
 
 
