@@ -58,6 +58,7 @@ ORDER = [
     "evaluation.plan",
     "evaluation.runner",
     "evaluation.report",
+    "evaluation.harness",
     "conformance",
     "cli",
     "__main__",
