@@ -68,6 +68,7 @@ ORDER = [
     "bench.contenders",
     "bench.run",
     "bench.report",
+    "evaluation.harness",
     "conformance",
     "cli",
     "__main__",

@@ -1,0 +1,179 @@
+"""The lm-evaluation-harness with FocusLLM: likelihoods, generation, and a whole run on made-up tasks, offline."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from focusllm import FocusLLM
+from focusllm.errors import ConfigError
+from focusllm.evaluation.example import LossExample
+
+pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the harness's own dependencies
+    import lm_eval
+    import lm_eval.__main__
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+    from lm_eval.tasks import TaskManager
+
+    from focusllm.evaluation import harness
+    from focusllm.evaluation.harness import FocusHarness
+
+pytestmark = pytest.mark.filterwarnings("default")  # what the harness itself warns of is not ours
+LONG = "A whale is not a fish, and the sea is wide. " * 4
+SHORT = "The sea is wide."
+
+
+@pytest.fixture
+def lm(tiny_llm: FocusLLM) -> FocusHarness:
+    return FocusHarness(tiny_llm, batch_size=2)
+
+
+def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    return [Instance(request_type=kind, doc={}, arguments=given, idx=0) for given in arguments]
+
+
+def base_nats(llm: FocusLLM, ids: list[int], count: int) -> float:
+    logits = llm.model.base(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return float(logits[torch.arange(len(ids) - 1), ids[1:]][-count:].sum())
+
+
+def test_the_harness_knows_the_model(lm: FocusHarness) -> None:
+    assert get_model("focusllm") is FocusHarness
+    assert lm.max_length > 10 * 512  # the base model has 512 positions
+
+
+@torch.no_grad()
+def test_short_texts_have_the_base_models_likelihoods(lm: FocusHarness) -> None:
+    ((nats, _),) = lm.loglikelihood(asked("loglikelihood", (SHORT, " Yes.")), disable_tqdm=True)
+    ids = lm.tok_encode(SHORT + " Yes.")
+    assert nats == pytest.approx(base_nats(lm.llm, ids, 5), abs=1e-4)
+    (whole,) = lm.loglikelihood_rolling(asked("loglikelihood_rolling", (SHORT,)), disable_tqdm=True)
+    assert whole == pytest.approx(base_nats(lm.llm, [1, *lm.tok_encode(SHORT)], len(SHORT)), abs=1e-4)
+
+
+@torch.no_grad()
+def test_long_texts_have_the_methods_likelihoods(lm: FocusHarness) -> None:
+    ((nats, _),) = lm.loglikelihood(asked("loglikelihood", (LONG, "So it is.")), disable_tqdm=True)
+    context, continuation = lm.tok_encode(LONG.rstrip()), lm.tok_encode(" So it is.")
+    made, expected = lm.llm.model(torch.tensor([context])), 0.0
+    for token in continuation:
+        expected += float(made.logits[0, -1].log_softmax(-1)[token])
+        made = lm.llm.model(torch.tensor([[token]]), past_key_values=made.past_key_values)
+    assert nats == pytest.approx(expected, abs=1e-4)
+    (whole,) = lm.loglikelihood_rolling(asked("loglikelihood_rolling", (LONG,)), disable_tqdm=True)
+    ids = (1, *lm.tok_encode(LONG))
+    assert whole == -lm.method.loss(LossExample("", ids, len(LONG)))[0]
+    lm.max_length = 100
+    ((cut, _),) = lm.loglikelihood(asked("loglikelihood", (LONG, "So it is.")), disable_tqdm=True)
+    ((end, _),) = lm.loglikelihood(asked("loglikelihood", (LONG[-91:], "So it is.")), disable_tqdm=True)
+    assert cut == pytest.approx(end, abs=1e-5)
+    assert abs(cut - nats) > 1e-4
+
+
+def test_greedy_continuations_are_called_so(lm: FocusHarness) -> None:
+    context = lm.tok_encode(LONG)
+    made = lm.llm.model.generate(torch.tensor([context]), max_new_tokens=3, do_sample=False)[0, len(context) :].tolist()
+    (greedy,), (other,) = (
+        lm._loglikelihood_tokens([(("", ""), context, [*made[:-1], last])], disable_tqdm=True)
+        for last in (made[-1], (made[-1] + 1) % 250)
+    )
+    assert greedy[1]
+    assert not other[1]
+    assert greedy[0] > other[0]
+
+
+def test_answers_do_not_depend_on_their_neighbours(lm: FocusHarness) -> None:
+    settings = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False, "temperature": 0.0}
+    requests = asked("generate_until", (LONG, settings), (SHORT, settings))
+    together = lm.generate_until(requests, disable_tqdm=True)
+    lm.batch_size = 1
+    assert lm.generate_until(requests, disable_tqdm=True) == together
+
+
+def test_stop_strings_end_an_answer(lm: FocusHarness) -> None:
+    free = {"until": [], "max_gen_toks": 8}
+    (answer,) = lm.generate_until(asked("generate_until", (LONG, free)), disable_tqdm=True)
+    stop = answer[2]
+    (stopped,) = lm.generate_until(asked("generate_until", (LONG, {**free, "until": stop})), disable_tqdm=True)
+    assert stopped == answer[: answer.index(stop)]
+    assert harness.cut_at("a, b. c", ["x", ". ", ","]) == "a"
+
+
+def test_long_rolling_texts_are_predicted_once_a_token() -> None:
+    for length in (2, 9, 10, 11, 30):
+        predicted = [i for first, stop in harness.parts(length, 10) for i in range(first, stop)]
+        assert predicted == list(range(1, length))
+
+
+def test_chat_templates(lm: FocusHarness) -> None:
+    history = [{"role": "user", "content": "Who?"}]
+    assert lm.apply_chat_template(history) == "<s>Who?</s><s>"
+    assert lm.tok_encode("<s>Who?</s>") == [1, *lm.tok_encode("Who?"), 2]
+    assert lm.chat_template(True) == lm.tokenizer.chat_template
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> dict[str, Any]:
+    """A task of the harness on a local file."""
+    rows = [{"text": LONG, "question": f"Question {i}?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "doc_to_text": "{{text}}\n{{question}}",
+        "metadata": {"version": 1},
+    }
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "multiple_choice": {"doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]},
+    "generate_until": {
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "loglikelihood_rolling": {"doc_to_target": "{{text}}", "metric_list": [{"metric": "word_perplexity"}]},
+}
+
+
+@pytest.mark.parametrize(("kinds", "chat"), [(list(KINDS), False), (["generate_until"], True)])
+def test_a_whole_run(kinds: list[str], chat: bool, task: dict[str, Any], lm: FocusHarness) -> None:
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=[{**task, "task": kind, "output_type": kind, **KINDS[kind]} for kind in kinds],
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=chat,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    for kind in kinds:
+        assert len(results["samples"][kind]) == 2
+        assert any(isinstance(value, float) for value in results["results"][kind].values())
+    prompt = results["samples"]["generate_until"][0]["arguments"][0][0]
+    assert prompt == (f"<s>{LONG}\nQuestion 0?</s><s>" if chat else f"{LONG}\nQuestion 0?")
+
+
+def test_wrong_arguments(tiny_llm: FocusLLM) -> None:
+    with pytest.raises(ConfigError, match=r"no setting chunk_lenght"):
+        FocusHarness(tiny_llm, chunk_lenght=24)
+    with pytest.raises(ConfigError, match=r"batch_size is 'auto'"):
+        FocusHarness(tiny_llm, batch_size="auto")
+
+
+def test_the_command_says_what_is_wrong(
+    tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: FocusHarness(tiny_llm, chunk_lenght=3))
+    with pytest.raises(SystemExit) as stopped:
+        harness.main()
+    assert stopped.value.code == 2
+    assert "no setting chunk_lenght" in capsys.readouterr().err
