@@ -92,7 +92,7 @@ def test_focus_answers_as_ask_does(llm: FocusLLM) -> None:
 
 @pytest.mark.parametrize("options", ["", "decoding=exact", "chunk_length=31,local_length=50", "chunks_per_batch=1"])
 def test_focus_loss_is_that_of_decoding(options: str, llm: FocusLLM) -> None:
-    method = build_method(f"focus:{options}", llm)
+    method = build_method(f"focus:refresh_rows=null,{options}", llm)
     config, ids = method.config, list(loss_example(300).text_ids)
     far, local = ids[: -config.local_length], ids[-config.local_length :]
     request = start_request(llm.model.base, encode(llm.model.base, far, config), local[:-12], config)

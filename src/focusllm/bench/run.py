@@ -36,7 +36,7 @@ from focusllm.bench.measure import (
 from focusllm.bench.plan import Plan, Spec
 from focusllm.chunking import count_chunks
 from focusllm.config import FocusConfig
-from focusllm.cost import check_read, estimate, find_place
+from focusllm.cost import GIB, check_read, estimate, find_place
 from focusllm.embedded import ALIAS, cache_folder, embedded_gguf, resolve_model
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
 from focusllm.info import describe
@@ -210,12 +210,16 @@ class _Bench:
         expected = expected_seconds(list(known), list(known.values()), length, spec.is_quadratic)
         if expected is not None and expected > self.plan.limit_minutes * 60:
             return f"a turn would take about {expected / 60:.1f} minutes (--limit-minutes {self.plan.limit_minutes:g})"
+        if spec.name in self.configs:
+            try:
+                check_read(self.skeleton, self.configs[spec.name], length, cache_folder())
+            except MemoryLimitError as error:
+                return str(error).rstrip(".")
+            return None
         # Full attention reads the text as one chunk.
-        whole = FocusConfig(chunk_length=length, chunks_per_batch=1, kv_place="device")
-        try:
-            check_read(self.skeleton, self.configs.get(spec.name, whole), length, cache_folder())
-        except MemoryLimitError as error:
-            return str(error).rstrip(".")
+        cost = estimate(self.skeleton, FocusConfig(chunk_length=length, chunks_per_batch=1), length)
+        if cost.new > cost.free:
+            return f"it needs about {cost.new / GIB:.1f} GiB, and {cost.free / GIB:.1f} GiB are free"
         return None
 
     def _row(self, spec: Spec, length: int, turns: list[dict[str, Any]]) -> dict[str, Any]:
