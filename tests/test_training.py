@@ -41,6 +41,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(max_position_embeddings=512).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT)
+    rows = [{"prompt": TEXT[70 * i : 70 * i + 130], "completion": f"answer {i}"} for i in range(100)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -574,7 +576,13 @@ with suppress(KeyboardInterrupt):
     train(config, sys.argv[2], report=interrupt)
 train(config, sys.argv[2])
 """
-FEW_LABELS = 12  # in a pack, so that processes need unequal numbers of passes
+FEW_LABELS = 8  # in a pack, and rows with one answer only: processes need unequal numbers of passes
+
+
+def unequal(base: Path) -> dict[str, Any]:
+    return {**tiny(base), "sources": [str(base / "text.txt"), str(base / "rows.jsonl")]}
+
+
 WAYS = {
     "copies": ({}, "false", "DistributedDataParallel holds 100%"),
     "sharded by the settings": ({"sharded": True}, "false", "FSDPMemoryLoss holds 50%"),
@@ -588,7 +596,7 @@ def in_one_process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FOCUSLLM_CACHE", str(output.parent / "cache"))
         patched.setattr("focusllm.training.dense.PACK_LABELS", FEW_LABELS)
-        train(TrainConfig.from_dict(tiny(base)), output)
+        train(TrainConfig.from_dict(unequal(base)), output)
     return output
 
 
@@ -596,7 +604,7 @@ def in_one_process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, tmp_path: Path) -> None:
     """The same global batch shared out between two gloo processes, interrupted: the same losses, the same weights."""
     changes, launched_sharded, wrapped = WAYS[way]
-    (tmp_path / "config.json").write_text(json.dumps({**tiny(base), **changes}))
+    (tmp_path / "config.json").write_text(json.dumps({**unequal(base), **changes}))
     (tmp_path / "program.py").write_text(PROCESS)
     environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_FSDP": launched_sharded, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
