@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, inject
+from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, TrainConfig, inject
 from focusllm.adapter import injected
+from training import TEXT, tiny
 
 torch.set_num_threads(2)
 transformers.logging.set_verbosity_error()
@@ -144,3 +146,22 @@ def embedded() -> FocusLLM:
 def settings() -> Callable[..., FocusConfig]:
     """Small lengths, changed as needed."""
     return SMALL.replace
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny model without candidate projections, and a text."""
+    folder = tmp_path_factory.mktemp("base")
+    build(max_position_embeddings=512).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    rows = [{"prompt": TEXT[70 * i : 70 * i + 130], "completion": f"answer {i}"} for i in range(100)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def train_settings(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Settings of a tiny training, changed as needed, with a cache of its own."""
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path / "cache"))
+    return lambda **changes: TrainConfig.from_dict({**tiny(base), **changes})

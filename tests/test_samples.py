@@ -1,0 +1,219 @@
+"""What a training reads: corpora, made-up tasks, questions from files, the samples made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import byte_tokenizer
+from focusllm import DocumentError, TrainConfig, train
+from focusllm.errors import ConfigError
+from focusllm.training.config import Source
+from focusllm.training.corpus import Corpus, load_corpus
+from focusllm.training.sampling import Sampler
+from focusllm.training.tasks import Questions, fact, read_multihop, read_stories, table
+from training import TEXT
+
+
+def read(path: Path, folder: Path, **source: Any) -> Corpus:
+    return load_corpus(Source(str(path), **source), byte_tokenizer(), folder)
+
+
+def test_folders_keep_their_documents_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.md").write_text("three")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00binary\x00")
+    corpus = read(tmp_path, tmp_path / "cache")
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(corpus.document(i)) for i in range(len(corpus))] == ["one two", "three"]
+
+
+def test_a_source_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    first = read(tmp_path / "a.txt", tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr("focusllm.training.corpus._tokenise", None)
+        assert np.array_equal(read(tmp_path / "a.txt", tmp_path / "cache").tokens, first.tokens)
+    (tmp_path / "a.txt").write_text("changed!")
+    assert len(read(tmp_path / "a.txt", tmp_path / "cache").tokens) == 8
+
+
+def test_jsonl_with_text_messages_and_prompts(tmp_path: Path) -> None:
+    rows = [
+        {"text": "plain"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        {"prompt": "question ", "completion": "answer"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    corpus, tokenizer = read(path, tmp_path / "cache"), byte_tokenizer()
+    assert corpus.answers.tolist()[0] == -1
+    answers = [tokenizer.decode(corpus.document(i)[corpus.answers[i] :]) for i in (1, 2)]
+    assert answers == ["Ho</s>", "answer</s>"]
+    assert tokenizer.decode(corpus.document(1)).startswith("<s>Hi</s><s>")
+    path.write_text('{"text": "fine"}\n{"body": "x"}')
+    with pytest.raises(ConfigError, match=r"line 2 has no text in a column 'text'.*it has body"):
+        read(path, tmp_path / "cache")
+    path.write_text("nonsense")
+    with pytest.raises(DocumentError, match="line 1 is not JSON"):
+        read(path, tmp_path / "cache")
+
+
+def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"body": "alpha"}\n{"body": "beta"}')
+    source = f"hf:{tmp_path / 'data'}"
+    corpus = load_corpus(Source(source, column="body"), byte_tokenizer(), tmp_path / "cache")
+    assert [byte_tokenizer().decode(corpus.document(i)) for i in range(2)] == ["alpha", "beta"]
+    with pytest.raises(ConfigError, match="has no text in a column 'text'"):
+        load_corpus(Source(source), byte_tokenizer(), tmp_path / "cache")
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(DocumentError, match=r"the dataset nobody/nothing cannot be read \(no such host\)"):
+        load_corpus(Source("hf:nobody/nothing"), byte_tokenizer(), tmp_path / "cache")
+
+
+def test_empty_and_short_sources(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DocumentError, match="empty has no text"):
+        train(train_settings(sources=[str(tmp_path / "empty")]), tmp_path / "out")
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(DocumentError, match="has 8 tokens, but a sample takes at least 56"):
+        train(train_settings(sources=[str(tmp_path / "short.txt")]), tmp_path / "out")
+
+
+def test_held_out_text_is_not_trained_on() -> None:
+    tokens = np.arange(1000)
+    many = Corpus("many", tokens, np.arange(0, 1000, 10), np.arange(10, 1001, 10), np.full(100, -1))
+    trained, held_out = many.split()
+    assert (len(trained), len(held_out)) == (98, 2)
+    assert not set(trained.starts) & set(held_out.starts)
+    one = Corpus("one", tokens, np.array([0]), np.array([1000]), np.array([-1]))
+    trained, held_out = one.split()
+    assert (trained.ends[0], held_out.starts[0], held_out.ends[0]) == (980, 980, 1000)
+
+
+@pytest.fixture
+def sampler(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> Sampler:
+    story = "1 Mary went to the garden.\n2 John took the milk.\n3 Where is Mary? \tgarden\t1\n"
+    (tmp_path / "babi.txt").write_text(story)
+    paragraphs = {"context": [["A", ["x."]], ["B", ["y."]]], "supporting_facts": [["A", 0]]}
+    (tmp_path / "hops.json").write_text(json.dumps([{"question": "Who?", "answer": "Ann", **paragraphs}]))
+    config = train_settings(
+        objectives={"repetition": 1, "continuation": 1, "facts": 1, "tables": 1, "stories": 1, "multihop": 1},
+        stories=[str(tmp_path / "babi.txt")],
+        multihop=[str(tmp_path / "hops.json")],
+        chunk_lengths=[512, 1024],
+        memory_lengths=[2048],
+        samples_per_memory=6,
+    )
+    (tmp_path / "text.txt").write_text(TEXT)
+    return Sampler(config, byte_tokenizer(), [(read(tmp_path / "text.txt", tmp_path / "cache"), 1.0)])
+
+
+def test_samples_are_what_their_objectives_say(sampler: Sampler) -> None:
+    decode = byte_tokenizer().decode
+    seen = set()
+    for number in range(25):
+        memory = sampler.draw(0, number)
+        assert memory.chunks.shape[0] * memory.chunks.shape[1] == 2048
+        far = decode(memory.chunks.flatten())
+        for sample in memory.samples:
+            text, answer = decode(sample.token_ids), decode(sample.token_ids[-sample.num_answers :])
+            value = answer.removesuffix("</s>").strip()
+            seen.add(sample.objective)
+            if sample.objective == "repetition":
+                assert text in far
+            elif sample.objective == "continuation":
+                assert text in TEXT
+            elif sample.objective in ("facts", "tables"):
+                assert value.removesuffix(".").split(" is ")[-1] in far
+            elif sample.objective == "stories":
+                assert value == "garden"
+                assert far.index("Mary went to the garden") < far.index("John took the milk")
+            else:
+                assert value == "Ann"
+                assert "A\nx." in far
+            assert sample.prompt_length >= 1
+    assert seen == {"repetition", "continuation", "facts", "tables", "stories", "multihop"}
+
+
+def test_samples_depend_on_seed_step_and_number_only(sampler: Sampler) -> None:
+    def ids(step: int, number: int, part: str = "train") -> list[int]:
+        sampler.part = part
+        memory = sampler.draw(step, number)
+        return [*memory.chunks.flatten().tolist(), *(token for s in memory.samples for token in s.token_ids)]
+
+    assert ids(3, 1) == ids(3, 1)
+    assert len({tuple(x) for x in (ids(3, 1), ids(3, 2), ids(4, 1), ids(3, 1, "held out"))}) == 4
+
+
+def test_answers_of_a_prompt_are_supervised_and_nothing_is_lost(
+    train_settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": TEXT[:301], "completion": "the answer"}))
+    corpus = read(tmp_path / "rows.jsonl", tmp_path / "cache")
+    memory = Sampler(train_settings(answer_length=16, memory_lengths=[320]), byte_tokenizer(), [(corpus, 1.0)]).draw(
+        0, 0
+    )
+    (sample,) = memory.samples
+    decode = byte_tokenizer().decode
+    assert decode(memory.chunks.flatten()) + decode(sample.token_ids) == f"{TEXT[:301]}the answer</s>"
+    assert decode(sample.token_ids[-sample.num_answers :]) == "the answer</s>"
+    assert memory.chunks.shape[1] <= 64
+
+
+def test_made_up_tasks_have_their_answer_in_them() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        task = fact(rng)
+        assert task.answer in task.inserts[0]
+        task = table(rng)
+        assert task.answer in task.inserts[0]
+        assert task.lead in task.inserts[0]
+    words = " ".join(fact(rng).inserts[0] + fact(rng).question for _ in range(500)).lower()
+    assert "pass key" not in words  # the evaluation's own wording
+    assert "passkey" not in words
+
+
+def test_stories_are_read_from_babi(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "1 A is here.\n2 Where is A? \there\t1\n3 B left.\n4 Where is B? |away,far|3\n1 New.\n2 Q? \tx\t1\n"
+    )
+    assert [(len(q.inserts), q.answer) for q in read_stories([path])] == [(1, "here"), (2, "away, far"), (1, "x")]
+    path.write_text("no number\n")
+    with pytest.raises(DocumentError, match="line 1 does not begin with a number"):
+        read_stories([path])
+    path.write_text("1 Only a fact.\n")
+    with pytest.raises(DocumentError, match=r"a\.txt has no questions"):
+        read_stories([path])
+    with pytest.raises(DocumentError, match="cannot be read"):
+        read_stories([tmp_path / "none.txt"])
+
+
+def test_multihop_in_both_formats(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    paragraphs = [{"title": str(i), "paragraph_text": "x.", "is_supporting": i < 2} for i in range(9)]
+    path.write_text(json.dumps({"paragraphs": paragraphs, "question": "Who?", "answer": "Ann"}) + "\n")
+    (task,) = read_multihop([path])
+    assert (len(task.inserts), task.answer, task.inserts[0]) == (6, "Ann", "0\nx.")
+    path.write_text('[{"question": 1}]')
+    with pytest.raises(DocumentError, match="is not in HotpotQA's or MuSiQue's format"):
+        read_multihop([path])
+
+
+def test_questions_from_files_are_kept_from_training() -> None:
+    tasks = [fact(np.random.default_rng(i)) for i in range(120)]
+    trained, kept = Questions(tasks, "train").tasks, Questions(tasks, "held out").tasks
+    assert (len(trained), len(kept), len(Questions(tasks).tasks)) == (118, 2, 120)
+    assert not [task for task in kept if task in trained]
