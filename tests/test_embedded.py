@@ -14,7 +14,8 @@ import torch
 
 from focusllm import FocusConfig, FocusLLM, ModelError
 from focusllm import embedded as module
-from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.chunks import encode
+from focusllm.engine import decode, prefill, start_request
 from focusllm.modeling import computing_dtype
 from focusllm.verify import verify
 

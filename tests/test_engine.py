@@ -9,7 +9,8 @@ from torch import nn
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, FocusConfig
 from focusllm.chunking import cut, num_local_chunks, split
-from focusllm.engine import Request, decode, encode, prefill, start_request
+from focusllm.chunks import encode
+from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.kv import KV, GrowingKV
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

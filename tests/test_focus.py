@@ -9,8 +9,9 @@ from torch import nn
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import AdapterConfig
 from focusllm.adapter import injected, trainable_parameters
-from focusllm.attention import _partial, _partial_by_formula, attend
-from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.attention import _attend_by_products, _attend_joined, _partial, _partial_by_formula, attend
+from focusllm.chunks import encode
+from focusllm.engine import decode, prefill, start_request
 from focusllm.focus import encode_chunks, focus_logits, read_prompt
 from focusllm.kv import KV
 from focusllm.rope import move_keys, rotation
@@ -231,3 +232,30 @@ def test_partial_attention_by_formula_equals_the_kernel(causal: bool, masked: bo
     want, want_lse = _partial_by_formula(query, key, value, mask, causal, 0.25)
     torch.testing.assert_close(out, want, **CLOSE)
     torch.testing.assert_close(lse, want_lse, **CLOSE)
+
+
+@pytest.mark.parametrize("own", ["causal", "diagonal", "rows"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> None:
+    """What 2-byte types take on a CPU, in float64: results and gradients, with a room behind what counts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key, value = (random(2, heads, 5, 8).requires_grad_() for heads in (4, 2, 2))
+    earlier = (random(2, 2, 9, 8), random(2, 2, 9, 8).requires_grad_(), 7)
+    mask = {
+        "causal": None,
+        "diagonal": torch.eye(5, dtype=torch.bool),
+        "rows": torch.rand(2, 5, 5, generator=generator) > 0.3,
+    }[own]
+    segment_mask = torch.rand(5, 7, generator=generator) > 0.3 if masked else None
+    segments = [([earlier], segment_mask), ([(random(2, 2, 3, 8), random(2, 2, 3, 8), 3)], None)]
+    results = []
+    for function in (_attend_joined, _attend_by_products):
+        out = function(query, key, value, segments, mask, 0.3)
+        grads = torch.autograd.grad((out * torch.arange(8)).sum(), (query, key, value, earlier[1]))
+        results.append((out, *grads))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)

@@ -22,7 +22,8 @@ from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, ConfigError, FocusForCausalLM, FocusState, MemoryLimitError, ModelError
 from focusllm.adapter import injected
 from focusllm.chunking import split
-from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.chunks import encode
+from focusllm.engine import decode, prefill, start_request
 
 TEXT = torch.tensor([random_ids(110)])
 

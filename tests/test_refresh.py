@@ -12,7 +12,8 @@ import reference
 from conftest import SMALL, random_ids
 from focusllm import ConfigError, FocusConfig, engine
 from focusllm.chunking import split
-from focusllm.engine import Request, decode, encode, prefill, start_request
+from focusllm.chunks import encode
+from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.refresh import RefreshPolicy
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

@@ -204,6 +204,15 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(
         check_read(model, SMALL.replace(kv_place="disk"), 100_000, tmp_path)
 
 
+def test_what_is_written_needs_no_room(tiny_llm: FocusLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "The key is under the mat. " * 20
+    tiny_llm.read(text, store=tmp_path)
+    monkeypatch.setattr("focusllm.cost.free_disk", lambda _: 10)
+    tiny_llm.read(text, store=tmp_path)
+    with pytest.raises(MemoryLimitError, match="on disk"):
+        tiny_llm.read(text + "More.", store=tmp_path)
+
+
 def test_documents_are_kept_in_a_folder(tiny_llm: FocusLLM, tmp_path: Path) -> None:
     text = "The key is under the mat. " * 20
     first = tiny_llm.read(text, store=tmp_path / "kept")

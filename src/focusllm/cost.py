@@ -118,14 +118,14 @@ def total_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> str:
+def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, written: int = 0) -> str:
     """Where the chunks of a text go (see `find_place`); refuses what fits nowhere, before anything is computed.
 
     Raises:
         MemoryLimitError: with what is needed, what is free, and the setting that would fit.
         ConfigError: more chunks than the base model has positions for.
     """
-    place = find_place(model, config, num_tokens, folder)
+    place = find_place(model, config, num_tokens, folder, written)
     if place is not None:
         config.check_num_chunks(count_chunks(num_tokens, config.chunk_length), layout(model).max_positions)
         return place
@@ -140,13 +140,15 @@ def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: P
     )
 
 
-def find_place(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> str | None:
+def find_place(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, written: int = 0) -> str | None:
     """The first of device, host and disk (or the one that is set) that has room for a text's chunks; None: none has.
 
     Args:
         folder: where files would go.
+        written: bytes of them that are there already.
     """
-    return next((place for place in _places(model, config) if _fits(model, config, num_tokens, place, folder)), None)
+    places = _places(model, config)
+    return next((place for place in places if _fits(model, config, num_tokens, place, folder, written)), None)
 
 
 def _places(model: nn.Module, config: FocusConfig) -> list[str]:
@@ -155,10 +157,10 @@ def _places(model: nn.Module, config: FocusConfig) -> list[str]:
     return list(dict.fromkeys("device" if place == "host" and not has_host else place for place in chosen))
 
 
-def _fits(model: nn.Module, config: FocusConfig, num_tokens: int, place: str, folder: Path) -> bool:
+def _fits(model: nn.Module, config: FocusConfig, num_tokens: int, place: str, folder: Path, written: int) -> bool:
     cost = estimate(model, config, num_tokens, place=place)
     stored = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
-    elsewhere = {"device": 0, "host": free_memory(torch.device("cpu")), "disk": free_disk(folder)}[place]
+    elsewhere = {"device": 0, "host": free_memory(torch.device("cpu")), "disk": free_disk(folder) + written}[place]
     return cost.new <= cost.free and (place == "device" or stored <= elsewhere)
 
 

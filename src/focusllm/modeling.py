@@ -198,8 +198,9 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             return []
         folder = store or cache_folder() / "rows"
         config = self.focus_config if store is None else self.focus_config.replace(kv_place="disk")
-        kind = check_read(self.base, config, len(token_ids), folder)
         name = document_key(self.base, token_ids, config) if store else None
+        written = sum(path.stat().st_size for path in folder.glob(f"{name}-*.rows")) if name else 0
+        kind = check_read(self.base, config, len(token_ids), folder, written)
         return encode(self.base, token_ids, config, progress, Place(kind, folder, name), notify)
 
     @torch.no_grad()
