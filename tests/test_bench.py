@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch, model_folder: Path):
     monkeypatch.setattr(Scripted, "trouble", {})
     monkeypatch.setattr(Scripted, "turns", [])
 
-    def run(contenders: str, *settings: str, lengths: list[int] = LENGTHS, **changes: Any) -> dict[str, Any]:
+    def run(
+        contenders: str,
+        *settings: str,
+        lengths: list[int] = LENGTHS,
+        keep: Callable[[dict[str, Any]], object] = lambda _: None,
+        **changes: Any,
+    ) -> dict[str, Any]:
         plan = Plan(parse_contenders(contenders, settings), lengths, str(model_folder), threads=2, **changes)
-        return bench_run.run(plan, "A text. " * 1100)
+        return bench_run.run(plan, "A text. " * 1100, keep=keep)
 
     return run
 
@@ -286,6 +293,13 @@ def test_table_and_files(scripted, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "~64" in out
     assert "full at 8,000 tokens fitted: longer than --full-to 4000." in out
     assert "products 1 GFLOP/s, bandwidth 1.0 GB/s" in out
+
+
+def test_what_is_measured_is_kept_on_the_way(scripted) -> None:
+    kept: list[dict[str, Any]] = []
+    result = scripted("focus", keep=kept.append)
+    assert [[row["tokens"] for row in found["results"]] for found in kept] == [LENGTHS[:n] for n in (1, 2, 3)]
+    assert kept[-1]["results"] == result["results"][:-1]
 
 
 def test_without_matplotlib_there_are_no_plots(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

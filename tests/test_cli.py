@@ -72,6 +72,23 @@ def test_ask_json(focusllm, model_folder: Path, story: Path) -> None:
     assert answer["answers"][0]["num_generated_tokens"] == 4
 
 
+def test_ask_keeps_what_was_read(focusllm, model_folder: Path, story: Path, tmp_path: Path) -> None:
+    common = ("ask", story, "-q", "What?", "-m", model_folder, "--max-new-tokens", 6, "--json")
+    plain = json.loads(focusllm(*common)[1])["answers"][0]["text"]
+    for kv_dtype in ("same", "int8", "same"):
+        code, out, _ = focusllm(*common, "--store", tmp_path / "kept", "--kv-dtype", kv_dtype)
+        assert code == 0
+        if kv_dtype == "same":
+            assert json.loads(out)["answers"][0]["text"] == plain
+    assert len({path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()}) == 2
+    code, _, err = focusllm(*common, "--store", story / "no-folder")
+    assert code == 2
+    assert "cannot be written" in err
+    code, _, err = focusllm(*common, "--kv-dtype", "int2")
+    assert code == 2
+    assert "kv_dtype is 'int2'; it must be 'same', 'int8' or 'int4'" in err
+
+
 def test_ask_equals_the_library(focusllm, model_folder: Path, story: Path, tiny_llm) -> None:
     _, out, _ = focusllm("ask", story, "-q", "What?", "-m", model_folder, "--max-new-tokens", 6, "--json")
     expected = tiny_llm.ask(tiny_llm.read(story), "What?", max_new_tokens=6)

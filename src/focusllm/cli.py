@@ -319,10 +319,15 @@ def bench(
     with _calm_libraries(), _bench_progress(as_json) as report:
         from focusllm.bench.run import run
 
-        result = run(plan, document or sample_text(), name, report, _notify)
-    result = {"command": " ".join(["focusllm", *sys.argv[1:]]), **result}
-    with _writing_to(output):
-        paths = write_result(result, output)
+        command = " ".join(["focusllm", *sys.argv[1:]])
+
+        def keep(found: dict[str, Any]) -> list[Path]:  # what is measured is there even if the rest is not waited for
+            with _writing_to(output):
+                return write_result({"command": command, **found}, output)
+
+        result = run(plan, document or sample_text(), name, report, _notify, keep)
+    result = {"command": command, **result}
+    paths = keep(result)
     if not as_json:
         from rich.console import Console
 

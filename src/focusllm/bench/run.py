@@ -58,12 +58,14 @@ def run(
     name: str = "text",
     report: Report = lambda *_: None,
     notify: Callable[[str], None] = lambda _: None,
+    keep: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure all that a plan names.
 
     Args:
         text: what is read, cut to each length; repeated if it is too short.
         name: how the result calls it.
+        keep: called with the result so far when a length is done, the last one excepted.
 
     Returns:
         A result as JSON takes it: the plan, the machine and its limits, and under `results` a row for every contender
@@ -87,17 +89,18 @@ def run(
         notify(f"{contender} is left out: {reason}.")
     bench = _Bench(plan, skeleton, configs, frames, ids, report)
     bench.given_up |= absent
-    for length in sorted(plan.lengths):
-        bench.measure(length)
-    return {
+    about = {
         "machine": {**machine(), "threads": bench.threads, "cores": torch.multiprocessing.cpu_count()},
         "model": facts,
         "plan": _as_json(plan),
         "contenders": {spec.name: _about(spec, configs) for spec in plan.specs},
         "text": {"name": name, "questions": QUESTIONS, "tokens": len(ids), "repeated": len(ids) < longest},
-        "limits": bench.limits,
-        "results": bench.with_fits(),
     }
+    for length in sorted(plan.lengths):
+        bench.measure(length)
+        if length != longest:
+            keep({**about, "limits": bench.limits, "results": bench.with_fits()})
+    return {**about, "limits": bench.limits, "results": bench.with_fits()}
 
 
 class _Bench:
