@@ -149,6 +149,15 @@ def test_a_damaged_file_is_found_when_it_is_opened_again(llama: nn.Module, tmp_p
     assert len(said) == 1  # the header told of the first; a changed record shows when it is read
 
 
+def test_a_file_of_another_text_is_found_out(llama: nn.Module, tmp_path: Path) -> None:
+    said: list[str] = []
+    blocks = encode(llama, IDS, SMALL, place=Place("disk", tmp_path, "book"), notify=said.append)
+    encode(llama, [*IDS[:24], *random_ids(24 * 5 + 7, seed=9)], SMALL, place=Place("disk", tmp_path, "other"))
+    (tmp_path / "book-24.rows").write_bytes((tmp_path / "other-24.rows").read_bytes())
+    assert difference(rows_of(llama, blocks), rows_of(llama, encode(llama, IDS, SMALL))) == 0
+    assert len(said) == 5  # the first chunk is the same in both
+
+
 def test_names_tell_models_types_and_texts_apart() -> None:
     model = build()
     names = {

@@ -77,7 +77,7 @@ class ChunkBlock:
             self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
             encoded = encode_chunks(model, self.token_ids[start:stop])
             self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
-            return self.kv.rows(self.first + start, self.first + stop)
+            return self.kv.packing.unpack(self.kv.packing.pack(encoded))  # as if from the file, whatever it holds
 
 
 def _joined(parts: Sequence[KV]) -> KV:

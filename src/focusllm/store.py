@@ -194,6 +194,7 @@ class RowFile:
         self.packing, self.num_rows, self.length, self.path = packing, num_rows, length, path
         self.row_bytes = packing.row_bytes(length)
         self._turn = threading.Lock()
+        self._digests: dict[int, bytes] = {}
         header = {"format": 1, "dtype": str(packing.dtype), "kv_dtype": packing.kv_dtype, "length": length}
         sizes = {"layers": len(packing.devices), "num_kv_heads": packing.num_kv_heads, "head_dim": packing.head_dim}
         wanted = json.dumps({**header, **sizes}).encode().ljust(HEADER)
@@ -223,15 +224,15 @@ class RowFile:
         """Some rows, read and checked.
 
         Raises:
-            DamagedRow: a record is cut off, or not what was written.
+            DamagedRow: a record is cut off, not what was written, or of other tokens than were written or found here.
         """
         raw = torch.empty(stop - start, self.row_bytes + TRAILER, dtype=torch.uint8)
         with self._turn:
             self._file.seek(self._place(start))
             got = _read_into(self._file, memoryview(raw.numpy().data).cast("B"))
         for i, record in enumerate(raw.numpy()):
-            whole = (i + 1) * raw.shape[1] <= got
-            if not whole or xxhash.xxh3_64_digest(record[: self.row_bytes]) != record[self.row_bytes :][:8].tobytes():
+            checks = xxhash.xxh3_64_digest(record[: self.row_bytes]) + self._digests.get(start + i, b"")
+            if (i + 1) * raw.shape[1] > got or record[self.row_bytes :].tobytes() != checks:
                 raise DamagedRow(f"record {start + i} of {self.path or 'a temporary file'}")
         parts, offset = [], 0
         for shape, dtype in self.packing.parts(self.length) * (2 * len(self.packing.devices)):
@@ -246,7 +247,8 @@ class RowFile:
         raw = torch.cat([part.reshape(kv.num_rows, -1).view(torch.uint8).cpu() for part in parts], 1).numpy()
         try:
             for i, (record, tokens) in enumerate(zip(raw, token_ids.tolist(), strict=True)):
-                checked = xxhash.xxh3_64_digest(record) + _digest(tokens)
+                self._digests[row + i] = _digest(tokens)
+                checked = xxhash.xxh3_64_digest(record) + self._digests[row + i]
                 with self._turn:
                     self._write(self._place(row + i), memoryview(record).cast("B"))
                     self._file.write(checked)
@@ -258,7 +260,8 @@ class RowFile:
         """Whether a record of these tokens is there (its contents are checked when they are read)."""
         with self._turn:
             self._file.seek(self._place(row) + self.row_bytes + 8)
-            return self._file.read(8) == _digest(token_ids)
+            self._digests[row] = _digest(token_ids)
+            return self._file.read(8) == self._digests[row]
 
     def _place(self, row: int) -> int:
         return HEADER + row * (self.row_bytes + TRAILER)
