@@ -13,6 +13,7 @@ Letters: R rows, k hot rows, C tokens of a chunk, K key-value heads, D head dime
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -107,23 +108,27 @@ class HotRows:
         if len(self.hot) == len(self.rows):
             return
         paid = attention[[row.slot for row in self.rows]].tolist()
+        alike: dict[int, list[tuple[int, int, KV]]] = defaultdict(list)
         for old, new in policy.wanted(paid, self.hot):
-            self._replace(model, old, new, row_ids)
+            row, place = self.rows[new], self.hot.index(old)
+            self.parked[old] = self.tail.rows(place, place + 1).tokens(row.tail.length).map(torch.clone)
+            seen = concat([row.tail, self.parked.pop(new)], 2) if new in self.parked else row.tail
+            alike[seen.length].append((place, new, seen))
+        for group in alike.values():
+            self._enter(model, group, row_ids)
 
-    def _replace(self, model: nn.Module, old: int, new: int, row_ids: Sequence[int]) -> None:
-        place, row = self.hot.index(old), self.rows[new]
-        own = self.tail.filled().rows(place, place + 1)
-        self.parked[old] = own.tokens(row.tail.length).map(torch.clone)
-        seen = concat([row.tail, self.parked.pop(new)], 2) if new in self.parked else row.tail
-        chunk = row.chunk.rows(model, 0, 1)
-        device = row.chunk.token_ids.device
-        missed = torch.tensor([row_ids[seen.length :]], device=device)
-        start = torch.tensor([chunk.length + seen.length], device=device)
-        # The candidate is not used: the next step makes the row's new one.
-        ordinary, _ = candidate_pass(model, missed, start, [Segment([chunk]), Segment([seen])])
-        self.kv.write(place, 0, chunk)
-        self.tail.fill_rows(place, concat([seen, ordinary], 2))
-        self.hot[place] = new
+    def _enter(self, model: nn.Module, group: Sequence[tuple[int, int, KV]], row_ids: Sequence[int]) -> None:
+        """Put cold rows in places of the buffer: (place, row, what it has read behind its chunk), of equal lengths."""
+        chunks = [self.rows[new].chunk.rows(model, 0, 1) for _, new, _ in group]
+        seen = [kv for *_, kv in group]
+        missed = torch.tensor([row_ids[seen[0].length :]] * len(group), device=seen[0].keys[0].device)
+        start = torch.full((len(group),), chunks[0].length + seen[0].length, device=missed.device)
+        # The candidates are not used: the next step makes the rows' new ones.
+        ordinary, _ = candidate_pass(model, missed, start, [Segment(chunks), Segment(seen)])
+        for i, (place, new, kv) in enumerate(group):
+            self.kv.write(place, 0, chunks[i])
+            self.tail.fill_rows(place, concat([kv, ordinary.rows(i, i + 1)], 2))
+            self.hot[place] = new
 
 
 def hottest(model: nn.Module, rows: list[Row], attention: Tensor, policy: RefreshPolicy) -> list[HotRows]:
