@@ -15,7 +15,7 @@ from conftest import random_ids
 from focusllm.bench import run as bench_run
 from focusllm.bench.contenders import QUESTIONS, Focus, Full, Job
 from focusllm.bench.measure import bytes_of_weights, expected_seconds, fit, flops_per_token, linear_shapes, spread
-from focusllm.bench.plan import Plan, Spec, parse_contenders, parse_lengths, sample_text
+from focusllm.bench.plan import Plan, Spec, parse_contenders, sample_text
 from focusllm.bench.report import print_table, write_result
 from focusllm.chunking import cut, num_local_chunks
 from focusllm.cost import estimate
@@ -23,6 +23,7 @@ from focusllm.errors import ConfigError
 from focusllm.info import describe
 from focusllm.llm import FocusLLM
 from focusllm.machine import peak_resident
+from focusllm.options import parse_lengths
 from focusllm.text import frame_question
 from test_cli import focusllm  # noqa: F401 - a fixture
 
@@ -356,8 +357,8 @@ def test_sample_text_is_long() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--contenders", "fokus"], "unknown contender 'fokus'; did you mean focus?"),
-        (["--contenders", "zzz"], "unknown contender 'zzz'; known are focus, exact, full, llama.cpp."),
+        (["--contenders", "fokus"], "there is no contender 'fokus'; did you mean focus?"),
+        (["--contenders", "zzz"], "there is no contender 'zzz'; known are focus, exact, full, llama.cpp."),
         (["--contenders", ","], "there is nothing to measure"),
         (["--lengths", "many"], "the length 'many' is not a number"),
         (["--lengths", "1000000"], "focus at 1,000,000 tokens: 41667 chunks need 41667 positions"),

@@ -27,9 +27,10 @@ from focusllm.evaluation.example import Example, LossExample, Setting
 from focusllm.evaluation.methods import NAMES
 from focusllm.evaluation.methods import build as build_method
 from focusllm.evaluation.methods.streaming import Stream
-from focusllm.evaluation.plan import Plan, parse_lengths
+from focusllm.evaluation.plan import Plan
 from focusllm.evaluation.report import load, write_report
 from focusllm.evaluation.runner import evaluate
+from focusllm.options import parse_lengths
 from focusllm.text import encode_ids, frame_ids
 
 TEXT = "A whale is not a fish, and the sea is wide. " * 12
@@ -438,7 +439,7 @@ def test_damaged_lines_are_named(small: FocusLLM, setting: Setting, tmp_path: Pa
 
 
 def test_lengths_are_read() -> None:
-    assert parse_lengths("4096, 8k,1M,") == (4096, 8192, 2**20)
+    assert parse_lengths("1M, 4096,8k") == [4096, 8192, 2**20]
 
 
 @pytest.mark.parametrize(
@@ -447,7 +448,7 @@ def test_lengths_are_read() -> None:
         (["paskey", "--lengths", "1k"], "no task 'paskey'; did you mean passkey"),
         (["passkey", "--lengths", "1k", "--method", "ful"], "no method 'ful'; did you mean full"),
         (["passkey"], "no lengths are given for passkey"),
-        (["passkey", "--lengths", "0"], "'0' in --lengths is no length"),
+        (["passkey", "--lengths", "0"], "the length '0' is not a number of at least 1"),
         (["passkey", "--lengths", "1k", "--limit", "0"], "the limit is 0"),
         (["passkey", "--lengths", "1k", "--set", "chunk_length"], "name=value"),
         (["report"], "Missing argument"),

@@ -17,6 +17,7 @@ SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a file may import only files named before it.
 ORDER = [
     "errors",
+    "options",
     "files",
     "machine",
     "config",
@@ -74,7 +75,7 @@ ORDER = [
     "__main__",
 ]
 WITHOUT_TORCH = [
-    *("errors", "files", "machine", "config", "chunking", "readers", "text", "embedded", "cli"),
+    *("errors", "options", "files", "machine", "config", "chunking", "readers", "text", "embedded", "cli"),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.report"),
     *(name for name in ORDER if name.startswith("evaluation.tasks.")),

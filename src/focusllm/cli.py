@@ -15,6 +15,7 @@ import typer
 from focusllm import __version__
 from focusllm.chunking import count_chunks
 from focusllm.errors import FocusError
+from focusllm.options import parse_lengths, parse_setting
 
 if TYPE_CHECKING:
     from focusllm.llm import Answer, FocusLLM
@@ -294,7 +295,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure reading, decoding and memory by length, against full attention and llama.cpp."""
-    from focusllm.bench.plan import Plan, parse_contenders, parse_lengths, sample_text
+    from focusllm.bench.plan import Plan, parse_contenders, sample_text
     from focusllm.bench.report import print_table, write_result
     from focusllm.readers import read_text
 
@@ -439,13 +440,19 @@ def evaluate(
 ) -> None:
     """Measure methods on tasks; run it again to go on where it stopped."""
     given = locals()
-    from focusllm.evaluation.methods import parse_option
-    from focusllm.evaluation.plan import Plan, parse_lengths
+    from focusllm.evaluation.plan import Plan
 
     plan = Plan(
-        tuple(tasks), tuple(methods), parse_lengths(lengths), limit, seed, str(data) if data else None, text, hub
+        tuple(tasks),
+        tuple(methods),
+        tuple(parse_lengths(lengths) if lengths else ()),
+        limit,
+        seed,
+        str(data) if data else None,
+        text,
+        hub,
     )
-    config = {**_settings(given), **dict(map(parse_option, settings or []))}
+    config = {**_settings(given), **dict(map(parse_setting, settings or []))}
     llm = _load(model, adapter, dtype, device, config, quiet=as_json)
     with _calm_libraries(), _measuring(as_json) as report:
         from focusllm.evaluation.runner import evaluate as run_evaluation

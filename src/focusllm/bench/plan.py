@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from focusllm.errors import ConfigError
+from focusllm.options import parse_setting, unknown
 
 Kind = Literal["focus", "full", "llama.cpp"]
 
@@ -21,8 +21,6 @@ CONTENDERS: dict[str, tuple[Kind, dict[str, Any]]] = {
 """The contenders that have a name of their own: what they are, and what sets them apart."""
 
 LENGTHS = (4096, 8192, 16384, 32768)
-WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
-SUFFIXES = {"K": 1024, "M": 1024**2}
 
 
 @dataclass(frozen=True)
@@ -75,25 +73,6 @@ class Plan:
             raise ConfigError(f"limit_minutes is {self.limit_minutes:g}; it must be above 0.")
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Lengths like `4096,32K,1M` (K is 1024), in order.
-
-    Raises:
-        ConfigError: one that is not a number of at least 1.
-    """
-    lengths = set()
-    for part in text.split(","):
-        word = part.strip().upper()
-        factor = SUFFIXES.get(word[-1:], 1)
-        digits = word[:-1] if factor > 1 else word
-        if not digits.isdecimal() or int(digits) < 1:
-            raise ConfigError(
-                f"the length {part.strip()!r} is not a number of at least 1; write lengths as 4096,32K,1M."
-            )
-        lengths.add(int(digits) * factor)
-    return sorted(lengths)
-
-
 def parse_contenders(names: str, settings: Sequence[str] = (), files: Sequence[str] = ()) -> list[Spec]:
     """Contenders by name, and variants of `focus` and `llama.cpp`.
 
@@ -110,19 +89,17 @@ def parse_contenders(names: str, settings: Sequence[str] = (), files: Sequence[s
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in wanted:
         if name not in CONTENDERS:
-            near = difflib.get_close_matches(name, CONTENDERS, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(CONTENDERS)}."
-            raise ConfigError(f"unknown contender {name!r}; {hint}")
+            raise ConfigError(unknown("contender", name, CONTENDERS))
     common: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
     for text in settings:
         name, colon, rest = text.rpartition(":")
         if not colon:
-            common |= _parse_settings(rest, text)
+            common |= dict(map(parse_setting, rest.split(",")))
         elif not name or CONTENDERS.get(name, ("focus",))[0] != "focus":
             raise ConfigError(f"the setting {text!r} is for {name!r}, which takes none; only variants of focus do.")
         else:
-            own[name] = own.get(name, {}) | _parse_settings(rest, text)
+            own[name] = own.get(name, {}) | dict(map(parse_setting, rest.split(",")))
     paths = dict(_parse_file(text) for text in files)
     specs = []
     for name in dict.fromkeys([*wanted, *own, *paths]):
@@ -149,13 +126,3 @@ def _parse_file(text: str) -> tuple[str, Path]:
     if not path.is_file():
         raise ConfigError(f"there is no file {path}; check the path that --gguf names.")
     return name, path
-
-
-def _parse_settings(text: str, whole: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name and equals and value):
-            raise ConfigError(f"the setting {whole!r} is not name=value or NAME:name=value,...; write it so.")
-        found[name] = WORDS[value.lower()] if value.lower() in WORDS else int(value) if value.isdecimal() else value
-    return found

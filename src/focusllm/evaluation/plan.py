@@ -92,18 +92,3 @@ class Plan:
         versions = {name: self.task(name).version for name in self.tasks}
         lists = {name: list(getattr(self, name)) for name in ("tasks", "methods", "lengths")}
         return {**asdict(self), **lists, "task_versions": versions}
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """`4096,8192` as numbers; k and m stand for 1024 and 1024 * 1024.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    found = []
-    for part in filter(None, (part.strip().lower() for part in text.split(","))):
-        number, factor = (part[:-1], {"k": 2**10, "m": 2**20}[part[-1]]) if part[-1] in "km" else (part, 1)
-        if not number.isdecimal() or not int(number):
-            raise ConfigError(f"{part!r} in --lengths is no length; write numbers of tokens, as in 4096,8192 or 4k,8k.")
-        found.append(int(number) * factor)
-    return tuple(found)

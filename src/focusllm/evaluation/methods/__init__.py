@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from focusllm.errors import ConfigError
-from focusllm.evaluation.tasks import unknown
+from focusllm.options import parse_setting, unknown
 
 if TYPE_CHECKING:
     from focusllm.evaluation.method import Method
@@ -26,22 +25,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = spec.partition(":")
     if name not in NAMES:
         raise ConfigError(unknown("method", name, NAMES))
-    return name, dict(parse_option(part) for part in rest.split(",") if part)
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """`name=value`, the value as JSON where it is (numbers, true, null), else as a string.
-
-    Raises:
-        ConfigError: no value.
-    """
-    name, found, value = text.partition("=")
-    if not found or not name:
-        raise ConfigError(f"{text!r} is not a setting; write it as name=value.")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
+    return name, dict(parse_setting(part) for part in rest.split(",") if part)
 
 
 def build(spec: str, llm: FocusLLM) -> Method:

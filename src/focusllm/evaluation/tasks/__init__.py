@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
-from collections.abc import Collection
 from functools import cache
 
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Task
+from focusllm.options import unknown
 
 
 @cache
@@ -38,10 +37,3 @@ def expand(name: str) -> list[str]:
     """
     family = [found for found in registry() if found.startswith(f"{name}-")]
     return [get(name).name] if name in registry() or not family else family
-
-
-def unknown(kind: str, name: str, known: Collection[str]) -> str:
-    """One sentence on a mistyped name."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    guess = f"did you mean {near[0]}? " if near else ""
-    return f"there is no {kind} {name!r}; {guess}`focusllm eval list` shows what there is."

@@ -1,0 +1,56 @@
+"""What people type: lengths, settings, names. One sentence on what cannot be understood. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection
+from typing import Any
+
+from focusllm.errors import ConfigError
+
+FACTORS = {"K": 2**10, "M": 2**20}
+WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Lengths like `4096,32K,1M` (K is 1024), each once, in order.
+
+    Raises:
+        ConfigError: one that is not a number of at least 1.
+    """
+    lengths = set()
+    for part in text.split(","):
+        word = part.strip().upper()
+        factor = FACTORS.get(word[-1:], 1)
+        digits = word[:-1] if factor > 1 else word
+        if not digits.isdecimal() or int(digits) < 1:
+            raise ConfigError(
+                f"the length {part.strip()!r} is not a number of at least 1; write lengths as 4096,32K,1M."
+            )
+        lengths.add(int(digits) * factor)
+    return sorted(lengths)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`name=value`: the value as JSON or Python has it (numbers, true, null, None), else as a string.
+
+    Raises:
+        ConfigError: no name or no value.
+    """
+    name, equals, value = (piece.strip() for piece in text.partition("="))
+    if not (name and equals and value):
+        raise ConfigError(f"the setting {text!r} is not name=value; write it so.")
+    if value.lower() in WORDS:
+        return name, WORDS[value.lower()]
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def unknown(kind: str, name: str, known: Collection[str]) -> str:
+    """One sentence on a mistyped name: what is near it, or what there is."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+    return f"there is no {kind} {name!r}; {hint}"
