@@ -37,6 +37,9 @@ def test_a_model_that_is_not_loaded(llama: nn.Module) -> None:
         skeleton = build()
     loaded, unloaded = estimate(build(), SMALL, 1000), estimate(skeleton, SMALL, 1000)
     assert (loaded.weights, loaded.chunks, loaded.rows) == (unloaded.weights, unloaded.chunks, unloaded.rows)
+    assert loaded.runtime == 0
+    assert unloaded.runtime > 10_000_000
+    assert unloaded.total == unloaded.runtime + unloaded.weights + unloaded.new
 
 
 def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -382,10 +382,10 @@ def info(
         about.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     console.print(about)
     table = Table(title=f"Memory in GiB, one question; {costs[0][2].free / GIB:.1f} are free")
-    for title in ("tokens", "chunks", "kept", "weights", "chunk KV", "rows", "scratch", "total"):
+    for title in ("tokens", "chunks", "kept", "weights, libraries", "chunk KV", "rows", "scratch", "total"):
         table.add_column(title, justify="right", no_wrap=title == "kept")
     for length, place, cost in costs:
-        parts = (cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
+        parts = (cost.runtime + cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
         num_chunks = count_chunks(length, config.chunk_length)
         table.add_row(
             f"{length:,}",

@@ -37,6 +37,8 @@ class Cost:
     """Hidden states of the batch being read, gone afterwards."""
     free: int
     """Free memory of the device now."""
+    runtime: int = 0
+    """What Python and the libraries hold in this process; counted where no model is loaded yet, on a CPU."""
 
     @property
     def new(self) -> int:
@@ -46,7 +48,7 @@ class Cost:
     @property
     def total(self) -> int:
         """What it needs in all."""
-        return self.weights + self.new
+        return self.runtime + self.weights + self.new
 
     def to_dict(self) -> dict[str, int]:
         """All fields and the total, as JSON takes them."""
@@ -58,7 +60,7 @@ def estimate(
 ) -> Cost:
     """The memory that reading `num_tokens` tokens and answering one question takes.
 
-    The model may be on the meta device (nothing loaded). Memory of the runtime itself (libraries) is not counted.
+    The model may be on the meta device (nothing loaded); then the libraries' own memory is counted as well.
 
     Args:
         place: where the chunks' keys and values are kept; on the device they count as memory, elsewhere they do not.
@@ -87,7 +89,16 @@ def estimate(
         rows=(rows + config.max_local_length) * per_token,
         scratch=in_flight * (widths * dtype.itemsize + per_token),
         free=free_memory(next(model.parameters()).device),
+        runtime=_runtime(next(model.parameters()).device),
     )
+
+
+def _runtime(device: torch.device) -> int:
+    if device.type != "meta" or torch.cuda.is_available():
+        return 0
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _room(num_tokens: int) -> int:
