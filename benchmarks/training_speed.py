@@ -47,9 +47,9 @@ def paper_step(model: nn.Module, chunks: Tensor, prompt: Tensor, local: Tensor) 
     return 1
 
 
-def dense_step(model: nn.Module, chunks: Tensor, samples: list[Sample]) -> int:
+def dense_step(model: nn.Module, chunks: Tensor, samples: list[Sample], checkpointed: bool) -> int:
     """All labels of some samples over the same chunks."""
-    losses, _ = dense_loss(model, encode_chunks(model, chunks), samples)
+    losses, _ = dense_loss(model, encode_chunks(model, chunks), samples, checkpointed)
     losses.mean().backward()  # type: ignore[no-untyped-call]
     return len(losses)
 
@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="of the dense step")
     parser.add_argument("--answer-length", type=int, default=64)
     parser.add_argument("--sample-context", type=int, default=64, help="local tokens before a sample's answer")
+    parser.add_argument("--checkpointed", action="store_true", help="the dense step recomputes its passes")
+    parser.add_argument("--name", help="of the result file; default: training_speed_DTYPE")
     parser.add_argument("--rank", type=int, default=64, help="0: full copies, as in the paper")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
@@ -88,7 +90,7 @@ def main() -> None:
     ]
     steps = {
         "paper": lambda: paper_step(model, chunks, local[-arguments.prompt_length - 1 : -1], local),
-        "dense": lambda: dense_step(model, chunks, samples),
+        "dense": lambda: dense_step(model, chunks, samples, arguments.checkpointed),
     }
     if arguments.only:
         before = peak_memory(model.device)
@@ -118,7 +120,7 @@ def main() -> None:
         "memory_ratio": peaks["dense"]["peak"] / peaks["paper"]["peak"],
     }
     print(f"{result['ratio']:.0f} times the labels a second, {result['memory_ratio']:.2f} times the peak memory")
-    finish(f"training_speed_{arguments.dtype}", result)
+    finish(arguments.name or f"training_speed_{arguments.dtype}", result)
 
 
 def measured_alone(name: str) -> dict[str, int]:
