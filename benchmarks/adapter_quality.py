@@ -107,12 +107,17 @@ def passkey(bench: Bench, length: int, rng: np.random.Generator) -> dict[str, An
     return {"depth": round(before / repeats, 2), "expected": number, "answer": answer, "right": answer[:5] == number}
 
 
+def keys_text(pairs: Sequence[tuple[str, str]], key: str) -> str:
+    """The Lost-in-the-Middle prompt: pairs in JSON, and one of their keys."""
+    data = "{" + ",\n ".join(f'"{k}": "{v}"' for k, v in pairs) + "}"
+    return f'Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{data}\n\nKey: "{key}"\nCorresponding value:'  # noqa: E501
+
+
 def keys(bench: Bench, row: dict[str, Any], index: int, full: bool) -> dict[str, Any]:
     """One pair of the Lost-in-the-Middle file."""
     pairs = row["ordered_kv_records"]
     key, value = pairs[index]
-    data = "{" + ",\n ".join(f'"{k}": "{v}"' for k, v in pairs) + "}"
-    text = f'Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{data}\n\nKey: "{key}"\nCorresponding value:'  # noqa: E501
+    text = keys_text(pairs, key)
     ids = bench.encode(text)
     far, local = split(ids, bench.config)
     decoded = bench.llm.tokenizer.decode

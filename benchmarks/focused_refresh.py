@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from adapter_quality import GARBAGE, INTRO, LEAD, Bench
+from adapter_quality import GARBAGE, INTRO, LEAD, Bench, keys_text
 from common import finish
 from focusllm import FocusConfig, FocusLLM
 from focusllm.chunking import split
@@ -80,9 +80,7 @@ def cases(bench: Bench, length: int, count: int) -> list[tuple[str, list[int], l
                 break
         pairs = pairs[: length // 90]
         key = pairs[int(rng.integers(len(pairs)))][0]
-        data = "{" + ",\n ".join(f'"{k}": "{v}"' for k, v in pairs) + "}"
-        text = f'Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{data}\n\nKey: "{key}"\nCorresponding value:'  # noqa: E501
-        made.append(("keys", *split(bench.encode(text), bench.config), 40))
+        made.append(("keys", *split(bench.encode(keys_text(pairs, key)), bench.config), 40))
     return made
 
 

@@ -73,8 +73,8 @@ def estimate(
     chunks = packed.row_bytes(num_tokens)
     in_place = place == "device" and config.kv_dtype == "same"
     prompt = min(config.prompt_length, config.chunk_length)
-    grown, focused = _room(prompt + num_new_tokens), _is_focused(config, num_chunks)
-    if focused:
+    grown = _room(prompt + num_new_tokens)
+    if config.is_focused(num_chunks):
         hot = min(config.refresh_rows or num_chunks, num_chunks)
         rows = num_chunks * (_room(prompt - 1) + 1) + hot * (config.chunk_length + grown)
     else:
@@ -103,10 +103,6 @@ def _runtime(device: torch.device) -> int:
 
 def _room(num_tokens: int) -> int:
     return (num_tokens // GrowingKV.STEP + 1) * GrowingKV.STEP
-
-
-def _is_focused(config: FocusConfig, num_chunks: int) -> bool:
-    return config.decoding == "cached" and config.refresh_rows is not None and config.refresh_rows < num_chunks
 
 
 def free_memory(device: torch.device) -> int:

@@ -137,7 +137,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
         request.tails.append(tail)
     request.candidates = concat(candidates, dim=2)
     logits = _local_from_start(model, request, config, logits_to_keep)
-    if config.decoding == "cached" and config.refresh_rows is not None and config.refresh_rows < request.num_chunks:
+    if config.is_focused(request.num_chunks):
         _choose_hot(model, request, RefreshPolicy(config.refresh_rows))
     return logits
 

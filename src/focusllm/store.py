@@ -193,6 +193,7 @@ class RowFile:
     def __init__(self, packing: Packing, num_rows: int, length: int, path: Path | None, folder: Path):
         self.packing, self.num_rows, self.length, self.path = packing, num_rows, length, path
         self.row_bytes = packing.row_bytes(length)
+        self._folder = folder
         self._turn = threading.Lock()
         self._digests: dict[int, bytes] = {}
         header = {"format": 1, "dtype": str(packing.dtype), "kv_dtype": packing.kv_dtype, "length": length}
@@ -254,7 +255,7 @@ class RowFile:
                     self._file.write(checked)
         except OSError as error:
             left = (self.num_rows - row) * self.row_bytes
-            raise _cannot_write(self.path or Path(tempfile.gettempdir()), error, left) from error
+            raise _cannot_write(self.path or self._folder, error, left) from error
 
     def has(self, row: int, token_ids: Sequence[int]) -> bool:
         """Whether a record of these tokens is there (its contents are checked when they are read)."""
