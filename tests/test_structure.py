@@ -71,11 +71,13 @@ ORDER = [
     "bench.report",
     "evaluation.harness",
     "conformance",
+    *(f"cli.{name}" for name in ("options", "terminal", "ask", "train", "bench", "evaluate", "inspect")),
     "cli",
     "__main__",
 ]
 WITHOUT_TORCH = [
-    *("errors", "options", "files", "machine", "config", "chunking", "readers", "text", "embedded", "cli"),
+    *("errors", "options", "files", "machine", "config", "chunking", "readers", "text", "embedded"),
+    *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.report"),
     *(name for name in ORDER if name.startswith("evaluation.tasks.")),

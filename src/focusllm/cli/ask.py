@@ -1,0 +1,130 @@
+"""`focusllm ask` and `focusllm generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from focusllm.cli.options import Encoding, FocusOptions, Json, ModelOptions, SamplingOptions, grouped
+from focusllm.cli.terminal import load, notify, reading_progress
+from focusllm.errors import FocusError
+
+if TYPE_CHECKING:
+    from focusllm.llm import Answer
+
+
+@grouped
+def ask(
+    documents: Annotated[list[str], typer.Argument(help="Text, Markdown, HTML, PDF or source files; - for stdin.")],
+    *,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", help="Ask this; may be repeated. Without: ask at a prompt.")
+    ] = None,
+    model: ModelOptions,
+    focus: FocusOptions,
+    sampling: SamplingOptions,
+    encoding: Encoding = "utf-8",
+    store: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what was read: asked again, it is not read again.")
+    ] = None,
+    num_citations: Annotated[int, typer.Option("--citations", min=0, help="How many passages to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Read documents once and answer questions about them."""
+    from focusllm.readers import read_text
+
+    if question is None and "-" in documents:
+        raise FocusError("standard input is the document, so questions cannot be typed; give them with -q.")
+    texts = [(("stdin" if path == "-" else Path(path).name), read_text(path, encoding)) for path in documents]
+    llm = load(model, focus.given(), quiet=as_json)
+    for text in question or []:
+        llm.frame(text)  # a bad question is refused before the long read
+    read = []
+    for name, text in texts:
+        with reading_progress(name, quiet=as_json) as progress:
+            read.append(llm.read_text(text, name=name, progress=progress, store=store))
+    arguments = sampling.arguments()
+    answers = []
+    for number, text in enumerate(question if question is not None else _typed_questions()):
+        if number and not as_json:
+            print()
+        try:
+            answer = llm.ask(read, text, on_text=_printer(as_json), **arguments)
+        except FocusError as error:
+            if question is not None:
+                raise
+            notify(f"focusllm: {error}")  # typed: the next one may be better, and the documents are read
+            continue
+        if as_json:
+            answers.append({"question": text, **answer.to_dict(num_citations)})
+        else:
+            print()
+            _show_origin(answer, num_citations)
+    if as_json:
+        described = [
+            {"name": d.name, "num_tokens": d.num_tokens, "num_chunks": len(d.chunks), "read_seconds": d.read_seconds}
+            for d in read
+        ]
+        print(json.dumps({"model": model.model, "documents": described, "answers": answers}, indent=2))
+
+
+@grouped
+def generate(
+    prompt: Annotated[str, typer.Argument(help="File with the text to go on from; - for stdin.")],
+    model: ModelOptions,
+    focus: FocusOptions,
+    sampling: SamplingOptions,
+    encoding: Encoding = "utf-8",
+    as_json: Json = False,
+) -> None:
+    """Continue a text of any length."""
+    from focusllm.readers import read_text
+
+    text = read_text(prompt, encoding)
+    llm = load(model, focus.given(), quiet=as_json)
+    with reading_progress(Path(prompt).name, quiet=as_json) as progress:
+        answer = llm.continue_text(text, progress=progress, on_text=_printer(as_json), **sampling.arguments())
+    if as_json:
+        print(json.dumps({"model": model.model, **answer.to_dict()}, indent=2))
+    else:
+        print()
+        _show_speed(answer)
+
+
+def _typed_questions() -> Iterator[str]:
+    """Questions from the terminal until an empty one or the end of input."""
+    while True:
+        try:
+            print("\nQuestion (empty to leave): ", end="", file=sys.stderr, flush=True)
+            text = input()
+        except EOFError:
+            return
+        if not text.strip():
+            return
+        yield text
+
+
+def _printer(quiet: bool) -> Callable[[str], None]:
+    return (lambda _: None) if quiet else (lambda piece: print(piece, end="", flush=True))
+
+
+def _show_origin(answer: Answer, count: int) -> None:
+    if answer.citations and count:
+        print("\nLooked for in:")
+        for citation in answer.citations[:count]:
+            start = " ".join(citation.text.split())[:90]
+            place = f"{citation.document}, characters {citation.start:,}-{citation.end:,}"
+            print(f"  {citation.weight:6.1%}  {place}: {start}...")
+    _show_speed(answer)
+
+
+def _show_speed(answer: Answer) -> None:
+    print(
+        f"\n{answer.num_generated_tokens} tokens; first after {answer.time_to_first_token:.2f} s, then "
+        f"{answer.tokens_per_second:.1f} tokens/s; peak memory {answer.peak_memory / 2**30:.2f} GiB"
+    )

@@ -1,0 +1,89 @@
+"""`focusllm bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from focusllm.cli.options import Encoding, Json, ModelOptions, grouped
+from focusllm.cli.terminal import bench_progress, calm_libraries, notify, writing_to
+from focusllm.options import parse_lengths
+
+
+@grouped
+def bench(
+    *,
+    contenders: Annotated[
+        str, typer.Option(help="Of focus, exact (the paper), full (transformers), llama.cpp.")
+    ] = "focus,exact,full,llama.cpp",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="name=value,... for focus and exact; NAME:name=value,... adds a variant of focus."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the document: 4096,32K,1M.")] = "4096,8192,16384,32768",
+    text: Annotated[
+        str | None, typer.Option(help="File with the document; default: the Python language reference.")
+    ] = None,
+    model: ModelOptions,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the first question.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds, in which all contenders take turns.")] = 3,
+    full_to: Annotated[int, typer.Option(help="Longest text that full reads; beyond: a fit.")] = 32768,
+    limit_minutes: Annotated[float, typer.Option(help="Most minutes of one turn; what takes longer is skipped.")] = 10,
+    threads: Annotated[int | None, typer.Option(help="Of every contender. Default: as torch has it.")] = None,
+    gguf: Annotated[
+        list[str] | None, typer.Option(help="FILE of the model for llama.cpp; NAME=FILE adds a contender.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result and its plots.")] = Path(
+        "focusllm-bench"
+    ),
+    encoding: Encoding = "utf-8",
+    as_json: Json = False,
+) -> None:
+    """Measure reading, decoding and memory by length, against full attention and llama.cpp."""
+    from focusllm.bench.plan import Plan, parse_contenders, sample_text
+    from focusllm.bench.report import print_table, write_result
+    from focusllm.readers import read_text
+
+    plan = Plan(
+        specs=parse_contenders(contenders, settings or [], gguf or []),
+        lengths=parse_lengths(lengths),
+        model=model.model,
+        adapter=model.adapter,
+        dtype=model.dtype,
+        device=model.device,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        full_to=full_to,
+        limit_minutes=limit_minutes,
+        threads=threads,
+    )
+    name, document = "the Python language reference", ""
+    if text is not None:
+        name, document = Path(text).name, read_text(text, encoding)
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with calm_libraries(), bench_progress(as_json) as report:
+        from focusllm.bench.run import run
+
+        command = " ".join(["focusllm", *sys.argv[1:]])
+
+        def keep(found: dict[str, Any]) -> list[Path]:  # what is measured is there even if the rest is not waited for
+            with writing_to(output):
+                return write_result({"command": command, **found}, output)
+
+        result = run(plan, document or sample_text(), name, report, notify, keep)
+    result = {"command": command, **result}
+    paths = keep(result)
+    if not as_json:
+        from rich.console import Console
+
+        console = Console()
+        print_table(result, console if console.is_terminal else Console(width=120))
+        print("Written:", *paths)
+        if len(paths) == 1:
+            print("There are no plots, for matplotlib is not installed.")
+    print(json.dumps(result))

@@ -1,0 +1,100 @@
+"""Options that several commands take, and how one definition of them serves all."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")]
+Adapter = Annotated[str | None, typer.Option(help="Candidate projections: a folder, a hub id, or none.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
+Encoding = Annotated[str, typer.Option(help="Encoding of text files.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it computes."""
+
+    model: Model = "smollm2-135m"
+    adapter: Adapter = None
+    dtype: Dtype = "auto"
+    device: Device = None
+
+
+@dataclass(frozen=True)
+class FocusOptions:
+    """The settings of `FocusConfig` that are asked for most; what is not given keeps its default."""
+
+    chunk_length: Annotated[int | None, typer.Option(help="Tokens of a chunk.")] = None
+    local_length: Annotated[int | None, typer.Option(help="Tokens of the local context.")] = None
+    prompt_length: Annotated[int | None, typer.Option(help="Most tokens of the dynamic prompt.")] = None
+    chunks_per_batch: Annotated[int | None, typer.Option(help="Chunks read at once: bounds the scratch memory.")] = None
+    decoding: Annotated[str | None, typer.Option(help="cached, or exact (the paper, slow).")] = None
+    refresh_rows: Annotated[
+        int | None, typer.Option(min=0, help="Chunks condensed anew for every token, the most attended; 0: all.")
+    ] = None
+    kv_dtype: Annotated[str | None, typer.Option(help="How chunks are kept: same (as computed), int8 or int4.")] = None
+    kv_place: Annotated[str | None, typer.Option(help="Where chunks are kept: auto, device, host or disk.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """As arguments of `FocusConfig`."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.refresh_rows == 0:
+            given["refresh_rows"] = None
+        return given
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this share.")
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of transformers' `generate()`; the seed is set."""
+        if self.seed is not None:
+            from transformers import set_seed
+
+            set_seed(self.seed)
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens}
+        chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return {"max_new_tokens": self.max_new_tokens, **chosen}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the fields of its dataclass parameters as options of its own, in their place."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type[Any]] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    options = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            types = get_type_hints(groups[name], include_extras=True)
+            found = [(field.name, types[field.name], field.default) for field in fields(groups[name])]
+        else:
+            found = [(name, hints[name], parameter.default)]
+        options += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=t) for n, t, d in found]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        values = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **values)
+
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
