@@ -26,6 +26,7 @@ ORDER = [
     "rope",
     "attention",
     "base",
+    "packed",
     "adapter",
     "store",
     "focus",

@@ -93,6 +93,11 @@ def candidate_tokens() -> slice:
     return current.candidates if current is not None else NO_TOKENS
 
 
+def in_pass() -> bool:
+    """Whether a pass is under way in this thread."""
+    return _pass.get() is not None
+
+
 def run(
     model: nn.Module,
     input_ids: Tensor,
@@ -121,6 +126,9 @@ def run(
         "use_cache": False,
     }
     with _entered(model, _Pass(attention, candidates)):
+        if isinstance(logits_to_keep, int) and logits_to_keep:
+            length = input_ids.shape[1]  # by index, for in 2-byte types a CPU multiplies a slice ten times slower
+            logits_to_keep = torch.arange(length - min(logits_to_keep, length), length, device=input_ids.device)
         if logits_to_keep is None:
             model.get_decoder()(**arguments)  # type: ignore[operator]
             return None

@@ -16,6 +16,7 @@ from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
 from focusllm.machine import peak_resident
+from focusllm.packed import DEFAULT_LIMIT, packable_bytes, packed_bytes
 from focusllm.store import Packing
 
 GIB = 2**30
@@ -28,7 +29,7 @@ class Cost:
     """Bytes by what they are for, and the machine's free bytes."""
 
     weights: int
-    """Base model and candidate projections."""
+    """Base model and candidate projections, and the second copy of the weights where one is kept."""
     chunks: int
     """Keys and values of the chunks: the document, kept as long as it may be asked."""
     rows: int
@@ -84,13 +85,21 @@ def estimate(
     inner: int = getattr(base_config, "intermediate_size", 4 * hidden)
     widths = 6 * hidden + 3 * inner + 2 * found.num_heads * found.head_dim  # live at once in a layer
     return Cost(
-        weights=sum(parameter.nbytes for parameter in model.parameters()),
+        weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model),
         chunks=chunks if place == "device" else 0,
         rows=(rows + config.max_local_length) * per_token,
         scratch=in_flight * (widths * dtype.itemsize + per_token),
         free=free_memory(next(model.parameters()).device),
         runtime=_runtime(next(model.parameters()).device),
     )
+
+
+def _copies(model: nn.Module) -> int:
+    """Bytes of packed weights: those there are, or those that loading the model will make."""
+    if next(model.parameters()).device.type != "meta":
+        return packed_bytes(model)
+    copies = packable_bytes(model)
+    return copies if copies <= DEFAULT_LIMIT else 0
 
 
 def _runtime(device: torch.device) -> int:

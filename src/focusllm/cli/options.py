@@ -14,6 +14,10 @@ Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a folde
 Adapter = Annotated[str | None, typer.Option(help="Candidate projections: a folder, a hub id, or none.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
+Packed = Annotated[
+    bool | None,
+    typer.Option("--packed/--no-packed", help="On a CPU: weights twice, for faster decoding. Default: small models."),
+]
 Encoding = Annotated[str, typer.Option(help="Encoding of text files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -26,6 +30,7 @@ class ModelOptions:
     adapter: Adapter = None
     dtype: Dtype = "auto"
     device: Device = None
+    packed: Packed = None
 
 
 @dataclass(frozen=True)

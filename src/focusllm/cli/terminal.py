@@ -33,6 +33,7 @@ def load(options: ModelOptions, settings: dict[str, Any], quiet: bool) -> FocusL
             adapter=options.adapter,
             dtype=options.dtype,
             device=options.device,
+            packed=options.packed,
             notify=notify,
             **settings,
         )
