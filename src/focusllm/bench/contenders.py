@@ -69,7 +69,7 @@ class Focus:
     """FocusLLM, by `read` and `ask`."""
 
     def __init__(self, job: Job):
-        self.llm = _load(job, job.plan.adapter, job.spec.settings)
+        self.llm = _load(job, job.plan.adapter, packed=job.plan.packed, **job.spec.settings)
 
     def turn(self, document: Sequence[int], new_tokens: int) -> Turn:
         """Read, ask, ask again."""
@@ -111,7 +111,7 @@ class Full(Focus):
     """
 
     def __init__(self, job: Job):
-        self.llm = _load(job, "none", {})
+        self.llm = _load(job, "none", packed=False)  # it would have no use for them
         self.frames = job.frames
 
     def turn(self, document: Sequence[int], new_tokens: int) -> Turn:
@@ -266,7 +266,7 @@ def serve(connection: Connection, job: Job) -> None:
         connection.send(("refused", first_line(error)))
 
 
-def _load(job: Job, adapter: str | None, settings: dict[str, Any]) -> Any:
+def _load(job: Job, adapter: str | None, **settings: Any) -> Any:
     import torch
     import transformers
 

@@ -52,6 +52,7 @@ class Plan:
     model: str = "smollm2-135m"
     adapter: str | None = None
     dtype: str = "auto"
+    packed: bool | None = None
     device: str | None = None
     new_tokens: int = 32
     """Tokens that are decoded after each first question."""

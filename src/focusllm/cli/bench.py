@@ -55,6 +55,7 @@ def bench(
         adapter=model.adapter,
         dtype=model.dtype,
         device=model.device,
+        packed=model.packed,
         new_tokens=new_tokens,
         repeats=repeats,
         full_to=full_to,
