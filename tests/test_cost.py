@@ -13,6 +13,7 @@ from focusllm import MemoryLimitError
 from focusllm.chunks import encode
 from focusllm.cost import check_read, estimate, free_memory, peak_memory
 from focusllm.engine import decode, prefill, start_request
+from focusllm.packed import pack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,7 +36,9 @@ def test_estimate_equals_what_is_held(dtype: torch.dtype, length: int) -> None:
 def test_a_model_that_is_not_loaded(llama: nn.Module) -> None:
     with torch.device("meta"):
         skeleton = build()
-    loaded, unloaded = estimate(build(), SMALL, 1000), estimate(skeleton, SMALL, 1000)
+    model = build()
+    pack(model)  # as loading does
+    loaded, unloaded = estimate(model, SMALL, 1000), estimate(skeleton, SMALL, 1000)
     assert (loaded.weights, loaded.chunks, loaded.rows) == (unloaded.weights, unloaded.chunks, unloaded.rows)
     assert loaded.runtime == 0
     assert unloaded.runtime > 10_000_000

@@ -7,6 +7,7 @@ weights are untouched, and outside a pass of `focusllm.base.run` (or with gradie
 
 from __future__ import annotations
 
+import platform
 import weakref
 from collections.abc import Iterator
 
@@ -28,7 +29,8 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         packed, made_from = _copies.get(self, (None, None))
-        if torch.is_grad_enabled() or not in_pass() or made_from != _state(self.weight):
+        usable = packed is not None and in_pass() and not torch.is_grad_enabled()
+        if not usable or made_from != _state(self.weight):
             return F.linear(input, self.weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
         return out
@@ -56,12 +58,12 @@ def unpack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             _copies.pop(module, None)
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the copies that a model has."""
-    return sum(module.weight.nbytes for module in model.modules() if module in _copies)
+    return sum(module.weight.nbytes for module in _suitable(model) if module in _copies)
 
 
 def packable_bytes(model: nn.Module) -> int:
@@ -71,13 +73,15 @@ def packable_bytes(model: nn.Module) -> int:
 
 def _suitable(model: nn.Module) -> Iterator[nn.Linear]:
     for module in model.modules():
-        if type(module) in (nn.Linear, PackedLinear) and _has_kernel(module.weight):
+        # Not other subclasses, whose forward is their own.
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, PackedLinear) and _has_kernel(module.weight):
             yield module
 
 
 def _has_kernel(weight: Tensor) -> bool:
     on_cpu = weight.device.type == "cpu" or (weight.device.type == "meta" and not torch.cuda.is_available())
-    if not on_cpu or not torch.backends.mkldnn.is_available():
+    is_known = platform.machine() in ("x86_64", "AMD64") and torch._C._has_mkldnn
+    if not (on_cpu and is_known) or weight.is_inference():  # those do not tell when they change
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
