@@ -16,7 +16,7 @@ from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
 from focusllm.machine import peak_resident
-from focusllm.packed import DEFAULT_LIMIT, packable_bytes, packed_bytes
+from focusllm.packed import is_packed_by_default, packable_bytes, packed_bytes
 from focusllm.store import Packing
 
 GIB = 2**30
@@ -98,8 +98,7 @@ def _copies(model: nn.Module) -> int:
     """Bytes of packed weights: those there are, or those that loading the model will make."""
     if next(model.parameters()).device.type != "meta":
         return packed_bytes(model)
-    copies = packable_bytes(model)
-    return copies if copies <= DEFAULT_LIMIT else 0
+    return packable_bytes(model) if is_packed_by_default(model) else 0
 
 
 def _runtime(device: torch.device) -> int:

@@ -37,7 +37,7 @@ from focusllm.modeling import (
     on_device,
     parse_dtype,
 )
-from focusllm.packed import DEFAULT_LIMIT, pack, packable_bytes
+from focusllm.packed import is_packed_by_default, pack
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
 
@@ -267,7 +267,7 @@ class FocusLLM:
         loaded = on_device(loaded, device)
         if dtype == "auto" and not getattr(loaded.base, "is_quantized", False):
             loaded = loaded.to(computing_dtype(loaded.dtype, loaded.device))
-        if packed or (packed is None and packable_bytes(loaded) <= DEFAULT_LIMIT):
+        if is_packed_by_default(loaded) if packed is None else packed:
             pack(loaded)
         return cls(loaded, tokenizer, str(model), notify)
 

@@ -71,6 +71,11 @@ def packable_bytes(model: nn.Module) -> int:
     return sum(module.weight.nbytes for module in _suitable(model))
 
 
+def is_packed_by_default(model: nn.Module) -> bool:
+    """Whether loading a model packs it without being asked."""
+    return packable_bytes(model) <= DEFAULT_LIMIT
+
+
 def _suitable(model: nn.Module) -> Iterator[nn.Linear]:
     for module in model.modules():
         # Not other subclasses, whose forward is their own.

@@ -51,16 +51,12 @@ def bench(
     plan = Plan(
         specs=parse_contenders(contenders, settings or [], gguf or []),
         lengths=parse_lengths(lengths),
-        model=model.model,
-        adapter=model.adapter,
-        dtype=model.dtype,
-        device=model.device,
-        packed=model.packed,
         new_tokens=new_tokens,
         repeats=repeats,
         full_to=full_to,
         limit_minutes=limit_minutes,
         threads=threads,
+        **vars(model),
     )
     name, document = "the Python language reference", ""
     if text is not None:

@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and where it computes."""
+    """Which model, and where it computes: arguments of `FocusLLM.from_pretrained` by name."""
 
     model: Model = "smollm2-135m"
     adapter: Adapter = None

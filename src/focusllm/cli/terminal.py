@@ -28,15 +28,7 @@ def load(options: ModelOptions, settings: dict[str, Any], quiet: bool) -> FocusL
     with calm_libraries(), status("Loading the model", quiet):
         from focusllm.llm import FocusLLM
 
-        llm = FocusLLM.from_pretrained(
-            options.model,
-            adapter=options.adapter,
-            dtype=options.dtype,
-            device=options.device,
-            packed=options.packed,
-            notify=notify,
-            **settings,
-        )
+        llm = FocusLLM.from_pretrained(**vars(options), notify=notify, **settings)
     if not llm.has_trained_candidates:
         notify(
             "Note: no trained candidate projections are loaded, so little of the text beyond the local context will "
