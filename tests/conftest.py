@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, TrainConfig, inject
 from focusllm.adapter import injected
+from focusllm.evaluation.example import Setting
 from training import TEXT, tiny
 
 torch.set_num_threads(2)
@@ -127,6 +128,23 @@ def tiny_llm() -> FocusLLM:
     """A tiny model with the byte tokenizer, as the library's front sees it."""
     model = FocusForCausalLM(with_candidates(build(max_position_embeddings=512)), SMALL.replace(local_length=64))
     return FocusLLM(model, byte_tokenizer(), "tiny")
+
+
+@pytest.fixture
+def llm() -> FocusLLM:
+    """The same with 256 positions, for evaluation."""
+    model = FocusForCausalLM(with_candidates(build()), SMALL.replace(local_length=64))
+    return FocusLLM(model, byte_tokenizer(), "tiny")
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    """What evaluation tasks are made from: a tokenizer, a seed, folders, a text."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("".join(f"Page {number}, line {i} of it. " for i in range(700)))
+    return Setting(byte_tokenizer(), 0, tmp_path, str(folder))
 
 
 @pytest.fixture

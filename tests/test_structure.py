@@ -38,6 +38,7 @@ ORDER = [
     "text",
     "embedded",
     "modeling",
+    "answer",
     "llm",
     "info",
     "verify",

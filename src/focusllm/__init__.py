@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from focusllm.adapter import AdapterConfig, inject, load_adapter, push_adapter, remove, save_adapter
+    from focusllm.answer import Answer, AnswerStream, Citation
     from focusllm.config import FocusConfig
     from focusllm.errors import (
         AdapterError,
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
         ModelError,
         TrainingError,
     )
-    from focusllm.llm import Answer, AnswerStream, Citation, Document, FocusLLM
+    from focusllm.llm import Document, FocusLLM
     from focusllm.modeling import FocusForCausalLM, FocusState
     from focusllm.training.config import TrainConfig
     from focusllm.training.run import train
@@ -39,9 +40,9 @@ _HOMES = {
     "MemoryLimitError": "errors",
     "ModelError": "errors",
     "TrainingError": "errors",
-    "Answer": "llm",
-    "AnswerStream": "llm",
-    "Citation": "llm",
+    "Answer": "answer",
+    "AnswerStream": "answer",
+    "Citation": "answer",
     "Document": "llm",
     "FocusLLM": "llm",
     "FocusForCausalLM": "modeling",

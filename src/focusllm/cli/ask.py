@@ -15,7 +15,7 @@ from focusllm.cli.terminal import load, notify, reading_progress
 from focusllm.errors import FocusError
 
 if TYPE_CHECKING:
-    from focusllm.llm import Answer
+    from focusllm.answer import Answer
 
 
 @grouped

@@ -1,0 +1,212 @@
+"""Evaluation: runs that are killed and go on, refusals, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from focusllm import FocusLLM, cli
+from focusllm.errors import ConfigError, DocumentError
+from focusllm.evaluation import tasks
+from focusllm.evaluation.example import Setting
+from focusllm.evaluation.plan import Plan
+from focusllm.evaluation.report import load, write_report
+from focusllm.evaluation.runner import evaluate
+from focusllm.options import parse_lengths
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+# Runs the command line, and kills itself in place of the n-th line, or in the middle of writing it.
+KILLED = """
+import json, os, signal, sys
+from focusllm import cli
+from focusllm.evaluation import runner
+at, half = int(sys.argv[1]), sys.argv[2] == "half"
+append, count = runner._Log.append, 0
+def dying(self, line):
+    global count
+    count += 1
+    if count == at:
+        if half:
+            text = json.dumps(line).encode()
+            self.file.write(text[: len(text) // 2])
+            self.file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(self, line)
+runner._Log.append = dying
+sys.argv = ["focusllm", *sys.argv[3:]]
+cli.main()
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(model_folder: Path, setting: Setting, tmp_path: Path) -> None:
+    def run(folder: Path, at: int = 0, half: str = "") -> int:
+        selection = ["passkey", "perplexity", "--lengths", "500,700", "--limit", "2", "--text", setting.text]
+        methods = ["--method", "focus", "--method", "streaming", "--method", "full"]
+        arguments = ["eval", *selection, *methods, "--model", model_folder, "--output", folder]
+        command = [sys.executable, "-c", KILLED, str(at), half, *map(str, arguments)]
+        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True).returncode
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(whole) == 0
+    assert run(broken, 3) == -signal.SIGKILL
+    assert run(broken, 6, "half") == -signal.SIGKILL
+    assert not (broken / "results.json").exists()
+    data = (broken / "examples.jsonl").read_bytes()
+    assert len(data.splitlines()) == 2 + 5 + 1
+    assert not data.endswith(b"\n")
+    assert run(broken) == 0
+    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    lines = [json.loads(line) for line in (broken / "examples.jsonl").read_text().splitlines()]
+    keys = [(line["task"], line["length"], line["method"], line["id"]) for line in lines]
+    assert len(set(keys)) == len(keys) == 22  # 2 tasks, 2 lengths, 3 methods, 2 examples; at 700 full skips
+
+
+def plan_for(setting: Setting, **changes: Any) -> Plan:
+    plan = Plan(("passkey",), ("full", "streaming"), (200, 520), 2, text=setting.text)
+    return dataclasses.replace(plan, **changes)
+
+
+@pytest.fixture
+def small(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> FocusLLM:
+    from focusllm.evaluation.tasks import passkey
+
+    monkeypatch.setattr(passkey, "INTRO", "Find it.\n")
+    return llm
+
+
+def test_results_say_what_was_measured(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    seen: list[tuple[str, float, float]] = []
+    results = evaluate(plan_for(setting), small, tmp_path / "run", lambda *entry: seen.append(entry))
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    cells = {(cell["length"], cell["method"]): cell for cell in results["results"]}
+    assert cells[200, "full"]["examples"] == 2
+    assert cells[520, "full"] == {
+        "task": "passkey",
+        "length": 520,
+        "method": "full",
+        "metric": "accuracy",
+        "value": None,
+        "examples": 0,
+        "skipped": 1,
+        "reason": "the base model has 256 positions",
+    }
+    assert results["plan"]["task_versions"] == {"passkey": 1}
+    assert set(results["versions"]) == {"focusllm", "torch", "transformers"}
+    assert len(results["adapter"]) == 16
+    scores = [line["score"] for line in results["examples"] if line["method"] == "streaming" and line["length"] == 520]
+    assert cells[520, "streaming"]["value"] == sum(scores) / 2
+    assert "seconds" not in json.dumps(results)
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    assert all(cell["seconds"] > 0 for cell in timings if cell["length"] == 200)
+    done = [entry[1] for entry in seen]
+    assert done == sorted(done)
+    assert seen[-1][1] == seen[-1][2]
+
+
+@pytest.mark.parametrize("change", [{"limit": 3}, {"seed": 1}, {"methods": ("full",)}, {"lengths": (200,)}])
+def test_another_configuration_is_refused(
+    change: dict[str, Any], small: FocusLLM, setting: Setting, tmp_path: Path
+) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(ConfigError, match=f"holds a run with plan.{next(iter(change))}.*choose another --output"):
+        evaluate(plan_for(setting, **change), small, tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_another_adapter_is_refused(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    with torch.no_grad():
+        next(iter(small.model.base.model.layers[0].self_attn.q_proj.own_parameters().values())).add_(1)
+    with pytest.raises(ConfigError, match="a run with adapter"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+
+
+def test_damaged_lines_are_named(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    path = tmp_path / "run" / "examples.jsonl"
+    path.write_text("{oops\n" + path.read_text())
+    with pytest.raises(DocumentError, match="line 1 is damaged"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+
+
+def test_lengths_are_read() -> None:
+    assert parse_lengths("1M, 4096,8k") == [4096, 8192, 2**20]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["paskey", "--lengths", "1k"], "no task 'paskey'; did you mean passkey"),
+        (["passkey", "--lengths", "1k", "--method", "ful"], "no method 'ful'; did you mean full"),
+        (["passkey"], "no lengths are given for passkey"),
+        (["passkey", "--lengths", "0"], "the length '0' is not a number of at least 1"),
+        (["passkey", "--lengths", "1k", "--limit", "0"], "the limit is 0"),
+        (["passkey", "--lengths", "1k", "--set", "chunk_length"], "name=value"),
+        (["report"], "Missing argument"),
+        (["report", "nowhere"], "nowhere has no results"),
+    ],
+)
+def test_bad_commands_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = [] if arguments[0] == "report" else ["--output", "unused-run"]
+    monkeypatch.setattr(sys, "argv", ["focusllm", "eval", *arguments, *output])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("unused-run").exists()
+
+
+def test_a_family_stands_for_its_tasks() -> None:
+    selected = Plan(("passkey", "babilong"), ("focus",), (4096,)).tasks
+    assert selected[0] == "passkey"
+    assert set(selected[1:]) == {name for name in tasks.registry() if name.startswith("babilong-")} != set()
+
+
+def test_nothing_selected_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no task is selected"):
+        Plan((), ("focus",))
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_one_page_with_plots(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "first")
+    texts = plan_for(setting, tasks=("perplexity", "passkey"), methods=("streaming",), lengths=(300, 400))
+    evaluate(texts, small, tmp_path / "second")
+    paths = write_report([tmp_path / "first", tmp_path / "second"], tmp_path / "report")
+    names = {path.name for path in paths}
+    assert names >= {
+        "report.html",
+        "perplexity-by-length.png",
+        "perplexity-by-seconds.png",
+        "passkey-by-depth.png",
+        "passkey-by-seconds.png",
+    }
+    for path in paths[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    page = paths[0].read_text()
+    assert "the base model has 256 positions" in page
+    assert not re.search(r"(src|href)=.?https?:|<script", page)
+    assert page.count("data:image/svg+xml") == len(paths) - 1
+
+
+def test_methods_of_two_runs_are_told_apart(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        evaluate(plan_for(setting), small, tmp_path / name)
+    methods = {row.method for row in load([tmp_path / "first", tmp_path / "second"])}
+    assert methods == {"full (first)", "full (second)", "streaming (first)", "streaming (second)"}
