@@ -1,7 +1,7 @@
 """Weights in the layout that a CPU multiplies few tokens by fastest: a second copy, for the passes of the method.
 
 Decoding multiplies a handful of tokens by every weight of the model, and torch's general kernels read weights at a
-fraction of the memory's speed there. oneDNN's own layout is 1.5 to 2.5 times faster. The model stays what it was: its
+fraction of the memory's speed there. oneDNN's own layout is 1.2 to 2.4 times faster. The model stays what it was: its
 weights are untouched, and outside a pass of `focusllm.base.run` (or with gradients) it computes as before, bit for bit.
 """
 
