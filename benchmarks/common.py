@@ -15,9 +15,10 @@ __all__ = ["finish", "sample_text"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def finish(name: str, result: dict[str, Any]) -> None:
-    """Keep a result with the command that made it, and print it as the last line."""
+def finish(name: str, result: dict[str, Any], quiet: bool = False) -> None:
+    """Keep a result with the command that made it, and print it as the last line (unless quiet)."""
     result = {"command": " ".join(["python", *sys.orig_argv[1:]]), "machine": machine(), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    if not quiet:
+        print(json.dumps(result))

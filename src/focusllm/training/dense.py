@@ -96,7 +96,7 @@ def exact_loss(
 
 def num_passes(samples: Sequence[Sample]) -> int:
     """How often `dense_loss` goes through the model for these samples, each time with the same passes."""
-    return len(_packs(samples))
+    return len(packs_of(samples))
 
 
 def dense_logits(
@@ -104,11 +104,11 @@ def dense_logits(
 ) -> Tensor:
     """Logits [labels, V] of all answer tokens, in the order of the samples; differentiable in the projections."""
     call: Callable[..., tuple[Tensor, ...]] = _recomputed if checkpointed and torch.is_grad_enabled() else _plainly
-    packs = _packs(samples)
+    packs = packs_of(samples)
     logits: dict[int, Tensor] = {}
     uncounted: list[Tensor] = []
     for number, pack in enumerate(packs + packs[:1] * (passes - len(packs))):
-        places = _Places([samples[i] for i in pack], chunk_kv.length, chunk_kv.keys[0].device)
+        places = Places([samples[i] for i in pack], chunk_kv.length, chunk_kv.keys[0].device)
         with torch.no_grad():
             rows = ordinary_pass(model, chunk_kv, places)
         made = call(lambda *flat, at=places: _flat(candidate_sets(model, chunk_kv, _unflat(flat), at)), *_flat(rows))
@@ -134,13 +134,13 @@ def memory_logits(model: nn.Module, groups: Sequence[KV], sample: Sample) -> Ten
     """
     sets, first_slot = [], 0
     for kv in groups:
-        places = _Places([sample], kv.length, kv.keys[0].device)
+        places = Places([sample], kv.length, kv.keys[0].device)
         sets.append(candidate_sets(model, kv, ordinary_pass(model, kv, places), places, first_slot))
         first_slot += kv.num_rows
     return local_logits(model, concat(sets, 0), places)
 
 
-def _packs(samples: Sequence[Sample]) -> list[list[int]]:
+def packs_of(samples: Sequence[Sample]) -> list[list[int]]:
     """Which samples go through the passes together: alike in length, and with at most `PACK_LABELS` labels.
 
     Packed samples are masked from each other, which costs attention to what is masked, and padded to the longest.
@@ -154,7 +154,7 @@ def _packs(samples: Sequence[Sample]) -> list[list[int]]:
     return packs
 
 
-def ordinary_pass(model: nn.Module, chunk_kv: KV, places: _Places) -> KV:
+def ordinary_pass(model: nn.Module, chunk_kv: KV, places: Places) -> KV:
     """The samples' prompt and answer tokens behind every chunk, as the base model reads them: [R, K, T, D] a layer."""
     rows = chunk_kv.num_rows
     attention = Over([Segment([chunk_kv])], own_mask=places.row_mask)
@@ -165,22 +165,21 @@ def ordinary_pass(model: nn.Module, chunk_kv: KV, places: _Places) -> KV:
     return chunk_kv.tokens(0, 0)
 
 
-def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: _Places, first_slot: int = 0) -> KV:
+def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places, first_slot: int = 0) -> KV:
     """A candidate at every answer position of every row, keys moved to slots first_slot + i: [R, K, N, D] a layer."""
-    rows, count = chunk_kv.num_rows, len(places.candidate_tokens)
+    rows, count, device = chunk_kv.num_rows, len(places.candidate_tokens), places.candidate_tokens.device
     segments = [Segment([chunk_kv])]
     if ordinary.length:
         segments.append(Segment([ordinary], places.candidate_mask))
-    own = torch.eye(count, dtype=torch.bool, device=places.candidate_tokens.device)
-    attention = Over(segments, own_mask=own)
+    attention = Over(segments, own_mask=places.own_mask)
     positions = places.candidate_positions[None]
     run(model, places.candidate_tokens.expand(rows, -1), positions, attention, candidates=slice(0, count))
-    slots = first_slot + torch.arange(rows, device=own.device)[:, None]
+    slots = first_slot + torch.arange(rows, device=device)[:, None]
     move = mover(model, slots - positions)
     return KV([move(i, key) for i, key in enumerate(attention.kv.keys)], attention.kv.values)
 
 
-def local_logits(model: nn.Module, candidates: KV, places: _Places) -> Tensor:
+def local_logits(model: nn.Module, candidates: KV, places: Places) -> Tensor:
     """The local passes of all samples as one batch, each over its own candidate sets: logits [labels, V]."""
     rows, _, _, width = candidates.keys[0].shape
     shape = places.set_of.shape  # [S, most sets of a sample]
@@ -198,7 +197,7 @@ def local_logits(model: nn.Module, candidates: KV, places: _Places) -> Tensor:
     return logits[places.is_answer]
 
 
-class _Places:
+class Places:
     """Where everything of S samples lies: packed in the rows, side by side in the local batch, padded on the left."""
 
     def __init__(self, samples: Sequence[Sample], chunk_length: int, device: torch.device):
@@ -222,13 +221,16 @@ class _Places:
             made_sample += [i] * sample.num_answers
         self.row_tokens, self.row_positions = as_tensor(row_tokens), as_tensor(row_positions)
         self.candidate_tokens, self.candidate_positions = as_tensor(made_tokens), as_tensor(made_positions)
-        of_row, of_candidate = as_tensor(row_sample), as_tensor(made_sample)
+        self.of_row, self.of_candidate = of_row, of_candidate = as_tensor(row_sample), as_tensor(made_sample)
+        """Which sample the packed tokens and candidates belong to: [T] and [N]."""
         self.row_mask = (of_row[:, None] == of_row) & (self.row_positions[:, None] >= self.row_positions)
         """[T, T]: a sample's tokens see its own earlier ones."""
         self.candidate_mask = (of_candidate[:, None] == of_row) & (
             self.candidate_positions[:, None] > self.row_positions
         )
         """[N, T]: a candidate sees its own sample's tokens before it."""
+        self.own_mask = torch.eye(len(made_tokens), dtype=torch.bool, device=device)
+        """[N, N]: among candidates, itself only."""
 
         lengths = as_tensor([len(sample.token_ids) - 1 for sample in samples])[:, None]
         answers = as_tensor([sample.num_answers for sample in samples])[:, None]
