@@ -11,7 +11,8 @@ Tasks (all greedy, nothing of them was trained on; lengths are in tokens of far 
     stories      bAbI qa1 and qa2 test facts, hidden in a book; beside it the base model with the facts alone
     perplexity   the last 256 tokens: local context alone, sink + window, full attention (to 8K), FocusLLM
 
-Chunks depend on their own tokens alone, so those that cases share are encoded once.
+Chunks depend on their own tokens alone, so those that cases share are encoded once. Results are kept as they come: the
+same command goes on after a stop, with the same cases, and `--cases` may grow. Another adapter begins anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from common import finish
+from common import RESULTS, finish
 from focusllm import FocusLLM
+from focusllm.adapter import trainable_parameters
 from focusllm.chunking import split
 from focusllm.cost import total_memory
 from focusllm.engine import decode, prefill, start_request
@@ -59,6 +62,13 @@ class Bench:
         self.data = Path(arguments.data)
         self.books: dict[Path, list[int]] = {}
         known_bytes = total_memory(self.base.device) // 4
+        bench_data = self.data / "bench"
+        path = bench_data / "lost_in_the_middle" / "kv-retrieval-75_keys.jsonl"
+        self.key_rows = [json.loads(line) for line in path.read_text().splitlines()]
+        names = {"qa1": "qa1_single-supporting-fact", "qa2": "qa2_two-supporting-facts"}
+        self.questions = {
+            short: read_stories([bench_data / "babi_en" / f"{name}_test.txt"]) for short, name in names.items()
+        }
         self.blocks = ChunkCache(self.base, self.config.chunk_length, known_bytes).blocks
 
     def encode(self, text: str) -> list[int]:
@@ -178,35 +188,58 @@ def _plain_loss(base: torch.nn.Module, ids: Sequence[int], count: int) -> float:
     return float(F.cross_entropy(logits, tensor[0, -count:]))
 
 
-def cases_of(bench: Bench, task: str, length: int) -> Iterator[Callable[[], dict[str, Any]]]:
-    """The cases of a task at a length, each to be called."""
-    arguments, rng = bench.arguments, np.random.default_rng(length)
+def case_of(bench: Bench, task: str, length: int, number: int) -> dict[str, Any]:
+    """The result of one case; the same case for the same numbers."""
+    rng = np.random.default_rng([length, number])
     if task == "passkey":
-        for _ in range(arguments.cases):
-            yield lambda: passkey(bench, length, rng)
-    elif task == "keys":
-        path = bench.data / "bench" / "lost_in_the_middle" / "kv-retrieval-75_keys.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()[: arguments.cases]]
-        for i, row in enumerate(rows):
-            yield lambda row=row, i=i: keys(bench, row, i * 37 % 75, arguments.full)
-    elif task == "repetition":
-        for i in range(arguments.cases):
-            book = bench.book(i // 10, length)
-            yield lambda book=book: repetition(bench, book, book[: length - 512], rng)
-    elif task == "stories":
-        for name in ("qa1_single-supporting-fact", "qa2_two-supporting-facts"):
-            questions = read_stories([bench.data / "bench" / "babi_en" / f"{name}_test.txt"])
-            questions = [task for task in questions if len(task.inserts) <= length // 128]  # all facts find a place
-            for i in range(arguments.cases):
-                question = questions[int(rng.integers(len(questions)))]
-                book = bench.book(i // 10, length + 512)
-                yield lambda q=question, b=book, n=name: {"task": n[:3], **stories(bench, q, b, length, rng)}
-    else:
-        chunk = bench.config.chunk_length
-        for i in range(arguments.cases):  # ends a few chunks apart, so that windows share chunks
-            end = max(arguments.lengths) + (i % 10) * 3 * chunk
-            book = bench.book(i // 10, end)
-            yield lambda text=book[end - length : end]: perplexity(bench, text, length, length <= arguments.full_to)
+        return passkey(bench, length, rng)
+    if task == "keys":
+        return keys(bench, bench.key_rows[number], number * 37 % 75, bench.arguments.full)
+    if task == "repetition":
+        book = bench.book(number // 10, length)
+        return repetition(bench, book, book[: length - bench.config.local_length], rng)
+    if task == "stories":
+        name = ("qa1", "qa2")[number % 2]
+        questions = [one for one in bench.questions[name] if len(one.inserts) <= length // 128]  # all find a place
+        question = questions[int(rng.integers(len(questions)))]
+        book = bench.book(number // 20, length + bench.config.local_length)
+        return {"task": name, **stories(bench, question, book, length, rng)}
+    end = max(bench.arguments.lengths) + (number % 10) * 3 * bench.config.chunk_length  # windows share chunks
+    book = bench.book(number // 10, end)
+    return perplexity(bench, book[end - length : end], length, length <= bench.arguments.full_to)
+
+
+def measured(bench: Bench, task: str, kept: Kept) -> None:
+    """All cases at all lengths that have no result yet."""
+    for length in bench.arguments.lengths:
+        found = kept.lengths.setdefault(str(length), {"rows": [], "seconds": 0.0})
+        rows = found["rows"]
+        while len(rows) < bench.arguments.cases:
+            start = time.perf_counter()
+            rows.append(case_of(bench, task, length, len(rows)))
+            found["seconds"] += time.perf_counter() - start
+            summary = summarise(task, rows)
+            found |= {**summary, "cases": len(rows)}
+            kept.lengths[str(length)] = found
+            if len(rows) % 5 == 0 or len(rows) == bench.arguments.cases:
+                kept.write()
+            print(f"\r{task} at {length:,}: {len(rows)} cases, {summary}", end="", flush=True)
+        print()
+
+
+class Kept:
+    """The result file, if it is of the same measurement."""
+
+    def __init__(self, name: str, settings: dict[str, Any]):
+        self.name, self.settings = name, settings
+        path = RESULTS / f"{name}.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
+        self.lengths: dict[str, dict[str, Any]] = before["lengths"] if same else {}
+
+    def write(self, quiet: bool = True) -> None:
+        """Keep what there is."""
+        finish(self.name, {**self.settings, "lengths": self.lengths}, quiet)
 
 
 def main() -> None:
@@ -229,17 +262,12 @@ def main() -> None:
     lengths = {name: getattr(arguments, name) for name in ("chunk_length", "local_length", "prompt_length")}
     llm = FocusLLM.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, **lengths)
     bench = Bench(llm, arguments)
-    results = {}
-    for length in arguments.lengths:
-        start, rows = time.perf_counter(), []
-        for case in cases_of(bench, arguments.task, length):
-            rows.append(case())
-            summary = summarise(arguments.task, rows)
-            print(f"\r{arguments.task} at {length:,}: {len(rows)} cases, {summary}", end="", flush=True)
-        print()
-        results[length] = {**summary, "cases": len(rows), "seconds": time.perf_counter() - start, "rows": rows}
     trained = llm.model.adapter_config.trained if llm.model.adapter_config else "untrained"
-    finish(arguments.name or f"adapter_{arguments.task}", {**lengths, "adapter": trained, "lengths": results})
+    weights = zlib.crc32(b"".join(x.float().numpy().tobytes() for x in trainable_parameters(llm.model.base).values()))
+    settings = {**lengths, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
+    kept = Kept(arguments.name or f"adapter_{arguments.task}", settings)
+    measured(bench, arguments.task, kept)
+    kept.write(quiet=False)
 
 
 def summarise(task: str, rows: list[dict[str, Any]]) -> dict[str, float]:

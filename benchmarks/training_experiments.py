@@ -1,6 +1,6 @@
 """What training learns at equal cost: one short training a variant, from nothing, on the same samples.
 
-    python benchmarks/training_experiments.py --data DATA --held-out DATA/books/test --seconds 150
+    python benchmarks/training_experiments.py --data DATA --held-out DATA/books/test --seconds 400
 
 Every variant trains for the same processor time (with OMP_WAIT_POLICY=PASSIVE other work does not count), on samples of
 examples/presets/laptop.toml, and is then evaluated on the same held-out memories. Finished variants are kept in the
@@ -8,8 +8,8 @@ result file and left out when the program is run again; `--only NAME ...` takes 
 
 Three variants change the method itself:
 
-    recurrent   a row grows by its candidates alone: each sees the chunk, the prompt and the sample's earlier candidates,
-                instead of the ordinary answer tokens (which then need not be read)
+    recurrent   a row grows by its candidates alone: each sees the chunk, the prompt and the sample's earlier
+                candidates, instead of the ordinary answer tokens (which then need not be read)
     sink        the local pass begins with the base model's first token, in front of the candidates
     two         two candidates a chunk: the newest token twice, the second sees the first; two slots a chunk
 """
@@ -210,24 +210,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of texts to train on")
     parser.add_argument("--held-out", required=True, help="folder of texts to evaluate on")
-    parser.add_argument("--seconds", type=float, default=900, help="processor time of a training")
+    parser.add_argument("--seconds", type=float, default=400, help="processor time of a training")
     parser.add_argument("--memories", type=int, default=6, help="held-out memories, 8 samples each")
+    parser.add_argument("--threads", type=int, default=1, help="one: two programs beside each other waste nothing")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    path = RESULTS / f"{RESULT}.json"
-    results: dict[str, Any] = json.loads(path.read_text())["variants"] if path.exists() else {}
+    torch.set_num_threads(arguments.threads)
     bench = Bench(arguments)
     for name in arguments.only:
-        if name in results:
+        if name in done():
             continue
         settings, method = VARIANTS[name]
-        results[name] = train_variant(bench.preset.replace(**settings), method, bench, arguments.seconds)
+        result = train_variant(bench.preset.replace(**settings), method, bench, arguments.seconds)
+        results = {**done(), name: result}  # read anew: another one of these programs may have added some
         finish(RESULT, {"seconds": arguments.seconds, "memories": bench.memories, "variants": results}, quiet=True)
         print(f"\r{name}: {summary(results[name])}")
     print(f"\n{'':24s}steps  labels  " + "  ".join(f"{name[:12]:>12s}" for name in OBJECTIVES))
-    for name, row in results.items():
+    for name, row in done().items():
         print(f"{name:24s}{row['steps']:5d}  {row['labels']:6d}  {summary(row)}")
+
+
+def done() -> dict[str, Any]:
+    """The results so far, by variant."""
+    path = RESULTS / f"{RESULT}.json"
+    return dict(json.loads(path.read_text())["variants"]) if path.exists() else {}
 
 
 OBJECTIVES = ("repetition", "continuation", "facts", "tables")

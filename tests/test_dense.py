@@ -12,7 +12,7 @@ from conftest import build, random_ids, with_candidates
 from focusllm import AdapterConfig
 from focusllm.adapter import trainable_parameters
 from focusllm.focus import encode_chunks
-from focusllm.training.dense import Sample, packs_of, dense_logits, dense_loss, exact_loss
+from focusllm.training.dense import Sample, dense_logits, dense_loss, exact_loss, packs_of
 
 CHUNKS = torch.tensor(random_ids(48)).view(3, 16)
 # Longer and shorter than their prompts, with one label and with many, and one that is nothing but a token and a label.

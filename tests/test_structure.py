@@ -24,6 +24,7 @@ ORDER = [
     "chunking",
     "kv",
     "rope",
+    "differentiable",
     "attention",
     "base",
     "packed",

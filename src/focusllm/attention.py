@@ -6,7 +6,7 @@ Keys and values are neither joined nor copied, and key-value heads are not repea
 Few queries (decoding): scores of all segments under one softmax, by batched matrix products that run at the speed of
 memory. Many queries (reading): a flash kernel a segment, results merged exactly through the logarithms of their softmax
 sums (as flash attention joins its tiles, arXiv 2205.14135). With gradients: joined, one differentiable call; but 2-byte
-types on a CPU by products again, which spend nothing on gradients of keys and values that need none.
+types on a CPU by products again (`differentiable`).
 
 Pure functions over tensors. Letters: B rows, H query heads, K key-value heads, T new tokens, S earlier ones, D width.
 """
@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from focusllm.differentiable import Part, by_products
 
 Block = tuple[Tensor, Tensor, int]
 """Keys and values [rows, K, room, D], and how many of their tokens count; the room behind them holds finite numbers."""
@@ -53,9 +55,9 @@ def attend(
     """
     earlier = [tensor for blocks, _ in segments for block in blocks for tensor in block[:2]]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, *earlier)):
-        by_products = query.device.type == "cpu" and query.dtype.itemsize == 2
-        function = _attend_by_products if by_products else _attend_joined
-        return function(query, key, value, segments, mask, scale), []
+        few = query.device.type == "cpu" and query.dtype.itemsize == 2
+        parts = _parts(key, value, segments, mask)
+        return by_products(query, parts, scale) if few else _attend_joined(query, parts, scale), []
     if not segments:
         return _partial(query, key, value, mask, mask is None, scale)[0], []
     outs: list[Tensor] = []
@@ -182,12 +184,9 @@ def _partial_by_formula(
     return out.reshape(rows, heads, length, -1), lse.reshape(rows, heads, length)
 
 
-def _attend_joined(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None, scale: float
-) -> Tensor:
+def _attend_joined(query: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
     """Everything joined along the tokens and one call of scaled dot product attention, for gradients."""
-    length = query.shape[2]
-    parts = _parts(key, value, segments, mask)
+    length, key = query.shape[2], parts[-1][0]
     masks = [torch.ones(length, k.shape[2], dtype=torch.bool, device=k.device) if m is None else m for k, _, m in parts]
     if any(m.dim() == 3 for m in masks):
         masks = [m.expand(query.shape[0], -1, -1) for m in masks]
@@ -202,29 +201,9 @@ def _attend_joined(
     )
 
 
-def _attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None, scale: float
-) -> Tensor:
-    """The same by products, a segment at a time under one softmax."""
-    rows, heads, length, _ = query.shape
-    packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
-    parts = _parts(key, value, segments, mask)
-    scores = []
-    for k, _, visible in parts:
-        scores.append(torch.bmm(packed, k.flatten(0, 1).transpose(1, 2)))
-        if visible is not None:
-            hidden = ~visible if visible.dim() == 2 else ~visible[:, None]
-            scores[-1].view(rows, heads, length, -1).masked_fill_(hidden, torch.finfo(query.dtype).min)
-    weights = torch.split(torch.cat(scores, -1).softmax(-1), [k.shape[2] for k, _, _ in parts], -1)
-    products = [torch.bmm(weight, v.flatten(0, 1)) for weight, (_, v, _) in zip(weights, parts, strict=True)]
-    return torch.stack(products).sum(0).view(rows, heads, length, -1)
-
-
-def _parts(
-    key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def _parts(key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None) -> list[Part]:
     """Keys, values and mask of every segment, and of the new tokens."""
-    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    parts: list[Part] = []
     for blocks, segment_mask in segments:
         if len(blocks) != 1:
             raise ValueError(f"a segment has {len(blocks)} blocks; with gradients it must have one.")

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from focusllm.base import run
+from focusllm.differentiable import bias_of, over_sets
 from focusllm.focus import Over, encode_chunks, focus_logits, mover
 from focusllm.kv import KV, Segment, concat
 
-PACK_LABELS = 128
+PACK_LABELS = 192
 
 
 @dataclass(frozen=True)
@@ -181,15 +182,18 @@ def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places,
 
 def local_logits(model: nn.Module, candidates: KV, places: Places) -> Tensor:
     """The local passes of all samples as one batch, each over its own candidate sets: logits [labels, V]."""
-    rows, _, _, width = candidates.keys[0].shape
-    shape = places.set_of.shape  # [S, most sets of a sample]
+    rows, shape = candidates.num_rows, places.set_of.shape  # [S, most sets of a sample]
 
-    def by_sample(made: Tensor) -> Tensor:  # [R, K, N, D] -> [S, K, sets * R, D], a sample's sets one after another
+    def by_sample(made: Tensor) -> Tensor:  # [R, K, N, D] -> [S, K, sets, R, D]
         chosen = made.permute(1, 2, 0, 3).index_select(1, places.set_of.flatten())  # [K, S * sets, R, D]
-        return chosen.reshape(-1, shape[0], shape[1] * rows, width).transpose(0, 1)
+        return chosen.unflatten(1, shape).transpose(0, 1)
 
     sets = candidates.map(by_sample)
-    attention = Over([Segment([sets], places.sees_set.repeat_interleave(rows, 2))], own_mask=places.local_mask)
+    bias = None if places.local_mask is None else bias_of(places.local_mask, sets.keys[0].dtype)[:, None]
+
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return over_sets(query, key, value, sets.keys[layer], sets.values[layer], bias, scale)
+
     positions = places.local_positions + rows
     last = torch.arange(positions.shape[1] - shape[1], positions.shape[1], device=positions.device)
     logits = run(model, places.local_tokens, positions, attention, logits_to_keep=last)
@@ -242,17 +246,16 @@ class Places:
         self.local_positions = (index - padding).clamp(min=0)
         causal = index[0][:, None] >= index[0]
         is_token = index >= padding
-        self.local_mask = causal & (is_token[:, None] | torch.eye(longest, dtype=torch.bool, device=device))
-        """[S, T, T]: padding is seen by nobody but itself."""
+        self.local_mask: Tensor | None = None
+        """[S, T, T]: padding is seen by nobody but itself; None where there is none: causal."""
+        if padding.any():
+            self.local_mask = causal & (is_token[:, None] | torch.eye(longest, dtype=torch.bool, device=device))
         column = torch.arange(most, device=device)[None]
         self.is_answer = column >= most - answers
         """[S, most]: which of the last columns have a label."""
         first = torch.cumsum(answers, 0) - answers
         self.set_of = (first + (column - (most - answers)).clamp(min=0)).clamp(max=len(made_tokens) - 1)
         """[S, most]: which of the N candidates belongs to each column; padding repeats the first."""
-        own = torch.maximum(index - (longest - most), most - answers)  # the column whose set each token sees
-        self.sees_set = own[:, :, None] == column[:, None]
-        """[S, T, most]."""
 
 
 def _plainly(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
