@@ -12,7 +12,7 @@ from conftest import build, random_ids, with_candidates
 from focusllm import AdapterConfig
 from focusllm.adapter import trainable_parameters
 from focusllm.focus import encode_chunks
-from focusllm.training.dense import Sample, dense_logits, dense_loss, exact_loss, packs_of
+from focusllm.training.dense import PACK_LABELS, Sample, dense_logits, dense_loss, exact_loss, packs_of
 
 CHUNKS = torch.tensor(random_ids(48)).view(3, 16)
 # Longer and shorter than their prompts, with one label and with many, and one that is nothing but a token and a label.
@@ -106,7 +106,7 @@ def test_packs_hold_every_sample_once() -> None:
     samples = [Sample(random_ids(3 + length), length, 4) for length in (90, 1, 200, 40, 2, 100)]
     packs = packs_of(samples)
     assert sorted(i for pack in packs for i in pack) == list(range(6))
-    assert all(sum(samples[i].num_answers for i in pack) <= 128 or len(pack) == 1 for pack in packs)
+    assert all(sum(samples[i].num_answers for i in pack) <= PACK_LABELS or len(pack) == 1 for pack in packs)
 
 
 def test_the_first_label_is_the_papers_loss() -> None:

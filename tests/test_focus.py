@@ -9,9 +9,10 @@ from torch import nn
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import AdapterConfig
 from focusllm.adapter import injected, trainable_parameters
-from focusllm.attention import _attend_by_products, _attend_joined, _partial, _partial_by_formula, attend
+from focusllm.attention import _attend_joined, _partial, _partial_by_formula, _parts, attend
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
+from focusllm.differentiable import by_products
 from focusllm.focus import encode_chunks, focus_logits, read_prompt
 from focusllm.kv import KV
 from focusllm.rope import move_keys, rotation
@@ -253,8 +254,8 @@ def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> Non
     segment_mask = torch.rand(5, 7, generator=generator) > 0.3 if masked else None
     segments = [([earlier], segment_mask), ([(random(2, 2, 3, 8), random(2, 2, 3, 8), 3)], None)]
     results = []
-    for function in (_attend_joined, _attend_by_products):
-        out = function(query, key, value, segments, mask, 0.3)
+    for function in (_attend_joined, by_products):
+        out = function(query, _parts(key, value, segments, mask), 0.3)
         grads = torch.autograd.grad((out * torch.arange(8)).sum(), (query, key, value, earlier[1]))
         results.append((out, *grads))
     for expected, got in zip(*results, strict=True):

@@ -66,7 +66,7 @@ class _ByProducts(torch.autograd.Function):
         return out.to(query.dtype).view(query.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         packed, out, total, *flat = ctx.saved_tensors
         count = len(flat) // 3
         grad = grad.reshape(packed.shape) / total
@@ -144,7 +144,7 @@ class _OverSets(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         own, own_lse = flash(query, key, value, 0.0, bias is None, attn_mask=bias, scale=scale)
-        grouped = query.unflatten(1, (key.shape[1], -1))  # [B, K, G, T, D]
+        grouped = _grouped(query, key.shape[1])
         wide = _wide(query)
         scores = _per_set(grouped, set_keys).to(wide) * scale  # [B, K, G, T, R]
         own_lse = own_lse.to(wide).view(scores.shape[:-1])
@@ -154,16 +154,17 @@ class _OverSets(torch.autograd.Function):
         out = (out + _from_sets(weights.to(query.dtype), set_values)).to(query.dtype)
         ctx.save_for_backward(query, key, value, set_keys, set_values, bias, out.view(query.shape), lse, weights)
         ctx.scale = scale
-        return out.view(query.shape)
+        result: Tensor = out.view(query.shape)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, set_keys, set_values, bias, out, lse, weights = ctx.saved_tensors
         scale, grad = ctx.scale, grad.contiguous()
         to_query, to_key, to_value = flash_backward(
             grad, query, key, value, out, lse.view(query.shape[:-1]), 0.0, bias is None, attn_mask=bias, scale=scale
         )
-        grouped, grad = (x.unflatten(1, (key.shape[1], -1)) for x in (query, grad))
+        grouped, grad = (_grouped(x, key.shape[1]) for x in (query, grad))
         delta = (grad.to(lse.dtype) * out.view(grad.shape)).sum(-1, keepdim=True)
         to_score = ((_per_set(grad, set_values) - delta) * weights * scale).to(query.dtype)
         to_query = to_query + _from_sets(to_score, set_keys).view(query.shape)
@@ -193,6 +194,12 @@ def _to_sets(weights: Tensor, tokens: Tensor, count: int) -> Tensor:
     made = torch.matmul(weights.permute(0, 1, 3, 4, 2), last.transpose(2, 3))  # [B, K, M, R, G] with [B, K, M, G, D]
     made[:, :, 0] += torch.matmul(first_weights.flatten(2, 3).transpose(-1, -2), first.flatten(2, 3))
     return made
+
+
+def _grouped(query: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, H, T, D] to [B, K, G, T, D]."""
+    rows, heads, length, width = query.shape
+    return query.reshape(rows, num_kv_heads, heads // num_kv_heads, length, width)
 
 
 def _parted(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:

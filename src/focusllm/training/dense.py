@@ -186,7 +186,7 @@ def local_logits(model: nn.Module, candidates: KV, places: Places) -> Tensor:
 
     def by_sample(made: Tensor) -> Tensor:  # [R, K, N, D] -> [S, K, sets, R, D]
         chosen = made.permute(1, 2, 0, 3).index_select(1, places.set_of.flatten())  # [K, S * sets, R, D]
-        return chosen.unflatten(1, shape).transpose(0, 1)
+        return chosen.view(chosen.shape[0], *shape, *chosen.shape[2:]).transpose(0, 1)
 
     sets = candidates.map(by_sample)
     bias = None if places.local_mask is None else bias_of(places.local_mask, sets.keys[0].dtype)[:, None]
