@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import AdapterConfig
 from focusllm.adapter import injected, trainable_parameters
-from focusllm.attention import _attend_joined, _partial, _partial_by_formula, _parts, attend
+from focusllm.attention import (
+    QUERY_BLOCK,
+    _attend_joined,
+    _causal_by_blocks,
+    _partial,
+    _partial_by_formula,
+    _parts,
+    attend,
+)
 from focusllm.chunks import encode
-from focusllm.engine import decode, prefill, start_request
 from focusllm.differentiable import by_products
+from focusllm.engine import decode, prefill, start_request
 from focusllm.focus import encode_chunks, focus_logits, read_prompt
 from focusllm.kv import KV
 from focusllm.rope import move_keys, rotation
@@ -260,3 +269,20 @@ def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> Non
         results.append((out, *grads))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [QUERY_BLOCK + 1, 3 * QUERY_BLOCK])
+def test_blocks_of_queries_give_causal_attention(length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, length, 16, generator=generator).bfloat16() for heads in (6, 2, 2))
+    want = F.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), is_causal=True, scale=0.3, enable_gqa=True
+    )
+    got = attend(query, key, value, [], None, 0.3)[0]
+    scores = (query * 0.3) @ key.repeat_interleave(3, 1).transpose(2, 3)
+    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    formula = scores.softmax(-1) @ value.repeat_interleave(3, 1)  # in the same type
+    assert (got - want).norm() < 1.05 * (formula - want).norm()
+    torch.testing.assert_close(
+        _causal_by_blocks(query.double(), key.double(), value.double(), 0.3).float(), want, **CLOSE
+    )
