@@ -90,27 +90,49 @@ def candidates_of(model: nn.Module, chunks: list[list[int]], prompt: list[int]) 
     return [tuple(torch.cat([one[i][part] for one in made], 1) for part in (0, 1)) for i in layers]
 
 
-def exact_logits(model: nn.Module, chunks: list[list[int]], prompt: list[int], local: list[int]) -> Tensor:
+def _behind_sink(
+    model: nn.Module, made: list[tuple[Tensor, Tensor]], slots: Tensor, sink: int | None
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What the local pass sees before the local context, and where: the candidates, behind the sink if there is one."""
+    if sink is None:
+        return made, slots
+    one = torch.ones(1, 1, dtype=torch.bool)
+    kept, _ = forward(model, [sink], ~one[0], torch.zeros(1, dtype=torch.long), one)
+    both = [
+        tuple(torch.cat([s, m], 1) for s, m in zip(sunk, own, strict=True))
+        for sunk, own in zip(kept, made, strict=True)
+    ]
+    return both, torch.cat([torch.zeros(1, dtype=torch.long), slots + 1])
+
+
+def exact_logits(
+    model: nn.Module, chunks: list[list[int]], prompt: list[int], local: list[int], sink: int | None = None
+) -> Tensor:
     """The paper: logits [W, V] of the local context."""
-    count, length = len(chunks), len(local)
+    made, slots = _behind_sink(model, candidates_of(model, chunks, prompt), torch.arange(len(chunks)), sink)
+    count, length = len(slots), len(local)
     mask = torch.cat(
         [torch.ones(length, count, dtype=torch.bool), torch.ones(length, length, dtype=torch.bool).tril()], 1
     )
     none = torch.zeros(length, dtype=torch.bool)
     positions = torch.arange(count, count + length)
-    made = candidates_of(model, chunks, prompt)
-    return forward(model, local, none, positions, mask, made, torch.arange(count))[1]
+    return forward(model, local, none, positions, mask, made, slots)[1]
 
 
 def cached_logits(
-    model: nn.Module, chunks: list[list[int]], prompt: list[int], local: list[int], generated: list[int]
+    model: nn.Module,
+    chunks: list[list[int]],
+    prompt: list[int],
+    local: list[int],
+    generated: list[int],
+    sink: int | None = None,
 ) -> Tensor:
     """Cached decoding from scratch: logits [V] after the local context and the generated tokens.
 
     The given local tokens see the first candidate set; generated token t sees the set that was made with it.
     """
     every = [[step] * len(chunks) for step in range(len(generated) + 1)]
-    return focused_logits(model, chunks, prompt, local, generated, every)
+    return focused_logits(model, chunks, prompt, local, generated, every, sink)
 
 
 def focused_logits(
@@ -120,6 +142,7 @@ def focused_logits(
     local: list[int],
     generated: list[int],
     made: list[list[int]],
+    sink: int | None = None,
 ) -> Tensor:
     """Cached decoding where some candidates are older than others, from scratch: logits [V] after the generated tokens.
 
@@ -139,5 +162,7 @@ def focused_logits(
     mask = torch.cat([of_token[:, None] == of_key[None], torch.ones(length, length, dtype=torch.bool).tril()], 1)
     earlier = [tuple(torch.cat([one[i][part] for one in sets], 1) for part in (0, 1)) for i in range(len(sets[0]))]
     none = torch.zeros(length, dtype=torch.bool)
-    slots = torch.arange(count).repeat(len(sets))
+    earlier, slots = _behind_sink(model, earlier, torch.arange(count).repeat(len(sets)), sink)
+    if sink is not None:
+        count, mask = count + 1, torch.cat([torch.ones(length, 1, dtype=torch.bool), mask], 1)
     return forward(model, local + generated, none, torch.arange(count, count + length), mask, earlier, slots)[1][-1]

@@ -37,22 +37,25 @@ def gradients(model: nn.Module) -> torch.Tensor:
     return found
 
 
-def stepwise(model: nn.Module) -> torch.Tensor:
+def stepwise(model: nn.Module, sink: int | None = None) -> torch.Tensor:
     rows = []
     for sample in SAMPLES:
         ids, newest = list(sample.token_ids), sample.newest
         prompt, local = ids[sample.start : newest + 1], ids[: newest + 1]
         for step in range(sample.num_answers):
             generated = ids[newest + 1 : newest + 1 + step]
-            rows.append(reference.cached_logits(model, CHUNKS.tolist(), prompt, local, generated))
+            rows.append(reference.cached_logits(model, CHUNKS.tolist(), prompt, local, generated, sink))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("config", [AdapterConfig(), AdapterConfig(rank=4), AdapterConfig(rank=2, alpha=8.0)])
+@pytest.mark.parametrize(
+    "config",
+    [AdapterConfig(), AdapterConfig(rank=4), AdapterConfig(rank=2, alpha=8.0), AdapterConfig(rank=4, sink_token=7)],
+)
 def test_equals_decoding_step_by_step(config: AdapterConfig) -> None:
     model = trainable(with_candidates(build(), config))
     kv = encode_chunks(model, CHUNKS)
-    expected = stepwise(model)
+    expected = stepwise(model, config.sink_token)
     torch.testing.assert_close(dense_logits(model, kv, SAMPLES), expected, atol=2e-5, rtol=0)
     with torch.no_grad():  # by the kernels that decoding uses
         torch.testing.assert_close(dense_logits(model, kv, SAMPLES), expected, atol=2e-5, rtol=0)

@@ -39,13 +39,17 @@ def tensors(lists: list[list[int]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "adapter", [AdapterConfig(), AdapterConfig(rank=4, alpha=8), AdapterConfig("kv"), AdapterConfig("qo")]
+    "adapter",
+    [
+        *(AdapterConfig(), AdapterConfig(rank=4, alpha=8), AdapterConfig("kv"), AdapterConfig("qo")),
+        AdapterConfig(rank=4, sink_token=7),
+    ],
 )
 def test_whole_method_equals_reference(adapter: AdapterConfig) -> None:
     model = build()
     with_candidates(model, adapter)
     _wrap_all(model)
-    expected = exact_logits(model, CHUNKS, LOCAL[-6:], LOCAL)
+    expected = exact_logits(model, CHUNKS, LOCAL[-6:], LOCAL, adapter.sink_token)
     actual = focus_logits(model, tensors(CHUNKS), torch.tensor(LOCAL[-6:]), torch.tensor(LOCAL), 0)
     torch.testing.assert_close(actual, expected, **CLOSE)
 
@@ -74,22 +78,28 @@ def test_candidates_equal_reference(llama: nn.Module) -> None:
         torch.testing.assert_close(got_values[0], values, **CLOSE)
 
 
-def test_exact_decoding_equals_reference(llama: nn.Module) -> None:
+@pytest.mark.parametrize("sink", [None, 7])
+def test_exact_decoding_equals_reference(sink: int | None) -> None:
+    llama = with_candidates(build(), AdapterConfig(sink_token=sink))
     config = SMALL.replace(decoding="exact")
     request = start_request(llama, encode(llama, FAR, config), LOCAL, config)
     actual = [prefill(llama, request, config)[-1]]
     actual += [decode(llama, [request], [token], config)[0] for token in FORCED]
     for step, logits in enumerate(actual):
         new = FORCED[:step]
-        torch.testing.assert_close(logits, exact_logits(llama, CHUNKS, LOCAL[-6:] + new, LOCAL + new)[-1], **CLOSE)
+        expected = exact_logits(llama, CHUNKS, LOCAL[-6:] + new, LOCAL + new, sink)[-1]
+        torch.testing.assert_close(logits, expected, **CLOSE)
 
 
-def test_cached_decoding_equals_its_definition_from_scratch(llama: nn.Module) -> None:
+@pytest.mark.parametrize("sink", [None, 7])
+def test_cached_decoding_equals_its_definition_from_scratch(sink: int | None) -> None:
+    llama = with_candidates(build(), AdapterConfig(sink_token=sink))
     request = start_request(llama, encode(llama, FAR, SMALL), LOCAL, SMALL)
     actual = [prefill(llama, request, SMALL)[-1]]
     actual += [decode(llama, [request], [token], SMALL)[0] for token in FORCED]
     for step, logits in enumerate(actual):
-        torch.testing.assert_close(logits, cached_logits(llama, CHUNKS, LOCAL[-6:], LOCAL, FORCED[:step]), **CLOSE)
+        expected = cached_logits(llama, CHUNKS, LOCAL[-6:], LOCAL, FORCED[:step], sink)
+        torch.testing.assert_close(logits, expected, **CLOSE)
 
 
 def test_cached_differs_from_exact_after_the_first_token(llama: nn.Module) -> None:

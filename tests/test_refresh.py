@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import reference
-from conftest import SMALL, random_ids
-from focusllm import ConfigError, FocusConfig, engine
+from conftest import SMALL, build, random_ids, with_candidates
+from focusllm import AdapterConfig, ConfigError, FocusConfig, engine
 from focusllm.chunking import split
 from focusllm.chunks import encode
 from focusllm.engine import Request, decode, prefill, start_request
@@ -37,8 +37,9 @@ def hot_slots(request: Request) -> list[int]:
 
 
 @pytest.mark.usefixtures("restless")
-@pytest.mark.parametrize("length", [20 + 24 * 6, 20 + 24 * 6 + 7])
-def test_equals_its_definition_from_scratch(llama: nn.Module, length: int) -> None:
+@pytest.mark.parametrize(("length", "sink"), [(20 + 24 * 6, None), (20 + 24 * 6 + 7, None), (20 + 24 * 6 + 7, 9)])
+def test_equals_its_definition_from_scratch(length: int, sink: int | None) -> None:
+    llama = with_candidates(build(), AdapterConfig(sink_token=sink))
     ids, generated = random_ids(length), random_ids(14, seed=1)
     far, local = split(ids, FOCUSED)
     chunks = [far[i : i + 24] for i in range(0, len(far), 24)]
@@ -50,7 +51,7 @@ def test_equals_its_definition_from_scratch(llama: nn.Module, length: int) -> No
         seen.add(tuple(hot))
         made.append([step if slot in hot else made[-1][slot] for slot in range(len(chunks))])
         logits = decode(llama, [request], [token], FOCUSED)[0]
-        expected = reference.focused_logits(llama, chunks, local[-6:], local, generated[:step], made)
+        expected = reference.focused_logits(llama, chunks, local[-6:], local, generated[:step], made, sink)
         torch.testing.assert_close(logits, expected, **CLOSE)
     assert len(seen) > 3  # rows did change places
     assert any(rows.parked for rows in request.hot)
@@ -67,8 +68,10 @@ def test_enough_rows_is_every_row(llama: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("restless")
-def test_requests_together_equal_their_single_runs(llama: nn.Module) -> None:
+@pytest.mark.parametrize("sink", [None, 9])
+def test_requests_together_equal_their_single_runs(sink: int | None) -> None:
     """Focused, all rows, the base model alone, and one that is rechunked on the way."""
+    llama = with_candidates(build(), AdapterConfig(sink_token=sink))
     config = FOCUSED.replace(rechunk=True)
     texts = [random_ids(n, seed=n) for n in (170, 60, 9, 120)]
     together = [begin(llama, ids, config)[0] for ids in texts]

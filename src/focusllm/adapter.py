@@ -47,6 +47,8 @@ class AdapterConfig:
     """Rank of low-rank projections; None: full copies, as in the paper."""
     alpha: float | None = None
     """Low-rank updates are scaled by alpha / rank. None: the rank, so by 1."""
+    sink_token: int | None = None
+    """Token that stands in front of the candidates in the local pass, as the projections were trained. None: none."""
     trained: dict[str, Any] = field(default_factory=dict)
     """What the adapter was trained with (lengths, steps, data), for the reader; has no effect."""
 
@@ -55,6 +57,8 @@ class AdapterConfig:
             raise ConfigError(f"projections is {self.projections!r}; it must be one or more of the letters q, k, v, o.")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"rank is {self.rank}; it must be at least 1, or none for full copies.")
+        if self.sink_token is not None and self.sink_token < 0:
+            raise ConfigError(f"sink_token is {self.sink_token}; it must be the number of a token, or none.")
 
     def replace(self, **changes: Any) -> AdapterConfig:
         """A copy with some fields changed, checked again."""
@@ -180,7 +184,17 @@ def injected(model: nn.Module) -> dict[str, CandidateLinear]:
 
 def injected_config(model: nn.Module) -> AdapterConfig | None:
     """The settings of the candidate projections that a model has now; None: it has none."""
-    return next((wrapper.config for wrapper in injected(model).values()), None)
+    for layer in layout(model).layers:  # asked for at every token: the first one found will do
+        for name in layer.projections.values():
+            if isinstance(module := getattr(layer.module, name), CandidateLinear):
+                return module.config
+    return None
+
+
+def sink_token(model: nn.Module) -> int | None:
+    """The token in front of the candidates in a model's local pass, an attention sink (arXiv 2309.17453), if any."""
+    config = injected_config(model)
+    return None if config is None else config.sink_token
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from focusllm.adapter import sink_token
 from focusllm.base import layout, run_plain
 from focusllm.chunking import count_chunks
 from focusllm.chunks import ChunkBlock, encode
@@ -101,7 +102,7 @@ def start_request(
     if request.blocks:
         config.check_positions(max_positions)
         config.check_num_chunks(request.num_chunks, max_positions)
-    if len(request.local_ids) + request.num_chunks > max_positions:
+    if len(request.local_ids) + _first_place(model, request) > max_positions:
         raise ConfigError(
             f"a local context of {len(request.local_ids)} tokens does not fit into the base model's {max_positions} "
             f"positions; use a smaller local_length."
@@ -123,7 +124,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     prompt_ids = _dynamic_prompt(request, config)
     request.row_ids = list(prompt_ids)
     prompt = _tensor(model, prompt_ids)
-    candidates, first_slot = [], 0
+    candidates, first_slot = [], _first_slot(model)
     for block in request.blocks:
         tail: GrowingKV | None = None
         for first, kv in _batches(model, block, len(prompt), config):
@@ -180,12 +181,12 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
     """One forward pass for all rows and the newest local tokens: logits [V] of every request."""
     pairs, start, row = _rows(model, requests)
     newest = _tensor(model, [request.local_ids[-1] for request in requests])
-    local_start = _tensor(model, [request.num_chunks + len(request.local_ids) - 1 for request in requests])
+    local_start = _tensor(model, [_first_place(model, request) + len(request.local_ids) - 1 for request in requests])
     local = Segment([request.local_kv for request in requests if request.local_kv is not None])
     candidates = [request.candidates for request in requests if request.candidates is not None]
     slots = [_tensor(model, _refreshed_slots(request)) for request in requests]
     logits, ordinary, local_kv, paid = decode_pass(
-        model, pairs, start, row, newest, local_start, local, candidates, slots
+        model, pairs, start, row, newest, local_start, local, candidates, slots, _first_slot(model)
     )
     _keep_ordinary(requests, ordinary)
     for i, request in enumerate(requests):
@@ -199,7 +200,7 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
 
 def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     """All rows a batch at a time, then the local pass: logits [V]. For `exact`, and for rows that lie elsewhere."""
-    pair, slot, candidates = _tensor(model, [[request.row_ids[-1], request.local_ids[-1]]]), 0, []
+    pair, slot, candidates = _tensor(model, [[request.row_ids[-1], request.local_ids[-1]]]), _first_slot(model), []
     for block, tail in zip(request.blocks, request.tails, strict=True):
         start = block.length + tail.length
         made: list[KV] = []
@@ -216,7 +217,7 @@ def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) 
     if request.local_kv is None:
         return _local_from_start(model, request, config, 1)[-1]
     newest = _tensor(model, [request.local_ids[-1:]])
-    place = _tensor(model, [request.num_chunks + len(request.local_ids) - 1])
+    place = _tensor(model, [_first_place(model, request) + len(request.local_ids) - 1])
     logits, kv, paid = local_pass(model, newest, place, [Segment([request.candidates]), Segment([request.local_kv])])
     request.local_kv.append(kv)
     _count_attention(request, paid[0])
@@ -290,9 +291,9 @@ def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
 def _local_from_start(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int) -> Tensor:
     """The local pass over the whole local context: logits [n, V]."""
     assert request.candidates is not None
-    start = _tensor(model, [request.num_chunks])
-    local = _tensor(model, [request.local_ids])
-    logits, kv, paid = local_pass(model, local, start, [Segment([request.candidates])], logits_to_keep)
+    start = _tensor(model, [_first_place(model, request)])
+    local, segments = _tensor(model, [request.local_ids]), [Segment([request.candidates])]
+    logits, kv, paid = local_pass(model, local, start, segments, logits_to_keep, sink_token(model))
     _count_attention(request, paid[0])
     if config.decoding == "cached":
         request.local_kv = GrowingKV(kv, 1, kv.length)
@@ -321,7 +322,7 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
 
 def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None:
     """Refuse the token that would leave the base model's positions (only where rechunking is off)."""
-    taken = request.num_chunks + len(request.local_ids)
+    taken = _first_place(model, request) + len(request.local_ids)
     for block in request.blocks:
         taken = max(taken, block.length + len(request.row_ids) + 1)
     max_positions = layout(model).max_positions
@@ -331,6 +332,16 @@ def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None
             f"the next token needs position {taken}, but the base model has {max_positions}; use a smaller "
             f"{'local_length' if config.rechunk else 'chunk_length, or set rechunk=True'}."
         )
+
+
+def _first_slot(model: nn.Module) -> int:
+    """Position of the first candidate in the local pass: behind the sink, if there is one."""
+    return int(sink_token(model) is not None)
+
+
+def _first_place(model: nn.Module, request: Request) -> int:
+    """Position of the first local token: behind sink and candidates."""
+    return request.num_chunks + _first_slot(model) if request.blocks else 0
 
 
 def _dynamic_prompt(request: Request, config: FocusConfig) -> list[int]:

@@ -38,8 +38,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from focusllm.adapter import sink_token
 from focusllm.attention import attend
 from focusllm.base import layout, run
 from focusllm.kv import KV, Segment, concat
@@ -123,7 +125,12 @@ def mover(model: nn.Module, delta: Tensor) -> Callable[[int, Tensor], Tensor]:
 
 
 def local_pass(
-    model: nn.Module, tokens: Tensor, start: Tensor, segments: Sequence[Segment], logits_to_keep: int = 1
+    model: nn.Module,
+    tokens: Tensor,
+    start: Tensor,
+    segments: Sequence[Segment],
+    logits_to_keep: int = 1,
+    sink: int | None = None,
 ) -> tuple[Tensor, KV, list[Tensor]]:
     """Decode from the candidates and the local context, by the base model (paper section 3.3).
 
@@ -132,16 +139,29 @@ def local_pass(
         start: [B], position of the first of them: the number of candidates plus the local tokens before it.
         segments: the candidates first, then (cached decoding) the local context's kept keys and values.
         logits_to_keep: how many of the last tokens get logits; 0: all.
+        sink: a token to be read first, at position 0: it sees no candidates, the others see it. For whole local
+            contexts; `start` counts it.
 
     Returns:
-        Logits [B, n, V]; keys and values of these tokens; and what the newest paid to the candidates, one [rows, R] a
-        block, summed over layers (empty while gradients are recorded).
+        Logits [B, n, V]; keys and values of these tokens (the sink's first); and what the newest paid to the
+        candidates, one [rows, R] a block, summed over layers (empty while gradients are recorded).
     """
-    attention = Over(segments, watch=bool(segments) and not torch.is_grad_enabled())
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    if sink is not None:
+        logits_to_keep = logits_to_keep or tokens.shape[1]
+        tokens, positions = F.pad(tokens, (1, 0), value=sink), F.pad(positions, (1, 0))
+        segments = [_hidden_from_first(segment, tokens.shape[1]) for segment in segments]
+    attention = Over(segments, watch=bool(segments) and not torch.is_grad_enabled())
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None
     return logits, attention.kv, attention.paid
+
+
+def _hidden_from_first(segment: Segment, num_tokens: int) -> Segment:
+    (block,) = segment.blocks
+    mask = torch.ones(num_tokens, block.length, dtype=torch.bool, device=block.keys[0].device)
+    mask[0] = False
+    return Segment(segment.blocks, mask)
 
 
 def decode_pass(
@@ -154,6 +174,7 @@ def decode_pass(
     local: Segment,
     candidates: Sequence[KV],
     slots: Sequence[Tensor],
+    first_slot: int = 0,
 ) -> tuple[Tensor, KV, KV, list[Tensor]]:
     """A cached decode step of B requests in one forward pass: `candidate_pass`, `to_slots` and `local_pass` at once.
 
@@ -166,13 +187,14 @@ def decode_pass(
         local: the local contexts' kept keys and values, a block a request.
         candidates: each request's candidate set [1, K, R_b, D] a layer, changed in place at `slots`.
         slots: which of its slots each request's rows belong to; the other slots keep what they hold.
+        first_slot: position of the first slot.
 
     Returns:
         Logits [B, V]; the rows' ordinary tokens [R, K, 1, D]; the newest local tokens [B, K, 1, D]; and what each paid
         to its candidates [1, R_b], summed over layers.
     """
     rows, counts = pairs.shape[0], [len(own) for own in slots]
-    move = mover(model, (torch.cat(list(slots)) - (start + 1))[None])
+    move = mover(model, (torch.cat(list(slots)) + first_slot - (start + 1))[None])
     over_rows, local_kv = Over(row), KV([], [])
     totals: list[Tensor] = []
 
@@ -235,10 +257,11 @@ def focus_logits(
         else:
             groups.append([chunk])
     candidates: list[KV] = []
-    first_slot = 0
+    sink = sink_token(model)
+    first_slot = int(sink is not None and bool(chunks))
     for group in groups:
         candidates.append(read_prompt(model, encode_chunks(model, torch.stack(group)), prompt, first_slot)[1])
         first_slot += len(group)
     segments = [Segment([concat(candidates, dim=2)])] if candidates else []
-    start = torch.tensor([len(chunks)], device=local.device)
-    return local_pass(model, local[None], start, segments, logits_to_keep)[0][0]
+    start = torch.tensor([first_slot], device=local.device)
+    return local_pass(model, local[None], start, segments, logits_to_keep, sink if chunks else None)[0][0]

@@ -45,6 +45,14 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
+def first_token(tokenizer: Any) -> int | None:
+    """The token that a model knows as the beginning of everything; None: it has no such token."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return None
+
+
 def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     """The tokens before and after the document in the model's chat template (or a plain question without one).
 

@@ -62,6 +62,9 @@ class TrainConfig:
     rank: int | None = 64
     """Rank of low-rank projections; 0 in a file, None here: full copies, as in the paper."""
     alpha: float | None = None
+    sink: bool = True
+    """Put the tokenizer's first token in front of the candidates in the local pass: an attention sink, which the base
+    model is used to. The adapter then always comes with it. false: candidates stand first, as in the paper."""
     init_adapter: str | None = None
     """Begin from these projections instead of untrained ones."""
 
@@ -109,7 +112,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         kinds = {"objectives": dict, "rank": int | None, "projections": str, "model": str}
-        for name, kind in (kinds | {"checkpointed": bool, "sharded": bool}).items():
+        for name, kind in (kinds | {"checkpointed": bool, "sharded": bool, "sink": bool}).items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, which is of the wrong type.")
         for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", *self.objectives):

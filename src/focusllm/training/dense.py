@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from focusllm.adapter import sink_token
 from focusllm.base import run
 from focusllm.differentiable import bias_of, over_sets
 from focusllm.focus import Over, encode_chunks, focus_logits, mover
@@ -105,15 +106,18 @@ def dense_logits(
 ) -> Tensor:
     """Logits [labels, V] of all answer tokens, in the order of the samples; differentiable in the projections."""
     call: Callable[..., tuple[Tensor, ...]] = _recomputed if checkpointed and torch.is_grad_enabled() else _plainly
-    packs = packs_of(samples)
+    packs, sink = packs_of(samples), _sink(model)
     logits: dict[int, Tensor] = {}
     uncounted: list[Tensor] = []
     for number, pack in enumerate(packs + packs[:1] * (passes - len(packs))):
         places = Places([samples[i] for i in pack], chunk_kv.length, chunk_kv.keys[0].device)
         with torch.no_grad():
             rows = ordinary_pass(model, chunk_kv, places)
-        made = call(lambda *flat, at=places: _flat(candidate_sets(model, chunk_kv, _unflat(flat), at)), *_flat(rows))
-        (result,) = call(lambda *flat, at=places: (local_logits(model, _unflat(flat), at),), *made)
+        made = call(
+            lambda *flat, at=places: _flat(candidate_sets(model, chunk_kv, _unflat(flat), at, int(sink is not None))),
+            *_flat(rows),
+        )
+        (result,) = call(lambda *flat, at=places: (local_logits(model, _unflat(flat), at, sink),), *made)
         if number < len(packs):
             logits |= dict(zip(pack, torch.split(result, [samples[i].num_answers for i in pack]), strict=True))
         else:
@@ -133,12 +137,21 @@ def memory_logits(model: nn.Module, groups: Sequence[KV], sample: Sample) -> Ten
     Returns:
         Logits [labels, V] of the answer tokens.
     """
-    sets, first_slot = [], 0
+    sink = _sink(model)
+    sets, first_slot = [], int(sink is not None)
     for kv in groups:
         places = Places([sample], kv.length, kv.keys[0].device)
         sets.append(candidate_sets(model, kv, ordinary_pass(model, kv, places), places, first_slot))
         first_slot += kv.num_rows
-    return local_logits(model, concat(sets, 0), places)
+    return local_logits(model, concat(sets, 0), places, sink)
+
+
+def _sink(model: nn.Module) -> KV | None:
+    """Keys and values of the token in front of the candidates, [1, K, 1, D] a layer."""
+    token = sink_token(model)
+    return (
+        None if token is None else encode_chunks(model, torch.tensor([[token]], device=next(model.parameters()).device))
+    )
 
 
 def packs_of(samples: Sequence[Sample]) -> list[list[int]]:
@@ -180,8 +193,10 @@ def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places,
     return KV([move(i, key) for i, key in enumerate(attention.kv.keys)], attention.kv.values)
 
 
-def local_logits(model: nn.Module, candidates: KV, places: Places) -> Tensor:
+def local_logits(model: nn.Module, candidates: KV, places: Places, sink: KV | None = None) -> Tensor:
     """The local passes of all samples as one batch, each over its own candidate sets: logits [labels, V]."""
+    if sink is not None:  # one more row, the same in all sets
+        candidates = concat([sink.map(lambda one: one.expand(-1, -1, candidates.length, -1)), candidates], 0)
     rows, shape = candidates.num_rows, places.set_of.shape  # [S, most sets of a sample]
 
     def by_sample(made: Tensor) -> Tensor:  # [R, K, N, D] -> [S, K, sets, R, D]

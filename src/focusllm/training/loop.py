@@ -37,6 +37,7 @@ from focusllm.adapter import (
     AdapterConfig,
     adapter_tensors,
     inject,
+    injected,
     load_adapter,
     save_adapter,
     trainable_parameters,
@@ -180,6 +181,7 @@ class Training:
         sampler, held_out: where memories come from; held_out None: no evaluation.
         output: the folder for checkpoints, logs and the adapter.
         base_name: the base model's name, for the adapter's card.
+        sink_token: the token in front of the candidates (`config.sink` says whether there shall be one).
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class Training:
         output: Path,
         base_name: str = "",
         accelerator: Accelerator | None = None,
+        sink_token: int | None = None,
     ):
         self.config, self.sampler, self.held_out, self.output = config, sampler, held_out, Path(output)
         self.base_name = base_name
@@ -200,7 +203,7 @@ class Training:
                 f"memories_per_step is {config.memories_per_step}, which cannot be shared out evenly among "
                 f"{self.accelerator.num_processes} processes; use a multiple."
             )
-        self.adapter_config = AdapterConfig(config.projections, config.rank, config.alpha)
+        self.adapter_config = AdapterConfig(config.projections, config.rank, config.alpha, sink_token)
         self.step, self.saved = 0, -1
         self.best: dict[str, Any] = {}
         self.base = model
@@ -223,6 +226,8 @@ class Training:
                     f"the projections in {source} are {loaded.projections} of rank {loaded.rank}, not "
                     f"{config.projections} of rank {config.rank}; use the settings that they were trained with."
                 )
+            for wrapper in injected(model).values():  # what it goes on with, not what it began with
+                wrapper.config = asked
         else:
             inject(model, self.adapter_config, torch.float32)
         model.requires_grad_(False)

@@ -29,6 +29,7 @@ from focusllm.embedded import cache_folder, resolve_model
 from focusllm.errors import ConfigError, DocumentError, TrainingError
 from focusllm.files import whole_file, whole_folder
 from focusllm.modeling import cannot_load, computing_dtype, parse_dtype
+from focusllm.text import first_token
 from focusllm.training import checkpoint
 from focusllm.training.checkpoint import disk_errors
 from focusllm.training.config import TrainConfig
@@ -203,7 +204,8 @@ def _assembled(
         if config.held_out:
             raise
         notify("No text is left over to evaluate on (held_out names some); the last checkpoint is taken as the best.")
-    return Training(config, model, sampler, held_out, output, config.model, accelerator)
+    sink = first_token(tokenizer) if config.sink else None
+    return Training(config, model, sampler, held_out, output, config.model, accelerator, sink)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
