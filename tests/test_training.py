@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from conftest import build, byte_tokenizer
 from focusllm import DocumentError, FocusLLM, TrainConfig, TrainingError, train
+from focusllm.adapter import read_adapter_config
 from focusllm.errors import AdapterError, ConfigError
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
@@ -41,6 +42,7 @@ def test_a_training_leaves_an_adapter_that_everything_loads(
     llm = FocusLLM.from_pretrained(base / "model", adapter=adapter, chunk_length=32, local_length=64)
     assert llm.has_trained_candidates
     assert llm.model.adapter_config.trained["steps"] in (3, 4)
+    assert llm.model.adapter_config.sink_token == llm.tokenizer.bos_token_id
     changed = [
         name for name, tensor in weights(tmp_path / "out").items() if "lora_B" in name and tensor.abs().max() > 0
     ]
@@ -79,12 +81,13 @@ def test_checkpointed_passes_change_nothing(train_settings: Callable[..., TrainC
 
 
 def test_begins_from_an_adapter(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    first = train(train_settings(steps=2, learning_rate=0.05), tmp_path / "first")
+    first = train(train_settings(steps=2, learning_rate=0.05, sink=False), tmp_path / "first")
     seen: list[dict[str, Any]] = []
-    train(train_settings(steps=1, init_adapter=str(first)), tmp_path / "second", report=seen.append)
+    second = train(train_settings(steps=1, init_adapter=str(first)), tmp_path / "second", report=seen.append)
     fresh: list[dict[str, Any]] = []
     train(train_settings(steps=1), tmp_path / "third", report=fresh.append)
     assert seen[0]["evaluation"]["loss"] != fresh[0]["evaluation"]["loss"]
+    assert [read_adapter_config(folder).sink_token for folder in (first, second)] == [None, 1]
     with pytest.raises(TrainingError, match="of rank 4, not qkvo of rank 8"):
         train(train_settings(steps=1, init_adapter=str(first), rank=8), tmp_path / "fourth")
 
