@@ -12,6 +12,7 @@ from focusllm import FocusLLM
 from focusllm.base import run
 from focusllm.cost import estimate
 from focusllm.focus import Over
+from focusllm.info import describe
 from focusllm.packed import PackedLinear, pack, packable_bytes, packed_bytes, unpack
 
 
@@ -90,3 +91,6 @@ def test_small_models_are_packed_when_loaded(model_folder) -> None:
     assert (sizes[True] > 0) == supported(torch.float32)
     costs = {packed: estimate(llm.model.base, llm.config, 4096).weights for packed, llm in found.items()}
     assert costs[True] - costs[False] == packed_bytes(found[True].model.base)
+    _, skeleton, config = describe(model_folder, None, "float32", {})  # before it is loaded
+    for packed, cost in costs.items():
+        assert estimate(skeleton, config, 4096, packed=packed).weights == cost

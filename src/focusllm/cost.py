@@ -57,7 +57,12 @@ class Cost:
 
 
 def estimate(
-    model: nn.Module, config: FocusConfig, num_tokens: int, num_new_tokens: int = 256, place: str = "device"
+    model: nn.Module,
+    config: FocusConfig,
+    num_tokens: int,
+    num_new_tokens: int = 256,
+    place: str = "device",
+    packed: bool | None = None,
 ) -> Cost:
     """The memory that reading `num_tokens` tokens and answering one question takes.
 
@@ -65,13 +70,13 @@ def estimate(
 
     Args:
         place: where the chunks' keys and values are kept; on the device they count as memory, elsewhere they do not.
+        packed: for a model on the meta device, whether loading it is to pack its weights (None: as by default).
     """
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
     per_token = found.kv_bytes_per_token * dtype.itemsize
     num_chunks = count_chunks(num_tokens, config.chunk_length)
-    packed = Packing.of(model, config.kv_dtype)
-    chunks = packed.row_bytes(num_tokens)
+    chunks = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
     in_place = place == "device" and config.kv_dtype == "same"
     prompt = min(config.prompt_length, config.chunk_length)
     grown = _room(prompt + num_new_tokens)
@@ -85,7 +90,7 @@ def estimate(
     inner: int = getattr(base_config, "intermediate_size", 4 * hidden)
     widths = 6 * hidden + 3 * inner + 2 * found.num_heads * found.head_dim  # live at once in a layer
     return Cost(
-        weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model),
+        weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, packed),
         chunks=chunks if place == "device" else 0,
         rows=(rows + config.max_local_length) * per_token,
         scratch=in_flight * (widths * dtype.itemsize + per_token),
@@ -94,11 +99,11 @@ def estimate(
     )
 
 
-def _copies(model: nn.Module) -> int:
+def _copies(model: nn.Module, packed: bool | None) -> int:
     """Bytes of packed weights: those there are, or those that loading the model will make."""
     if next(model.parameters()).device.type != "meta":
         return packed_bytes(model)
-    return packable_bytes(model) if is_packed_by_default(model) else 0
+    return packable_bytes(model) if packed or (packed is None and is_packed_by_default(model)) else 0
 
 
 def _runtime(device: torch.device) -> int:
@@ -155,15 +160,23 @@ def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: P
     )
 
 
-def find_place(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, written: int = 0) -> str | None:
+def find_place(
+    model: nn.Module,
+    config: FocusConfig,
+    num_tokens: int,
+    folder: Path,
+    written: int = 0,
+    packed: bool | None = None,
+) -> str | None:
     """The first of device, host and disk (or the one that is set) that has room for a text's chunks; None: none has.
 
     Args:
         folder: where files would go.
         written: bytes of them that are there already.
+        packed: as `estimate` takes it.
     """
     places = _places(model, config)
-    return next((place for place in places if _fits(model, config, num_tokens, place, folder, written)), None)
+    return next((place for place in places if _fits(model, config, num_tokens, place, folder, written, packed)), None)
 
 
 def _places(model: nn.Module, config: FocusConfig) -> list[str]:
@@ -172,8 +185,16 @@ def _places(model: nn.Module, config: FocusConfig) -> list[str]:
     return list(dict.fromkeys("device" if place == "host" and not has_host else place for place in chosen))
 
 
-def _fits(model: nn.Module, config: FocusConfig, num_tokens: int, place: str, folder: Path, written: int) -> bool:
-    cost = estimate(model, config, num_tokens, place=place)
+def _fits(
+    model: nn.Module,
+    config: FocusConfig,
+    num_tokens: int,
+    place: str,
+    folder: Path,
+    written: int,
+    packed: bool | None,
+) -> bool:
+    cost = estimate(model, config, num_tokens, place=place, packed=packed)
     stored = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
     elsewhere = {"device": 0, "host": free_memory(torch.device("cpu")), "disk": free_disk(folder) + written}[place]
     return cost.new <= cost.free and (place == "device" or stored <= elsewhere)

@@ -240,7 +240,9 @@ class _Bench:
         if spec.name in self.configs:
             config = self.configs[spec.name]
             place = find_place(self.skeleton, config, length, cache_folder()) or "device"
-            row["estimated_memory"] = estimate(self.skeleton, config, length, self.plan.new_tokens, place).total
+            row["estimated_memory"] = estimate(
+                self.skeleton, config, length, self.plan.new_tokens, place, self.plan.packed
+            ).total
         flops = last["linear_tokens"] and last["linear_tokens"] * flops_per_token(self.shapes)
         rate = limits["flops_per_second"]["median"]
         row["share_of_products"] = flops and flops / measured["prefill_seconds"]["median"] / rate

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from focusllm.chunking import count_chunks
-from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, grouped
+from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, Packed, grouped
 from focusllm.cli.terminal import calm_libraries, notify, status
 from focusllm.errors import FocusError
 
@@ -20,6 +20,7 @@ def info(
     model: Model = "smollm2-135m",
     adapter: Adapter = None,
     dtype: Dtype = "auto",
+    packed: Packed = None,
     focus: FocusOptions,
     tokens: Annotated[
         list[int] | None, typer.Option("--tokens", "-n", min=1, help="Lengths to estimate; may be repeated.")
@@ -33,9 +34,9 @@ def info(
 
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
     found, skeleton, config = describe(model, adapter, dtype, focus.given(), notify)
-    places = [find_place(skeleton, config, length, cache_folder()) for length in lengths]
+    places = [find_place(skeleton, config, length, cache_folder(), packed=packed) for length in lengths]
     costs = [
-        (length, place, estimate(skeleton, config, length, place=place or "device"))
+        (length, place, estimate(skeleton, config, length, place=place or "device", packed=packed))
         for length, place in zip(lengths, places, strict=True)
     ]
     if as_json:
