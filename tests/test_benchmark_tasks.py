@@ -218,12 +218,13 @@ def test_ruler_fills_its_length(name: str, setting: Setting) -> None:
     assert len({example.context for example in found}) == 3
     assert found == examples(name, setting, 3, length)  # the same in every run
     for example in found:
-        room = setting.room(name, length, example.before, example.after, max_new_tokens=example.max_new_tokens)
+        parts = example.before, example.after, example.answer_prefix
+        room = setting.room(name, length, *parts, max_new_tokens=example.max_new_tokens)
         assert 0.85 * room < setting.num_tokens(example.context) <= room
         assert all(reference in example.context for reference in example.references)
         assert task.score(", ".join(example.references).upper(), example) == 1
         assert task.score("no idea", example) == 0
-        assert "{" not in example.before + example.after
+        assert "{" not in "".join(parts)
 
 
 def test_ruler_needles(setting: Setting) -> None:
@@ -233,7 +234,8 @@ def test_ruler_needles(setting: Setting) -> None:
     assert single.context.count("special magic") == 1
     assert NOISE in single.context
     assert single.before.startswith("A special magic number is hidden")
-    assert single.after.endswith(f" The special magic number for {key} mentioned in the provided text is")
+    assert single.after.endswith(f"is the special magic number for {key} mentioned in the provided text?")
+    assert single.answer_prefix == f" The special magic number for {key} mentioned in the provided text is"
     (queries,) = examples("ruler-niah_multiquery", setting, 1, LENGTH)
     assert queries.context.count("special magic") == len(queries.references) == 4
     assert queries.before.startswith("Some special magic numbers are hidden")
@@ -251,7 +253,8 @@ def test_ruler_chains_and_counts(setting: Setting) -> None:
     steps = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", chain.context)
     assert [name for name, _ in steps] == list(chain.references)
     assert [source for _, source in steps] == [steps[0][1], *chain.references[:-1]]
-    assert f"5 variables are assigned the value {steps[0][1]}" in chain.after
+    assert f"5 variables are assigned the value {steps[0][1]}" in chain.answer_prefix
+    assert "variables are assigned" in chain.before  # the solved one in front
     (common,) = examples("ruler-cwe", setting, 1, LENGTH)
     counts = Counter(re.findall(r"\d+\. (\S+)", common.context)).most_common()
     assert {word for word, _ in counts[:10]} == set(common.references)

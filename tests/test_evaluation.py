@@ -161,6 +161,17 @@ def test_truncation_keeps_both_ends_and_the_template(llm: FocusLLM) -> None:
     assert body == [*prompt.body[: len(body) // 2], *prompt.body[len(prompt.body) - (len(body) + 1) // 2 :]]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_answers_begin_as_the_task_says(chat: bool, llm: FocusLLM) -> None:
+    """Behind the chat template's last token; without a template behind the question. A length counts it."""
+    method = build_method("full", llm)
+    plain = dataclasses.replace(LONG, chat=chat)
+    begun = dataclasses.replace(plain, answer_prefix=" The word is")
+    text = llm.tokenizer.decode(method.prompt(plain).ids)
+    assert llm.tokenizer.decode(method.prompt(begun).ids) == text + ("The word is" if chat else " The word is")
+    assert method.num_tokens(begun) > method.num_tokens(plain)
+
+
 def test_retrieval_finds_the_passage(llm: FocusLLM) -> None:
     context = (
         "Nothing to see on this page at all. " * 10 + "The harbour of Zanzibar opens at nine. " + "And so on. " * 30

@@ -66,6 +66,7 @@ class Prompted(Task):
             max_new_tokens=self.about["max_new_tokens"],
             stop=tuple(self.about.get("stop", ())),
             chat=self.about.get("chat", True),
+            answer_prefix=fill(self.about.get("answer_prefix", ""), values),
             **more,
         )
 

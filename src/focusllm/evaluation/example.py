@@ -43,6 +43,8 @@ class Example:
     """Strings at which the answer ends (what comes before the first of them counts)."""
     chat: bool = True
     """Whether the prompt goes into the model's chat template."""
+    answer_prefix: str = ""
+    """How the answer begins, which the model goes on from: behind the chat template's last token, or behind `after`."""
     choices: tuple[str, ...] = ()
     """Classes or options, where the metric needs them."""
     meta: dict[str, Any] = field(default_factory=dict)

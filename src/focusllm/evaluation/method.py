@@ -83,7 +83,10 @@ class Method(ABC):
     def prompt(self, example: Example) -> Prompt:
         """Token ids of an example's prompt; its parts are tokenised apart, so that a document's chunks are its own."""
         start, end = frame_ids(self.tokenizer) if example.chat else (start_tokens(self.tokenizer), [])
-        before, context, after = (self.encode(text) for text in (example.before, example.context, example.after))
+        behind = example.after if end else example.after + example.answer_prefix
+        before, context, after = (self.encode(text) for text in (example.before, example.context, behind))
+        if end and example.answer_prefix:
+            end = [*end, *self.encode(example.answer_prefix.lstrip())]
         return Prompt(start, before, context, after, end, example.chat, f"{example.before}\n{example.after}")
 
     def num_tokens(self, example: Example | LossExample) -> int:

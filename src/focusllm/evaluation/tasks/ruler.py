@@ -70,10 +70,19 @@ class Question(NamedTuple):
 
 
 class Ruler(Prompted):
-    """A task of RULER."""
+    """A task of RULER.
 
-    def __init__(self, name: str, prompt: str, make: Make, needs: str = ""):
-        super().__init__(f"ruler-{name}", {**ABOUT[name.split("_")[0]], "prompt": prompt}, needs)
+    Args:
+        single: the prompt asks for one value, not for several.
+    """
+
+    version = 2
+
+    def __init__(self, name: str, make: Make, needs: str = "", single: bool = False):
+        about = ABOUT[name.split("_")[0]]
+        if single:
+            about = about | {part: in_singular(about[part]) for part in ("prompt", "answer_prefix")}
+        super().__init__(f"ruler-{name}", about, needs)
         self.make = make
 
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
@@ -82,8 +91,8 @@ class Ruler(Prompted):
         for i in range(limit):
             draw = random.Random(int(setting.rng(self.name, length, i).integers(2**62)))
             case = self.make(draw, setting, length)
-            before, after = around(self.about["prompt"], case.values)
-            room = setting.room(self.name, length, before, after, max_new_tokens=self.about["max_new_tokens"])
+            parts = *around(self.about["prompt"], case.values), fill(self.about["answer_prefix"], case.values)
+            room = setting.room(self.name, length, *parts, max_new_tokens=self.about["max_new_tokens"])
             context = largest(case.build, setting, room)
             if context is None:
                 raise ConfigError(
@@ -134,10 +143,15 @@ def needles(haystack: str, keys: str, kind: str, num_keys: int, num_values: int,
     return make
 
 
-def needle_prompt(single: bool) -> str:
-    """In the singular where one value is asked for."""
-    prompt: str = ABOUT["niah"]["prompt"]
-    return prompt.replace("Some", "A").replace("are all", "is").replace("are", "is") if single else prompt
+def in_singular(prompt: str) -> str:
+    """For one value instead of several."""
+    return prompt.replace("Some", "A").replace("are all", "is").replace("are", "is")
+
+
+def solved(name: str, values: dict[str, str], answer: str) -> str:
+    """A prompt with its answer, as an example in front of what is asked."""
+    about = ABOUT[name]
+    return fill(about["prompt"] + about["answer_prefix"], {"lead": "", **values}) + f" {answer}\n"
 
 
 def chain(draw: random.Random, name_length: int) -> Case:
@@ -158,10 +172,11 @@ def chain(draw: random.Random, name_length: int) -> Case:
 
 def variables(draw: random.Random, setting: Setting, length: int) -> Case:
     """A chain, with a solved one of 500 tokens in front."""
-    shown, case, prompt = chain(draw, 3), chain(draw, 5), ABOUT["vt"]["prompt"]
-    context = largest(shown.build, setting, 500 - setting.num_tokens(prompt)) or shown.build(0)
-    lead = fill(prompt, {**shown.values, "context": context}) + f" {' '.join(shown.references)}\n\n"
-    return case._replace(values={**case.values, "lead": lead})
+    shown, case = chain(draw, 3), chain(draw, 5)
+    room = 500 - setting.num_tokens(ABOUT["vt"]["prompt"] + ABOUT["vt"]["answer_prefix"])
+    context = largest(shown.build, setting, room) or shown.build(0)
+    lead = solved("vt", {**shown.values, "context": context}, " ".join(shown.references))
+    return case._replace(values={**case.values, "lead": f"{lead}\n"})
 
 
 def numbered(items: Iterable[str]) -> str:
@@ -188,7 +203,7 @@ def common_words(draw: random.Random, setting: Setting, length: int) -> Case:
         return mixed(endless, NUM_COMMON + size, often, seldom, seed)
 
     context = mixed(examples, *shown, seed)
-    lead = fill(ABOUT["cwe"]["prompt"], {"context": context}) + f" {numbered(examples[:NUM_COMMON])}\n"
+    lead = solved("cwe", {"context": context}, numbered(examples[:NUM_COMMON]))
     return Case({"lead": lead}, pool[:NUM_COMMON], build)
 
 
@@ -269,14 +284,11 @@ NEEDLES = {
 }
 TASKS = (
     *(
-        Ruler(f"niah_{name}", needle_prompt(row[4] * row[5] == 1), needles(*row), "text" if row[0] == "text" else "")
+        Ruler(f"niah_{name}", needles(*row), "text" if row[0] == "text" else "", single=row[4] * row[5] == 1)
         for name, row in NEEDLES.items()
     ),
-    Ruler("vt", "{lead}" + ABOUT["vt"]["prompt"], variables),
-    Ruler("cwe", "{lead}" + ABOUT["cwe"]["prompt"], common_words),
-    Ruler("fwe", ABOUT["fwe"]["prompt"], frequent_words),
-    *(
-        Ruler(name, ABOUT["qa"]["prompt"], documents(FILES[name], read), "files")
-        for name, read in (("qa_1", squad), ("qa_2", hotpotqa))
-    ),
+    Ruler("vt", variables),
+    Ruler("cwe", common_words),
+    Ruler("fwe", frequent_words),
+    *(Ruler(name, documents(FILES[name], read), "files") for name, read in (("qa_1", squad), ("qa_2", hotpotqa))),
 )
