@@ -34,7 +34,7 @@ from transformers import DynamicCache
 
 from common import RESULTS, finish
 from focusllm import FocusLLM
-from focusllm.adapter import trainable_parameters
+from focusllm.adapter import sink_token, trainable_parameters
 from focusllm.chunking import split
 from focusllm.cost import total_memory
 from focusllm.engine import decode, prefill, start_request
@@ -264,7 +264,10 @@ def main() -> None:
     bench = Bench(llm, arguments)
     trained = llm.model.adapter_config.trained if llm.model.adapter_config else "untrained"
     weights = zlib.crc32(b"".join(x.float().numpy().tobytes() for x in trainable_parameters(llm.model.base).values()))
-    settings = {**lengths, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
+    settings = {**lengths, "model": arguments.model, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
+    settings |= {"task": arguments.task, "sink_token": sink_token(llm.model.base), "full": arguments.full}
+    if arguments.task == "perplexity":  # the longest says where the windows are
+        settings |= {"full_to": arguments.full_to, "longest": max(arguments.lengths)}
     kept = Kept(arguments.name or f"adapter_{arguments.task}", settings)
     measured(bench, arguments.task, kept)
     kept.write(quiet=False)

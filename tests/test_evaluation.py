@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
-from focusllm import FocusForCausalLM, FocusLLM, evaluation
+from focusllm import AdapterConfig, FocusForCausalLM, FocusLLM, evaluation
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError, DocumentError
@@ -76,7 +76,9 @@ def test_focus_answers_as_ask_does(llm: FocusLLM) -> None:
 
 
 @pytest.mark.parametrize("options", ["", "decoding=exact", "chunk_length=31,local_length=50", "chunks_per_batch=1"])
-def test_focus_loss_is_that_of_decoding(options: str, llm: FocusLLM) -> None:
+@pytest.mark.parametrize("sink", [None, 1])
+def test_focus_loss_is_that_of_decoding(options: str, sink: int | None, llm: FocusLLM) -> None:
+    with_candidates(llm.model.base, AdapterConfig(rank=4, sink_token=sink))
     method = build_method(f"focus:refresh_rows=null,{options}", llm)
     config, ids = method.config, list(loss_example(300).text_ids)
     far, local = ids[: -config.local_length], ids[-config.local_length :]

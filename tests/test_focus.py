@@ -289,6 +289,7 @@ def test_blocks_of_queries_give_causal_attention(length: int) -> None:
         query.float(), key.float(), value.float(), is_causal=True, scale=0.3, enable_gqa=True
     )
     got = attend(query, key, value, [], None, 0.3)[0]
+    assert torch.equal(got, _causal_by_blocks(query, key, value, 0.3))
     scores = (query * 0.3) @ key.repeat_interleave(3, 1).transpose(2, 3)
     scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
     formula = scores.softmax(-1) @ value.repeat_interleave(3, 1)  # in the same type

@@ -9,10 +9,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES, SIZES, build, with_candidates
-from focusllm import ConfigError, FocusConfig, ModelError
+from conftest import FAMILIES, SIZES, build, random_ids, with_candidates
+from focusllm import AdapterConfig, ConfigError, FocusConfig, ModelError
 from focusllm.adapter import injected
 from focusllm.base import Layout, layout
+from focusllm.chunks import encode
+from focusllm.engine import decode, prefill, start_request
 from focusllm.verify import verify
 
 
@@ -144,6 +146,19 @@ def test_too_many_chunks() -> None:
     config = FocusConfig(chunk_length=24, local_length=20)
     with pytest.raises(ConfigError, match="use a chunk_length of at least"):
         config.check_num_chunks(300, 256)
+
+
+@pytest.mark.parametrize("sink", [None, 3])
+def test_the_last_position_is_used(sink: int | None) -> None:
+    """As many chunks as there may be: the local context grows up to the last position, and then is refused."""
+    model, config = build(max_position_embeddings=64), FocusConfig(chunk_length=8, local_length=8, prompt_length=4)
+    with_candidates(model, AdapterConfig(sink_token=sink))
+    request = start_request(model, encode(model, random_ids(48 * 8), config), random_ids(8), config)
+    prefill(model, request, config)
+    for token in random_ids(7):
+        assert decode(model, [request], [token], config).isfinite().all()
+    with pytest.raises(ConfigError, match="49 chunks need 49 positions beside 16"):
+        decode(model, [request], [7], config)
 
 
 def test_paper_preset() -> None:

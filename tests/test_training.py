@@ -197,6 +197,19 @@ def test_other_settings_are_refused_on_resume(train_settings: Callable[..., Trai
     train(train_settings(steps=2, save_every=7), tmp_path / "out")  # what has no influence may change
 
 
+def test_a_training_from_before_sinks_goes_on_without(
+    train_settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(train_settings(steps=2, sink=False), tmp_path / "out")
+    for path in (tmp_path / "out" / "checkpoints").glob("*/state.json"):
+        state = json.loads(path.read_text())
+        del state["config"]["sink"]
+        path.write_text(json.dumps(state))
+    train(train_settings(steps=2, sink=False), tmp_path / "out")
+    with pytest.raises(TrainingError, match=r"other settings \(sink is False, now True\)"):
+        train(train_settings(steps=2), tmp_path / "out")
+
+
 def test_a_checkpoint_of_another_model_is_refused(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(train_settings(steps=2), tmp_path / "out")
     build(max_position_embeddings=512, num_hidden_layers=2).save_pretrained(tmp_path / "other")

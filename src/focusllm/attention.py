@@ -62,8 +62,8 @@ def attend(
         parts = _parts(key, value, segments, mask)
         return by_products(query, parts, scale) if few else _attend_joined(query, parts, scale), []
     if not segments:
-        by_blocks = mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16
-        if by_blocks and query.shape[2] > QUERY_BLOCK:
+        by_blocks = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] > QUERY_BLOCK
+        if by_blocks and mask is None and query.shape[3] == value.shape[3]:
             return _causal_by_blocks(query, key, value, scale), []
         return _partial(query, key, value, mask, mask is None, scale)[0], []
     outs: list[Tensor] = []

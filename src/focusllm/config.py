@@ -129,7 +129,7 @@ class FocusConfig:
         Raises:
             ConfigError: too many chunks; names the chunk length that would do, or the longest text if none would.
         """
-        room = max_positions - self.max_local_length - 1  # one for a token in front of the candidates
+        room = max_positions - self.max_local_length
         if num_chunks > room:
             needed = -(-num_chunks * self.chunk_length // max(room, 1))
             remedy = f"use a chunk_length of at least {needed}"
@@ -137,7 +137,7 @@ class FocusConfig:
             if needed > largest:
                 remedy = f"no chunk_length holds more than {max(largest, 0) ** 2} tokens beside this local_length"
             raise ConfigError(
-                f"{num_chunks} chunks need {num_chunks} positions beside {self.max_local_length + 1} for the local "
+                f"{num_chunks} chunks need {num_chunks} positions beside {self.max_local_length} for the local "
                 f"context, but the base model has {max_positions}; {remedy}."
             )
 

@@ -1,4 +1,4 @@
-"""Attention that gradients flow through, on a CPU; nothing is computed or copied that nobody needs.
+"""Attention that gradients flow through, on a CPU, for few tokens over what is frozen and for many over few candidates.
 
 `by_products`: few new tokens over long segments that need no gradients (candidates over their chunks). Plain products;
 the gradients of the segments' keys and values are left out.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 """Keys and values [B, K, S, D], and a mask [T, S] or [B, T, S] (True: visible)."""
@@ -66,6 +67,7 @@ class _ByProducts(torch.autograd.Function):
         return out.to(query.dtype).view(query.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         packed, out, total, *flat = ctx.saved_tensors
         count = len(flat) // 3
@@ -158,6 +160,7 @@ class _OverSets(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, set_keys, set_values, bias, out, lse, weights = ctx.saved_tensors
         scale, grad = ctx.scale, grad.contiguous()

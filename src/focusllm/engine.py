@@ -47,7 +47,7 @@ class Request:
     hot: list[HotRows] = field(default_factory=list)
     """The rows that are read at every token, where those are not all of them."""
     candidates: KV | None = None
-    """The present candidate set [1, K, R, D] a layer, keys at slots 0..R-1; changed in place."""
+    """The present candidate set [1, K, R, D] a layer, keys at their slots; changed in place."""
     local_kv: GrowingKV | None = None
     """The local context's keys and values [1, K, T, D] a layer (cached decoding only)."""
     plain_kv: DynamicCache | None = None

@@ -25,6 +25,9 @@ next token: over the whole local context again (`exact`, the paper), or over the
 kept keys and values of the local context (`cached`). Cached, both passes are short, and `decode_pass` runs them as one:
 layer by layer, the rows make their candidates and the newest local token attends to them.
 
+If the projections were trained behind a sink, the local pass begins with that token, which sees no candidates: it is at
+position 0, the candidates at 1..R, the local context behind them.
+
 Pure functions over (model, tensors). No tokenizer, no files, no state. Differentiable in the candidate projections:
 ordinary tokens never see them, so chunks are encoded without a graph and gradients flow through the candidates and
 the local pass only.

@@ -46,7 +46,7 @@ def start_tokens(tokenizer: Any) -> list[int]:
 
 
 def first_token(tokenizer: Any) -> int | None:
-    """The token that a model knows as the beginning of everything; None: it has no such token."""
+    """The token that a model knows as the beginning of a text, else as its end; None: it has neither."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

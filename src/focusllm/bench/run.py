@@ -239,7 +239,7 @@ class _Bench:
         row["peak_memory"] = last["peak_memory"]
         if spec.name in self.configs:
             config = self.configs[spec.name]
-            place = find_place(self.skeleton, config, length, cache_folder()) or "device"
+            place = find_place(self.skeleton, config, length, cache_folder(), packed=self.plan.packed) or "device"
             row["estimated_memory"] = estimate(
                 self.skeleton, config, length, self.plan.new_tokens, place, self.plan.packed
             ).total

@@ -24,7 +24,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 from focusllm import __version__
-from focusllm.adapter import injected
+from focusllm.adapter import injected, sink_token
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.evaluation.method import Method
@@ -152,10 +152,11 @@ def _config(plan: Plan, llm: FocusLLM) -> dict[str, Any]:
 
 
 def _digest(llm: FocusLLM) -> str | None:
-    """Sixteen hexadecimal digits of the candidate projections' numbers; None: untrained ones."""
+    """Sixteen hexadecimal digits of the candidate projections, numbers and sink; None: untrained ones."""
     if not llm.has_trained_candidates:
         return None
-    digest = hashlib.sha256()
+    sink = sink_token(llm.model.base)
+    digest = hashlib.sha256(b"" if sink is None else f"sink {sink}".encode())
     for path, wrapper in sorted(injected(llm.model.base).items()):
         for name, parameter in sorted(wrapper.own_parameters().items()):
             digest.update(f"{path}.{name}".encode())

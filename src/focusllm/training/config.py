@@ -63,8 +63,9 @@ class TrainConfig:
     """Rank of low-rank projections; 0 in a file, None here: full copies, as in the paper."""
     alpha: float | None = None
     sink: bool = True
-    """Put the tokenizer's first token in front of the candidates in the local pass: an attention sink, which the base
-    model is used to. The adapter then always comes with it. false: candidates stand first, as in the paper."""
+    """Put the tokenizer's first token (where it has none, its last) in front of the candidates in the local pass: an
+    attention sink, which the base model is used to. The adapter then always comes with it. false: candidates stand
+    first, as in the paper."""
     init_adapter: str | None = None
     """Begin from these projections instead of untrained ones."""
 

@@ -246,7 +246,7 @@ class Training:
 
     def _restore(self, folder: Path) -> None:
         state, optimizer = checkpoint.load(folder)
-        before, now = state["config"], json.loads(json.dumps(self.config.to_dict()))
+        before, now = {"sink": False} | state["config"], json.loads(json.dumps(self.config.to_dict()))
         odd = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
         if odd:
             raise TrainingError(
