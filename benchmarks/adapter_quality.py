@@ -263,7 +263,9 @@ def main() -> None:
     llm = FocusLLM.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, **lengths)
     bench = Bench(llm, arguments)
     trained = llm.model.adapter_config.trained if llm.model.adapter_config else "untrained"
-    weights = zlib.crc32(b"".join(x.float().numpy().tobytes() for x in trainable_parameters(llm.model.base).values()))
+    weights = zlib.crc32(
+        b"".join(x.detach().float().numpy().tobytes() for x in trainable_parameters(llm.model.base).values())
+    )
     settings = {**lengths, "model": arguments.model, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
     settings |= {"task": arguments.task, "sink_token": sink_token(llm.model.base), "full": arguments.full}
     if arguments.task == "perplexity":  # the longest says where the windows are

@@ -34,7 +34,7 @@ def test_a_training_leaves_an_adapter_that_everything_loads(
     train_settings: Callable[..., TrainConfig], base: Path, tmp_path: Path
 ) -> None:
     seen: list[dict[str, Any]] = []
-    adapter = train(train_settings(steps=4, learning_rate=0.01), tmp_path / "out", report=seen.append)
+    adapter = train(train_settings(steps=4, learning_rate=0.01, sink=True), tmp_path / "out", report=seen.append)
     assert [entry["step"] for entry in seen if "loss" in entry] == [1, 2, 3, 4]
     evaluations = [entry for entry in seen if "evaluation" in entry]
     assert [entry["step"] for entry in evaluations] == [0, 3, 4]
@@ -81,11 +81,11 @@ def test_checkpointed_passes_change_nothing(train_settings: Callable[..., TrainC
 
 
 def test_begins_from_an_adapter(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    first = train(train_settings(steps=2, learning_rate=0.05, sink=False), tmp_path / "first")
+    first = train(train_settings(steps=2, learning_rate=0.05), tmp_path / "first")
     seen: list[dict[str, Any]] = []
-    second = train(train_settings(steps=1, init_adapter=str(first)), tmp_path / "second", report=seen.append)
+    second = train(train_settings(steps=1, init_adapter=str(first), sink=True), tmp_path / "second", report=seen.append)
     fresh: list[dict[str, Any]] = []
-    train(train_settings(steps=1), tmp_path / "third", report=fresh.append)
+    train(train_settings(steps=1, sink=True), tmp_path / "third", report=fresh.append)
     assert seen[0]["evaluation"]["loss"] != fresh[0]["evaluation"]["loss"]
     assert [read_adapter_config(folder).sink_token for folder in (first, second)] == [None, 1]
     with pytest.raises(TrainingError, match="of rank 4, not qkvo of rank 8"):
@@ -200,14 +200,14 @@ def test_other_settings_are_refused_on_resume(train_settings: Callable[..., Trai
 def test_a_training_from_before_sinks_goes_on_without(
     train_settings: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    train(train_settings(steps=2, sink=False), tmp_path / "out")
+    train(train_settings(steps=2), tmp_path / "out")
     for path in (tmp_path / "out" / "checkpoints").glob("*/state.json"):
         state = json.loads(path.read_text())
         del state["config"]["sink"]
         path.write_text(json.dumps(state))
-    train(train_settings(steps=2, sink=False), tmp_path / "out")
+    train(train_settings(steps=2), tmp_path / "out")
     with pytest.raises(TrainingError, match=r"other settings \(sink is False, now True\)"):
-        train(train_settings(steps=2), tmp_path / "out")
+        train(train_settings(steps=2, sink=True), tmp_path / "out")
 
 
 def test_a_checkpoint_of_another_model_is_refused(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ class TrainConfig:
     rank: int | None = 64
     """Rank of low-rank projections; 0 in a file, None here: full copies, as in the paper."""
     alpha: float | None = None
-    sink: bool = True
+    sink: bool = False
     """Put the tokenizer's first token (where it has none, its last) in front of the candidates in the local pass: an
     attention sink, which the base model is used to. The adapter then always comes with it. false: candidates stand
-    first, as in the paper."""
+    first, as in the paper. Learns sooner; whether it is better in the end is open (see docs/log.md)."""
     init_adapter: str | None = None
     """Begin from these projections instead of untrained ones."""
 
