@@ -149,9 +149,9 @@ def memory_logits(model: nn.Module, groups: Sequence[KV], sample: Sample) -> Ten
 def _sink(model: nn.Module) -> KV | None:
     """Keys and values of the token in front of the candidates, [1, K, 1, D] a layer."""
     token = sink_token(model)
-    return (
-        None if token is None else encode_chunks(model, torch.tensor([[token]], device=next(model.parameters()).device))
-    )
+    if token is None:
+        return None
+    return encode_chunks(model, torch.tensor([[token]], device=next(model.parameters()).device))
 
 
 def packs_of(samples: Sequence[Sample]) -> list[list[int]]:
