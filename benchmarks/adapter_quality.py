@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from common import RESULTS, finish
+from common import earlier, finish
 from focusllm import FocusLLM
 from focusllm.adapter import sink_token, trainable_parameters
 from focusllm.chunking import split
@@ -220,7 +220,6 @@ def measured(bench: Bench, task: str, kept: Kept) -> None:
             found["seconds"] += time.perf_counter() - start
             summary = summarise(task, rows)
             found |= {**summary, "cases": len(rows)}
-            kept.lengths[str(length)] = found
             if len(rows) % 5 == 0 or len(rows) == bench.arguments.cases:
                 kept.write()
             print(f"\r{task} at {length:,}: {len(rows)} cases, {summary}", end="", flush=True)
@@ -232,8 +231,7 @@ class Kept:
 
     def __init__(self, name: str, settings: dict[str, Any]):
         self.name, self.settings = name, settings
-        path = RESULTS / f"{name}.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = earlier(name)
         same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
         self.lengths: dict[str, dict[str, Any]] = before["lengths"] if same else {}
 

@@ -10,7 +10,7 @@ from typing import Any
 from focusllm.bench.plan import sample_text
 from focusllm.machine import machine
 
-__all__ = ["finish", "sample_text"]
+__all__ = ["earlier", "finish", "sample_text"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -22,3 +22,9 @@ def finish(name: str, result: dict[str, Any], quiet: bool = False) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     if not quiet:
         print(json.dumps(result))
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """A kept result; empty if there is none."""
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -17,7 +17,6 @@ Three variants change the method itself:
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import RESULTS, finish
+from common import earlier, finish
 from focusllm.adapter import AdapterConfig, inject, trainable_parameters
 from focusllm.base import run
 from focusllm.embedded import cache_folder, resolve_model
 from focusllm.focus import Over, encode_chunks, mover
-from focusllm.kv import KV, Segment, concat
+from focusllm.kv import KV, Segment
 from focusllm.modeling import computing_dtype
 from focusllm.training.config import TrainConfig
 from focusllm.training.corpus import load_corpus
@@ -120,10 +119,7 @@ def losses_of(model: nn.Module, memory: Memory, method: str) -> tuple[list[Sampl
             ordinary = ordinary_pass(model, kv, places)
         width = 2 if method == "two" else 1
         sets = candidates_of(model, kv, ordinary, places, width, int(first is not None))
-        if first is not None:  # one more row, whose "candidate" is the first token whatever the moment
-            count = sets.length
-            sets = concat([first.map(lambda one, n=count: one.expand(-1, -1, n, -1)), sets], 0)
-        logits.append(local_logits(model, sets, places))
+        logits.append(local_logits(model, sets, places, first))
         in_order += samples
     labels = torch.tensor([x for s in in_order for x in s.token_ids[-s.num_answers :]])
     found = torch.cat(logits).float()
@@ -232,8 +228,7 @@ def main() -> None:
 
 def done() -> dict[str, Any]:
     """The results so far, by variant."""
-    path = RESULTS / f"{RESULT}.json"
-    return dict(json.loads(path.read_text())["variants"]) if path.exists() else {}
+    return dict(earlier(RESULT).get("variants", {}))
 
 
 OBJECTIVES = ("repetition", "continuation", "facts", "tables")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focusllm.differentiable import Part, by_products
+from focusllm.differentiable import Part, bias_of, by_products, flash
 
 Block = tuple[Tensor, Tensor, int]
 """Keys and values [rows, K, room, D], and how many of their tokens count; the room behind them holds finite numbers."""
@@ -183,11 +183,9 @@ def _partial(
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         bias = None
         if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+            bias = bias_of(mask, query.dtype)
             bias = bias[None, None] if bias.dim() == 2 else bias[:, None]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
-        )
+        out, lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     else:
         out, lse = _partial_by_formula(query, key, value, mask, causal, scale)
     return out.reshape(rows, heads, length, -1), lse.reshape(rows, heads, length)
