@@ -7,9 +7,11 @@ Tasks (all greedy, nothing of them was trained on; lengths are in tokens of far 
 
     passkey      the paper's text: a 5-digit number hidden in repeated sentences; all digits right
     keys         DATA/bench/lost_in_the_middle, 75 pairs of UUIDs in JSON; the value is in the answer
-    repetition   64 tokens from anywhere in a book; the next 64 tokens right, decoded freely
+    repetition   64 tokens from anywhere in a book; the next 64 tokens right, decoded freely; beside it the base model
+                 with full attention over the 1024 tokens around the passage
     stories      bAbI qa1 and qa2 test facts, hidden in a book; beside it the base model with the facts alone
-    perplexity   the last 256 tokens: local context alone, sink + window, full attention (to 8K), FocusLLM
+    perplexity   the last 256 tokens: local context alone, sink + window, full attention (to 8K), FocusLLM, of whose
+                 chunks those are condensed anew for each token that the text before the first of them pays most to
 
 Chunks depend on their own tokens alone, so those that cases share are encoded once. Results are kept as they come: the
 same command goes on after a stop, with the same cases, and `--cases` may grow. Another adapter begins anew.
@@ -69,7 +71,7 @@ class Bench:
         self.questions = {
             short: read_stories([bench_data / "babi_en" / f"{name}_test.txt"]) for short, name in names.items()
         }
-        self.blocks = ChunkCache(self.base, self.config.chunk_length, known_bytes).blocks
+        self.blocks = ChunkCache(self.base, self.config.chunk_length, known_bytes, self.config.kv_dtype).blocks
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -142,8 +144,18 @@ def repetition(bench: Bench, book: list[int], far: list[int], rng: np.random.Gen
     """64 tokens of the memory, and how many of the next 64 come out."""
     start = int(rng.integers(0, len(far) - 128))
     answer = bench.answer(far, far[start : start + 64], 64)
-    right = sum(a == b for a, b in zip(answer, far[start + 64 : start + 128], strict=False))
-    return {"start": start, "tokens_right": right / 64, "right": right == 64}
+    around = far[max(0, min(start - 448, len(far) - 1024)) :][:1024]
+    answers = {"": answer, "base_": bench.plain_answer([*around, *far[start : start + 64]], 64)}
+    right = {
+        name: sum(a == b for a, b in zip(ids, far[start + 64 : start + 128], strict=False))
+        for name, ids in answers.items()
+    }
+    return {
+        "start": start,
+        "tokens_right": right[""] / 64,
+        "right": right[""] == 64,
+        "base_tokens_right": right["base_"] / 64,
+    }
 
 
 def stories(bench: Bench, task: Any, book: list[int], length: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -173,8 +185,12 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
     local = window[-config.local_length :]  # the last 256 are labels, what stands before them is given
     far = window[: -config.local_length]
     cut = len(far) % config.chunk_length  # whole chunks: the dense pass takes rows of one length
-    kv = concat([block.kv for block in bench.blocks(far[cut:])], 0)
-    losses, _ = dense_loss(base, kv, [Sample(local, count, config.prompt_length)])
+    blocks = bench.blocks(far[cut:])
+    request = start_request(base, blocks, local[:-count], config)
+    prefill(base, request, config)
+    rows = tuple(request.paid.topk(min(config.refresh_rows, len(request.paid))).indices.tolist())
+    kv = concat([block.rows(base, 0, block.num_chunks) for block in blocks], 0)
+    losses, _ = dense_loss(base, kv, [Sample(local, count, config.prompt_length, refreshed=rows)])
     result = {"focus": float(losses.mean()), "local": _plain_loss(base, local, count)}
     result["sink"] = _plain_loss(base, [*window[:SINKS], *local[SINKS:]], count)  # positions as the cache has them
     if full:
@@ -253,18 +269,19 @@ def main() -> None:
     parser.add_argument("--chunk-length", type=int, default=1024)
     parser.add_argument("--local-length", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=64)
+    parser.add_argument("--kv-dtype", default="same", help="in how many bits chunks are kept: same, int8 or int4")
     parser.add_argument("--full", action="store_true", help="keys: full attention beside it")
     parser.add_argument("--full-to", type=int, default=8192, help="perplexity: full attention up to this length")
     parser.add_argument("--name", help="of the result file; default: adapter_TASK")
     arguments = parser.parse_args()
-    lengths = {name: getattr(arguments, name) for name in ("chunk_length", "local_length", "prompt_length")}
-    llm = FocusLLM.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, **lengths)
+    own = {name: getattr(arguments, name) for name in ("chunk_length", "local_length", "prompt_length", "kv_dtype")}
+    llm = FocusLLM.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, **own)
     bench = Bench(llm, arguments)
     trained = llm.model.adapter_config.trained if llm.model.adapter_config else "untrained"
     weights = zlib.crc32(
         b"".join(x.detach().float().numpy().tobytes() for x in trainable_parameters(llm.model.base).values())
     )
-    settings = {**lengths, "model": arguments.model, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
+    settings = {**own, "model": arguments.model, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
     settings |= {"task": arguments.task, "sink_token": sink_token(llm.model.base), "full": arguments.full}
     if arguments.task == "perplexity":  # the longest says where the windows are
         settings |= {"full_to": arguments.full_to, "longest": max(arguments.lengths)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,42 @@ def test_equals_decoding_step_by_step(config: AdapterConfig) -> None:
     torch.testing.assert_close(dense_logits(model, kv, SAMPLES), expected, atol=2e-5, rtol=0)
     with torch.no_grad():  # by the kernels that decoding uses
         torch.testing.assert_close(dense_logits(model, kv, SAMPLES), expected, atol=2e-5, rtol=0)
+
+
+REFRESHED = [
+    replace(sample, refreshed=rows) for sample, rows in zip(SAMPLES, [(2,), (), (0,), (2,), (0, 2)], strict=True)
+]
+
+
+@pytest.mark.parametrize("sink", [None, 7])
+def test_focused_refresh_equals_decoding_step_by_step(sink: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trainable(with_candidates(build(), AdapterConfig(rank=4, sink_token=sink)))
+    monkeypatch.setattr("focusllm.training.dense.PACK_LABELS", 8)
+    expected = []
+    for pack in packs_of(SAMPLES):  # samples of a pack share their rows
+        rows = {row for i in pack for row in REFRESHED[i].refreshed}
+        for i in pack:
+            ids, sample = list(SAMPLES[i].token_ids), SAMPLES[i]
+            made = [[step if row in rows else 0 for row in range(3)] for step in range(sample.num_answers)]
+            prompt, local = ids[sample.start : sample.newest + 1], ids[: sample.newest + 1]
+            given = [ids[sample.newest + 1 : sample.newest + 1 + step] for step in range(sample.num_answers)]
+            found = [
+                reference.focused_logits(model, CHUNKS.tolist(), prompt, local, g, made[: len(g) + 1], sink)
+                for g in given
+            ]
+            expected.append((i, torch.stack(found)))
+    in_order = torch.cat([logits for _, logits in sorted(expected, key=lambda pair: pair[0])])
+    kv = encode_chunks(model, CHUNKS)
+    assert len(packs_of(SAMPLES)) > 2
+    assert not torch.allclose(dense_logits(model, kv, SAMPLES), in_order, atol=1e-3)
+    logits = dense_logits(model, kv, REFRESHED)
+    torch.testing.assert_close(logits, in_order, atol=2e-5, rtol=0)
+    logits.square().sum().backward()
+    once = gradients(model)
+    in_order.square().sum().backward()
+    torch.testing.assert_close(once, gradients(model), atol=1e-3 * float(once.abs().max()), rtol=0)
+    dense_logits(model, kv, REFRESHED, checkpointed=True).square().sum().backward()
+    assert torch.equal(gradients(model), once)
 
 
 @pytest.mark.parametrize("family", ["llama-yarn", "qwen3", "gemma", "phi3", "smollm3", "stablelm", "glm4"])
@@ -133,6 +171,15 @@ def test_hits_are_greedy_decoding() -> None:
     logits = stepwise(model)
     torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"), atol=2e-5, rtol=0)
     assert torch.equal(hits, logits.argmax(-1) == labels)
+
+
+def test_labels_may_differ_from_what_is_read() -> None:
+    model = with_candidates(build())
+    kv = encode_chunks(model, CHUNKS)
+    others = replace(SAMPLES[0], labels=random_ids(5, 9))
+    losses, _ = dense_loss(model, kv, [others])
+    logits = dense_logits(model, kv, SAMPLES[:1])
+    torch.testing.assert_close(losses, F.cross_entropy(logits, torch.tensor(random_ids(5, 9)), reduction="none"))
 
 
 def test_trainable_weights_may_be_wider_than_the_base() -> None:

@@ -147,6 +147,55 @@ def test_samples_are_what_their_objectives_say(sampler: Sampler) -> None:
     assert seen == {"repetition", "continuation", "facts", "tables", "stories", "multihop"}
 
 
+def test_distractors_stand_around_the_documents_own_chunks(sampler: Sampler) -> None:
+    sampler.config = sampler.config.replace(
+        distractors=[0, 2, 5], distractor_pool=6, refresh_rows=3, chunk_lengths=[256]
+    )
+    decode = byte_tokenizer().decode
+    counts, places, repeated, different = set(), set(), set(), set()
+    for number in range(40):
+        memory = sampler.draw(0, number)
+        own, rows = memory.own, len(memory.chunks)
+        others = [*range(own.start), *range(own.stop, rows)]
+        assert own.stop - own.start == 8
+        counts.add(len(others))
+        places.add((len(others), own.start))
+        different |= {memory.chunks[row].tobytes() for row in others}
+        for sample in memory.samples:
+            assert len(sample.refreshed) == len(set(sample.refreshed)) >= 3
+            read = decode(memory.chunks[sorted(sample.refreshed)].flatten())
+            value = decode(sample.token_ids[-sample.num_answers :]).removesuffix("</s>").strip()
+            if sample.objective in ("facts", "tables"):
+                assert value.removesuffix(".").split(" is ")[-1] in read
+            elif sample.objective == "repetition":
+                assert decode(sample.token_ids) in read
+                repeated.add(sample.refreshed[0] in others)
+            elif sample.objective == "continuation":
+                assert own.stop - 1 in sample.refreshed
+    assert counts == {0, 2, 5}
+    assert {start for count, start in places if count == 5} > {5}  # half of the time all of them come first
+    assert repeated == {True, False}
+    assert len(different) <= 6
+
+
+def test_noise_is_read_but_never_a_label(sampler: Sampler) -> None:
+    sampler.config = sampler.config.replace(objectives={"repetition": 1}, noise=0.25, local_lengths=[64])
+    decode = byte_tokenizer().decode
+    memory = sampler.draw(0, 0)
+    far = decode(memory.chunks.flatten())
+    changed = 0
+    for sample in memory.samples:
+        answer = decode(sample.answers)
+        assert len(answer) == sample.num_answers
+        assert answer in far
+        read = decode(sample.token_ids[-sample.num_answers :])
+        changed += sum(a != b for a, b in zip(read, answer, strict=True))
+    total = sum(sample.num_answers for sample in memory.samples)
+    assert 0 < changed < total / 2
+    sampler.part = "held out"
+    assert all(decode(s.token_ids) in decode(m.chunks.flatten()) for m in [sampler.draw(0, 0)] for s in m.samples)
+
+
 def test_samples_depend_on_seed_step_and_number_only(sampler: Sampler) -> None:
     def ids(step: int, number: int, part: str = "train") -> list[int]:
         sampler.part = part

@@ -82,12 +82,22 @@ class TrainConfig:
     memory_lengths: tuple[int, ...] = (1024, 2048, 4096)
     local_lengths: tuple[int, ...] = (64, 128, 256)
     prompt_lengths: tuple[int, ...] = (16, 32, 64)
+    noise: float = 0.0
+    """Share of a repetition's tokens that are read as other ones than they are, while labels stay right: teaches to go
+    on in the right place behind a wrong token."""
     answer_length: int = 64
     """Supervised tokens of a continuation or repetition; the most of an answer that the data gives."""
     samples_per_memory: int = 6
     """Samples that share one encoded memory."""
     memories_per_step: int = 1
     """Memories of one optimiser step, over all processes."""
+    refresh_rows: int | None = None
+    """Chunks of a memory that make a candidate anew for every label: those with the answer, and others by chance. The
+    rest keep the candidate of a sample's first label, as with focused refresh. 0 in a file, None here: all."""
+    distractors: tuple[int, ...] = (0,)
+    """Chunks of other documents around a memory's own, beside `memory_lengths`: each memory draws a number of them."""
+    distractor_pool: int = 128
+    """How many different distractors of a chunk length there are. Their keys and values are kept in memory."""
 
     # The optimiser.
     steps: int = 1000
@@ -112,22 +122,32 @@ class TrainConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        kinds = {"objectives": dict, "rank": int | None, "projections": str, "model": str}
+        kinds = {"objectives": dict, "rank": int | None, "refresh_rows": int | None, "projections": str, "model": str}
         for name, kind in (kinds | {"checkpointed": bool, "sharded": bool, "sink": bool}).items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, which is of the wrong type.")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", *self.objectives):
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", "noise", *self.objectives):
             value = self.objectives.get(name, getattr(self, name, None))
             if not isinstance(value, int | float):
                 raise ConfigError(f"{name} is {value!r}; it must be a number.")
+        if not 0 <= self.noise < 1:
+            raise ConfigError(f"noise is {self.noise}; it must be at least 0 and below 1.")
         for name in LENGTHS:
             lengths = getattr(self, name)
             if not lengths or any(not isinstance(length, int) or length < 1 for length in lengths):
                 raise ConfigError(f"{name} is {lengths!r}; give one or more whole numbers of at least 1.")
         for name in ("answer_length", "samples_per_memory", "memories_per_step", "steps", "evaluate_every"):
             self._at_least(name, 1)
-        for name in ("evaluation_memories", "save_every", "keep_last"):
+        for name in ("evaluation_memories", "save_every", "keep_last", "distractor_pool"):
             self._at_least(name, 1)
+        if self.refresh_rows is not None:
+            self._at_least("refresh_rows", 1)
+        counts = self.distractors
+        if not counts or any(not isinstance(x, int) or not 0 <= x <= self.distractor_pool for x in counts):
+            raise ConfigError(
+                f"distractors is {counts!r}; give one or more whole numbers from 0 to distractor_pool, which is "
+                f"{self.distractor_pool}."
+            )
         for name in ("warmup_steps", "seed"):
             self._at_least(name, 0)
         known = (*TEXT_OBJECTIVES, *TASK_OBJECTIVES)
@@ -176,7 +196,7 @@ class TrainConfig:
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {', '.join(sorted(names))}.")
         settings: dict[str, Any] = dict(content)
-        for name in ("sources", "held_out", "stories", "multihop", *LENGTHS):
+        for name in ("sources", "held_out", "stories", "multihop", "distractors", *LENGTHS):
             if name in settings:  # one alone may stand without a list
                 given = settings[name]
                 settings[name] = tuple(given) if isinstance(given, list | tuple) else (given,)
@@ -188,8 +208,9 @@ class TrainConfig:
                     )
         except TypeError as error:
             raise ConfigError(f"a source is wrong ({error}); it has path, weight, column, split and subset.") from error
-        if settings.get("rank") == 0 and settings["rank"] is not False:
-            settings["rank"] = None
+        for name in ("rank", "refresh_rows"):
+            if settings.get(name) == 0 and settings[name] is not False:
+                settings[name] = None
         return cls(**settings)
 
     @classmethod
@@ -207,7 +228,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, as JSON takes them."""
-        return {**dataclasses.asdict(self), "rank": self.rank or 0}
+        return {**dataclasses.asdict(self), "rank": self.rank or 0, "refresh_rows": self.refresh_rows or 0}
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed, checked again."""

@@ -10,7 +10,9 @@ The paper's training supervises one token a sequence. Cached decoding, teacher-f
                                                                    there, earlier positions the first set
 
 Several samples share the chunks of one memory, which are encoded once. The result is exactly what `cached` decoding
-computes step by step (tested), so what is trained is what is used.
+computes step by step (tested), so what is trained is what is used. With focused refresh too (`Sample.refreshed`): some
+rows make a candidate at every answer position, the others keep the one of the first, which costs next to nothing, so
+memories may have many chunks.
 
 Letters: S samples, R chunks (rows), C tokens of a chunk, N candidates a row (all samples' answer positions), M the
 answer positions of a sample, T tokens, K key-value heads, D head dimension.
@@ -19,7 +21,7 @@ answer positions of a sample, T tokens, K key-value heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ from focusllm.focus import Over, encode_chunks, focus_logits, mover
 from focusllm.kv import KV, Segment, concat
 
 PACK_LABELS = 192
+Call = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Sample:
     """Most tokens of the dynamic prompt."""
     objective: str = "continuation"
     """What the loss is reported under."""
+    refreshed: tuple[int, ...] | None = None
+    """Rows whose candidates are made anew at every answer position; the others keep that of the first one. None: all.
+    Samples that are worked on together share theirs. All samples of a memory have some, or none of them."""
+    labels: Sequence[int] | None = None
+    """The right tokens at the answer positions, where those that are read there differ. None: they are the same."""
 
     @property
     def newest(self) -> int:
@@ -57,6 +65,15 @@ class Sample:
     def start(self) -> int:
         """Index of the first token of the dynamic prompt."""
         return max(0, self.newest + 1 - self.prompt_length)
+
+    @property
+    def answers(self) -> Sequence[int]:
+        """The labels."""
+        return self.token_ids[-self.num_answers :] if self.labels is None else self.labels
+
+    def first(self) -> Sample:
+        """The same sample with its first answer token alone."""
+        return replace(self, token_ids=self.token_ids[: self.newest + 2], num_answers=1, labels=self.answers[:1])
 
 
 def dense_loss(
@@ -75,7 +92,7 @@ def dense_loss(
         (a boolean tensor of the same shape).
     """
     logits = dense_logits(model, chunk_kv, samples, checkpointed, passes)
-    labels = torch.tensor([x for s in samples for x in s.token_ids[-s.num_answers :]], device=logits.device)
+    labels = torch.tensor([x for s in samples for x in s.answers], device=logits.device)
     wide = logits.float() if logits.dtype.itemsize == 2 else logits
     return F.cross_entropy(wide, labels, reduction="none"), logits.detach().argmax(-1) == labels
 
@@ -105,19 +122,15 @@ def dense_logits(
     model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False, passes: int = 0
 ) -> Tensor:
     """Logits [labels, V] of all answer tokens, in the order of the samples; differentiable in the projections."""
-    call: Callable[..., tuple[Tensor, ...]] = _recomputed if checkpointed and torch.is_grad_enabled() else _plainly
+    call: Call = _recomputed if checkpointed and torch.is_grad_enabled() else _plainly
     packs, sink = packs_of(samples), _sink(model)
     logits: dict[int, Tensor] = {}
     uncounted: list[Tensor] = []
     for number, pack in enumerate(packs + packs[:1] * (passes - len(packs))):
-        places = Places([samples[i] for i in pack], chunk_kv.length, chunk_kv.keys[0].device)
-        with torch.no_grad():
-            rows = ordinary_pass(model, chunk_kv, places)
-        made = call(
-            lambda *flat, at=places: _flat(candidate_sets(model, chunk_kv, _unflat(flat), at, int(sink is not None))),
-            *_flat(rows),
-        )
-        (result,) = call(lambda *flat, at=places: (local_logits(model, _unflat(flat), at, sink),), *made)
+        chosen = [samples[i] for i in pack]
+        places = Places(chosen, chunk_kv.length, chunk_kv.keys[0].device)
+        sets = _sets(model, chunk_kv, chosen, places, int(sink is not None), call)
+        (result,) = call(lambda *flat, at=places: (local_logits(model, _unflat(flat), at, sink),), *_flat(sets))
         if number < len(packs):
             logits |= dict(zip(pack, torch.split(result, [samples[i].num_answers for i in pack]), strict=True))
         else:
@@ -125,6 +138,27 @@ def dense_logits(
     # Cut off rather than left out, so that their backward passes run as well, with gradients of zero.
     in_order = torch.cat([*(logits[i] for i in range(len(samples))), *uncounted])
     return in_order[: sum(sample.num_answers for sample in samples)]
+
+
+def _sets(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], places: Places, first_slot: int, call: Call) -> KV:
+    """The candidate sets of samples that are worked on together: [R, K, N, D] a layer, keys at their slots."""
+
+    def made(kv: KV, at: Places, slots: Tensor) -> KV:
+        with torch.no_grad():
+            ordinary = ordinary_pass(model, kv, at)
+        return _unflat(call(lambda *flat: _flat(candidate_sets(model, kv, _unflat(flat), at, slots)), *_flat(ordinary)))
+
+    device = places.local_tokens.device
+    slots = first_slot + torch.arange(chunk_kv.num_rows, device=device)
+    refreshed = {row for sample in samples for row in sample.refreshed or ()}
+    if not refreshed:
+        return made(chunk_kv, places, slots)
+    hot = torch.tensor(sorted(refreshed), device=device)
+    first = made(chunk_kv, Places([sample.first() for sample in samples], chunk_kv.length, device), slots)
+    anew = made(chunk_kv.map(lambda tensor: tensor[hot]), places, slots[hot])
+    kept = first.map(lambda tensor: tensor.index_select(2, places.of_candidate))
+    pairs = zip(_flat(kept), _flat(anew), strict=True)
+    return _unflat([tensor.index_copy(0, hot, fresh) for tensor, fresh in pairs])
 
 
 @torch.no_grad()
@@ -141,7 +175,8 @@ def memory_logits(model: nn.Module, groups: Sequence[KV], sample: Sample) -> Ten
     sets, first_slot = [], int(sink is not None)
     for kv in groups:
         places = Places([sample], kv.length, kv.keys[0].device)
-        sets.append(candidate_sets(model, kv, ordinary_pass(model, kv, places), places, first_slot))
+        slots = first_slot + torch.arange(kv.num_rows, device=kv.keys[0].device)
+        sets.append(candidate_sets(model, kv, ordinary_pass(model, kv, places), places, slots))
         first_slot += kv.num_rows
     return local_logits(model, concat(sets, 0), places, sink)
 
@@ -179,17 +214,16 @@ def ordinary_pass(model: nn.Module, chunk_kv: KV, places: Places) -> KV:
     return chunk_kv.tokens(0, 0)
 
 
-def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places, first_slot: int = 0) -> KV:
-    """A candidate at every answer position of every row, keys moved to slots first_slot + i: [R, K, N, D] a layer."""
-    rows, count, device = chunk_kv.num_rows, len(places.candidate_tokens), places.candidate_tokens.device
+def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places, slots: Tensor) -> KV:
+    """A candidate at every answer position of every row, keys moved to the rows' slots [R]: [R, K, N, D] a layer."""
+    rows, count = chunk_kv.num_rows, len(places.candidate_tokens)
     segments = [Segment([chunk_kv])]
     if ordinary.length:
         segments.append(Segment([ordinary], places.candidate_mask))
     attention = Over(segments, own_mask=places.own_mask)
     positions = places.candidate_positions[None]
     run(model, places.candidate_tokens.expand(rows, -1), positions, attention, candidates=slice(0, count))
-    slots = first_slot + torch.arange(rows, device=device)[:, None]
-    move = mover(model, slots - positions)
+    move = mover(model, slots[:, None] - positions)
     return KV([move(i, key) for i, key in enumerate(attention.kv.keys)], attention.kv.values)
 
 

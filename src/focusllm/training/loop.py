@@ -46,6 +46,7 @@ from focusllm.base import run
 from focusllm.errors import TrainingError
 from focusllm.files import remove_parts, whole_file
 from focusllm.focus import Over, encode_chunks
+from focusllm.kv import KV, concat
 from focusllm.training import checkpoint
 from focusllm.training.config import TrainConfig
 from focusllm.training.dense import Sample, dense_loss, exact_loss, num_passes
@@ -63,6 +64,8 @@ class MemoryLoss(nn.Module):
     def __init__(self, model: nn.Module, config: TrainConfig):
         super().__init__()
         self.model, self.config = model, config
+        self.known: dict[bytes, KV] = {}
+        """Keys and values of distractors, by their token ids."""
 
     def forward(self, memory: Memory, passes: int = 0, without_memory: bool = False) -> tuple[Tensor, Tensor]:
         """Cross entropies and hits, [labels] each.
@@ -79,8 +82,7 @@ class MemoryLoss(nn.Module):
         if self._exact:
             rows = list(chunks)
             return _joined((self._first(rows, sample) for sample in _repeated(samples, passes)), self.sizes(samples))
-        kv = encode_chunks(self.model, chunks)
-        return dense_loss(self.model, kv, samples, self.config.checkpointed, passes)
+        return dense_loss(self.model, self._encoded(chunks, memory.own), samples, self.config.checkpointed, passes)
 
     def sizes(self, samples: Sequence[Sample]) -> list[int]:
         """How many labels each sample has."""
@@ -90,13 +92,30 @@ class MemoryLoss(nn.Module):
         """How many passes, each alike, a memory with these samples takes."""
         return len(samples) if self._exact or without_memory else num_passes(samples)
 
+    def _encoded(self, chunks: Tensor, own: slice) -> KV:
+        """The chunks' keys and values [R, K, C, D]; those of distractors are kept for the next memory.
+
+        Distractors are read one by one, so that their last bits do not depend on which were known before.
+        """
+        if own == slice(0, len(chunks)) or self.config.sharded:  # sharded: all processes run equally many passes
+            return encode_chunks(self.model, chunks)
+        before, behind = ([self._distractor(row) for row in part] for part in (chunks[: own.start], chunks[own.stop :]))
+        return concat([*before, encode_chunks(self.model, chunks[own]), *behind], 0)
+
+    def _distractor(self, chunk: Tensor) -> KV:
+        """[1, K, C, D] a layer."""
+        name = chunk.cpu().numpy().tobytes()
+        if name not in self.known:
+            self.known[name] = encode_chunks(self.model, chunk[None])
+        return self.known[name]
+
     @property
     def _exact(self) -> bool:
         return self.config.supervision == "exact"
 
     def _first(self, chunks: list[Tensor], sample: Sample) -> tuple[Tensor, Tensor]:
         """The first label of a sample by the paper's loss: [1] and [1]."""
-        ids = torch.tensor(list(sample.token_ids[: sample.newest + 2]), device=chunks[0].device)
+        ids = torch.tensor([*sample.token_ids[: sample.newest + 1], sample.answers[0]], device=chunks[0].device)
         loss, logits = exact_loss(self.model, chunks, ids[sample.start : -1], ids[:-1], ids[-1])
         return loss[None], (logits.detach().argmax() == ids[-1])[None]
 
@@ -107,7 +126,7 @@ class MemoryLoss(nn.Module):
         positions = torch.arange(ids.shape[1] - 1, device=device)[None]
         logits = run(self.model, ids[:, :-1], positions, Over(), logits_to_keep=sample.num_answers)
         assert logits is not None
-        found, labels = logits[0, :num_labels].float(), ids[0, -sample.num_answers :][:num_labels]
+        found, labels = logits[0, :num_labels].float(), torch.tensor(sample.answers[:num_labels], device=device)
         return nn.functional.cross_entropy(found, labels, reduction="none"), found.argmax(-1) == labels
 
 
@@ -246,7 +265,8 @@ class Training:
 
     def _restore(self, folder: Path) -> None:
         state, optimizer = checkpoint.load(folder)
-        before, now = {"sink": False} | state["config"], json.loads(json.dumps(self.config.to_dict()))
+        # Settings that are newer than the training have their defaults, which are how it was before them.
+        before, now = TrainConfig().to_dict() | state["config"], json.loads(json.dumps(self.config.to_dict()))
         odd = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
         if odd:
             raise TrainingError(

@@ -1,9 +1,12 @@
 """From text to samples: which memory, which local contexts, which answers.
 
-    memory:  n tokens of a document, with the facts of tasks put in between  -->  R chunks
-    samples: continuation   the text behind the memory
+    memory:  n tokens of a document, with the facts of tasks put in between  -->  its own chunks
+             before and behind them chunks of other documents, the distractors  -->  R chunks in all
+    samples: continuation   the text behind the document's chunks
              repetition     a passage from inside the memory, once more
-             tasks          text behind the memory, then a question about what is hidden in it
+             tasks          text behind the document's chunks, then a question about what is hidden in them
+
+Distractors are few different chunks that come again and again, so that what they hold is read once.
 
 Everything is a function of (settings, seed, step, number in the step): there is no state, so a training that goes on
 after a stop sees exactly what it would have seen.
@@ -12,7 +15,7 @@ after a stop sees exactly what it would have seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ class Memory:
     samples: list[Sample]
     origin: str
     """Where it is from, for messages."""
+    own: slice
+    """Which chunks are its document's; the others are distractors."""
 
 
 def load_tasks(config: TrainConfig, part: str) -> dict[str, Callable[[Rng], Task]]:
@@ -93,8 +98,7 @@ class Sampler:
         rng = np.random.default_rng([self.config.seed, int(self.part != "train"), step, number])
         weights = np.array([weight for _, weight in self.corpora])
         corpus, _ = self.corpora[int(rng.choice(len(weights), p=weights / weights.sum()))]
-        room = np.where(self._usable(corpus), corpus.lengths, 0)
-        document = int(rng.choice(len(room), p=room / room.sum()))
+        document = _by_length(rng, corpus, self._usable(corpus))
         tokens, answer = corpus.document(document), int(corpus.answers[document])
         origin = f"{corpus.name}, document {document}"
         if answer >= 0:
@@ -131,24 +135,73 @@ class Sampler:
             inserts += [pieces] if pieces else []
             inserted += sum(map(len, pieces))
             asked.append((name, task))
-        own = rows * chunk - inserted
-        start = int(rng.integers(0, len(tokens) - own - local - length + 1))
-        text = tokens[start : start + own + local + length * len(asked)].tolist()
-        far, behind = self._hide(rng, text[:own], inserts), text[own:]
-        samples, continued = [], 0
+        taken = rows * chunk - inserted
+        start = int(rng.integers(0, len(tokens) - taken - local - length + 1))
+        text = tokens[start : start + taken + local + length * len(asked)].tolist()
+        (far, spans), behind = self._hide(rng, text[:taken], inserts), text[taken:]
+        before, after = self._distractors(rng, chunk)
+        own = slice(len(before), len(before) + rows)
+        chunks = np.concatenate([*before, np.array(far).reshape(rows, chunk), *after])
+        order = rng.permutation(len(chunks)).tolist() if config.refresh_rows else []
+        samples, continued, hidden = [], 0, iter(spans)
         for name, found in asked:
             prompt = int(rng.choice(config.prompt_lengths))
             if found is not None:
-                samples.append(self._question(rng, found, name, behind[:local], prompt))
+                sample, sources = self._question(rng, found, name, behind[:local], prompt), next(hidden)
             elif name == "repetition":
-                size = min(local + length, len(far))
-                first = int(rng.integers(0, len(far) - size + 1))
-                samples.append(_sample(far[first : first + size], length, prompt, name))
+                row = int(rng.integers(len(chunks))) if before or after else own.start
+                at, passage = (0, far) if own.start <= row < own.stop else (row - own.start, chunks[row].tolist())
+                size = min(local + length, len(passage))
+                first = int(rng.integers(0, len(passage) - size + 1))
+                sample = self._noisy(rng, _sample(passage[first : first + size], length, prompt, name))
+                sources = [(at * chunk + first, at * chunk + first + size)]
             else:
                 first = min(continued * length, max(0, len(behind) - local - length))
-                samples.append(_sample(behind[first : first + local + length], length, prompt, name))
+                sample = _sample(behind[first : first + local + length], length, prompt, name)
+                sources = [(rows * chunk - 1, rows * chunk)]
                 continued += 1
-        return Memory(np.array(far).reshape(rows, chunk), samples, origin)
+            sources = [(start + own.start * chunk, stop + own.start * chunk) for start, stop in sources]
+            samples.append(replace(sample, refreshed=self._refreshed(order, sources, chunk)))
+        return Memory(chunks, samples, origin, own)
+
+    def _noisy(self, rng: Rng, sample: Sample) -> Sample:
+        """A sample some of whose tokens are replaced by others of it, its labels excepted; in training only."""
+        if not self.config.noise or self.part != "train":
+            return sample
+        tokens = np.array(sample.token_ids)
+        wrong = rng.random(len(tokens)) < self.config.noise
+        tokens[wrong] = rng.choice(tokens, size=int(wrong.sum()))
+        return replace(sample, token_ids=tokens.tolist(), labels=sample.answers)
+
+    def _distractors(self, rng: Rng, chunk: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Chunks [1, C] of other documents, to stand before and behind the document's own."""
+        config = self.config
+        if not any(config.distractors):
+            return [], []
+        count = int(rng.choice(config.distractors))
+        numbers = rng.choice(config.distractor_pool, size=count, replace=False)
+        before = count if rng.random() < 0.5 else int(rng.integers(count + 1))
+        drawn = [self._distractor(chunk, int(number)) for number in numbers]
+        return drawn[:before], drawn[before:]
+
+    def _distractor(self, chunk: int, number: int) -> np.ndarray:
+        """[1, C]: the same text for the same number."""
+        rng = np.random.default_rng([self.config.seed, int(self.part != "train"), chunk, number, 0])
+        long = [(corpus, weight, (corpus.answers < 0) & (corpus.lengths >= chunk)) for corpus, weight in self.corpora]
+        long = [entry for entry in long if entry[2].any()]
+        weights = np.array([weight for _, weight, _ in long])
+        corpus, _, usable = long[int(rng.choice(len(long), p=weights / weights.sum()))]
+        tokens = corpus.document(_by_length(rng, corpus, usable))
+        start = int(rng.integers(len(tokens) - chunk + 1))
+        return np.array(tokens[start : start + chunk])[None]
+
+    def _refreshed(self, order: Sequence[int], sources: list[tuple[int, int]], chunk: int) -> tuple[int, ...] | None:
+        """The rows with what a sample asks for, and others up to `refresh_rows`: the first in an order."""
+        if self.config.refresh_rows is None:
+            return None
+        needed = {row for start, stop in sources for row in range(start // chunk, (stop - 1) // chunk + 1)}
+        others = [row for row in order if row not in needed]
+        return (*sorted(needed), *others[: max(0, self.config.refresh_rows - len(needed))])
 
     def _fitting(self, rng: Rng, name: str, room: int) -> tuple[Task | None, list[list[int]]]:
         """A task whose inserts have at most `room` tokens, and they; None if a few draws give none."""
@@ -169,8 +222,9 @@ class Sampler:
         rows = count_chunks(answer - local, chunk)
         chunk = (answer - local) // rows  # evenly cut; what is left over goes to the local context
         ids = tokens[: answer + config.answer_length].tolist()
-        sample = Sample(ids[rows * chunk :], len(ids) - answer, prompt, "answers")
-        return Memory(np.array(ids[: rows * chunk]).reshape(rows, chunk), [sample], origin)
+        order = rng.permutation(rows).tolist() if config.refresh_rows else []
+        sample = Sample(ids[rows * chunk :], len(ids) - answer, prompt, "answers", self._refreshed(order, [], chunk))
+        return Memory(np.array(ids[: rows * chunk]).reshape(rows, chunk), [sample], origin, slice(0, rows))
 
     def _question(self, rng: Rng, task: Task, name: str, text: list[int], prompt: int) -> Sample:
         """Text, then the question, in the chat template or plain; the answer with its end is supervised."""
@@ -188,24 +242,33 @@ class Sampler:
         room = max(0, len(text) - len(before) - len(asked))
         return Sample([*before, *text[len(text) - room :], *asked, *answer], len(answer), prompt, name)
 
-    def _hide(self, rng: Rng, text: list[int], inserts: list[list[list[int]]]) -> list[int]:
-        """Put pieces between sentences of a text; the pieces of one task stay in their order."""
-        places: list[tuple[int, int, list[int]]] = []
-        for pieces in inserts:
+    def _hide(
+        self, rng: Rng, text: list[int], inserts: list[list[list[int]]]
+    ) -> tuple[list[int], list[list[tuple[int, int]]]]:
+        """Put pieces between sentences of a text; the pieces of one task stay in their order.
+
+        Returns:
+            The text with the pieces, and where each task's are in it: [(first token, the one behind)].
+        """
+        places: list[tuple[int, int, list[int], int]] = []
+        for task, pieces in enumerate(inserts):
             low, high = 0, len(text)
             if len(pieces) > 1 and rng.random() < 0.5:  # all within a few hundred tokens
                 low = int(rng.integers(0, max(1, high - 300)))
                 high = min(high, low + 300)
             spots = np.sort(rng.integers(low, high + 1, size=len(pieces)))
             places += [
-                (self._next_end(text, int(spot)), len(places) + i, piece)
+                (self._next_end(text, int(spot)), len(places) + i, piece, task)
                 for i, (spot, piece) in enumerate(zip(spots, pieces, strict=True))
             ]
-        result, position = [], 0
-        for at, _, piece in sorted(places, key=lambda place: place[:2]):
+        result: list[int] = []
+        spans: list[list[tuple[int, int]]] = [[] for _ in inserts]
+        position = 0
+        for at, _, piece, task in sorted(places, key=lambda place: place[:2]):
             result += text[position:at] + piece
             position = at
-        return result + text[position:]
+            spans[task].append((len(result) - len(piece), len(result)))
+        return result + text[position:], spans
 
     def _next_end(self, text: list[int], at: int) -> int:
         """The first place from `at` on that is behind a sentence; `at` itself if there is none near."""
@@ -217,6 +280,12 @@ class Sampler:
 
     def _control(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _by_length(rng: Rng, corpus: Corpus, usable: np.ndarray) -> int:
+    """One of the usable documents, the longer the likelier."""
+    room = np.where(usable, corpus.lengths, 0)
+    return int(rng.choice(len(room), p=room / room.sum()))
 
 
 def _sample(tokens: list[int], answers: int, prompt: int, name: str) -> Sample:
@@ -237,7 +306,7 @@ def check_positions(config: TrainConfig, max_positions: int) -> None:
     """
     behind = max(*config.prompt_lengths, LONGEST_QUESTION) + config.answer_length
     row = max(config.chunk_lengths) + behind
-    chunks = count_chunks(max(config.memory_lengths), min(config.chunk_lengths))
+    chunks = count_chunks(max(config.memory_lengths), min(config.chunk_lengths)) + max(config.distractors)
     local = chunks + max(*config.local_lengths, LONGEST_QUESTION) + config.answer_length
     for name, length in (("row", row), ("local context behind its candidates", local)):
         if length > max_positions:

@@ -8,6 +8,7 @@ are deliberately not those of the tasks that the method is evaluated on.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,9 +47,9 @@ def fact(rng: Rng) -> Task:
     return Task([statement], question, lead, value)
 
 
-def table(rng: Rng, most_rows: int = 40) -> Task:
-    """A table of identifiers; one of them is looked up."""
-    rows = int(rng.integers(3, most_rows + 1))
+def table(rng: Rng, most_rows: int = 100) -> Task:
+    """A table of identifiers, more often a short one than a long one; one of them is looked up."""
+    rows = round(math.exp(rng.uniform(math.log(3), math.log(most_rows))))
     make_key, make_value = _pick(rng, IDENTIFIERS), _pick(rng, IDENTIFIERS)
     keys = list(dict.fromkeys(make_key(rng) for _ in range(rows)))
     values = [make_value(rng) for _ in keys]
@@ -160,8 +161,8 @@ def _hex(rng: Rng) -> str:
 
 
 def _grouped(rng: Rng) -> str:
-    groups = int(rng.integers(2, 5))
-    return ":".join(_letters(rng, "0123456789abcdef", 3, 8) for _ in range(groups))
+    groups = int(rng.integers(2, 6))
+    return _pick(rng, (":", "-", "/")).join(_letters(rng, "0123456789abcdef", 3, 12) for _ in range(groups))
 
 
 def _code(rng: Rng) -> str:
