@@ -83,8 +83,8 @@ class TrainConfig:
     local_lengths: tuple[int, ...] = (64, 128, 256)
     prompt_lengths: tuple[int, ...] = (16, 32, 64)
     noise: float = 0.0
-    """Share of a repetition's tokens that are read as other ones than they are, while labels stay right: teaches to go
-    on in the right place behind a wrong token."""
+    """In every other repetition, the share of tokens that are read as other ones than they are, while labels stay right:
+    teaches to go on in the right place behind a wrong token."""
     answer_length: int = 64
     """Supervised tokens of a continuation or repetition; the most of an answer that the data gives."""
     samples_per_memory: int = 6

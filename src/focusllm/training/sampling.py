@@ -165,8 +165,8 @@ class Sampler:
         return Memory(chunks, samples, origin, own)
 
     def _noisy(self, rng: Rng, sample: Sample) -> Sample:
-        """A sample some of whose tokens are replaced by others of it, its labels excepted; in training only."""
-        if not self.config.noise or self.part != "train":
+        """Every other sample has some tokens replaced by others of it, its labels excepted; in training only."""
+        if not self.config.noise or self.part != "train" or rng.random() < 0.5:
             return sample
         tokens = np.array(sample.token_ids)
         wrong = rng.random(len(tokens)) < self.config.noise

@@ -8,7 +8,6 @@ are deliberately not those of the tasks that the method is evaluated on.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ def fact(rng: Rng) -> Task:
 
 def table(rng: Rng, most_rows: int = 100) -> Task:
     """A table of identifiers, more often a short one than a long one; one of them is looked up."""
-    rows = round(math.exp(rng.uniform(math.log(3), math.log(most_rows))))
+    rows = 3 + round((most_rows - 3) * rng.random() ** 2)
     make_key, make_value = _pick(rng, IDENTIFIERS), _pick(rng, IDENTIFIERS)
     keys = list(dict.fromkeys(make_key(rng) for _ in range(rows)))
     values = [make_value(rng) for _ in keys]
