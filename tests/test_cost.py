@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import MemoryLimitError
-from focusllm.chunks import encode
+from focusllm.chunks import encode, tokens_at_once
 from focusllm.cost import check_read, estimate, free_memory, peak_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.packed import pack
@@ -65,6 +65,7 @@ def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_fewer_chunks_at_once_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("focusllm.chunks.CPU_TOKENS_AT_ONCE", 2**40)  # as on a GPU
     model = build(max_position_embeddings=10_000)
     wide = SMALL.replace(chunks_per_batch=100_000, kv_place="device")
     cost = estimate(model, wide, 100_000)
@@ -72,6 +73,17 @@ def test_fewer_chunks_at_once_are_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(MemoryLimitError, match="chunks_per_batch=1"):
         check_read(model, wide, 100_000, tmp_path)
     assert check_read(model, wide.replace(chunks_per_batch=1), 100_000, tmp_path) == "device"
+
+
+def test_a_pass_on_a_cpu_has_few_tokens() -> None:
+    model = build(max_position_embeddings=10_000)
+    wide = SMALL.replace(chunk_length=512, chunks_per_batch=8)
+    assert [tokens_at_once(wide, torch.device(name)) for name in ("cpu", "cuda")] == [2048, 4096]
+    few, many = (estimate(model, wide.replace(chunks_per_batch=count), 100_000).scratch for count in (4, 8))
+    one = estimate(model, wide.replace(chunks_per_batch=1), 100_000).scratch
+    assert few == many == 4 * one
+    long = SMALL.replace(chunk_length=4096, chunks_per_batch=2)  # read all the same
+    assert estimate(model, long, 100_000).scratch == 2 * many
 
 
 def test_machine_figures() -> None:

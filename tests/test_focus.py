@@ -14,6 +14,7 @@ from focusllm.attention import (
     QUERY_BLOCK,
     _attend_joined,
     _causal_by_blocks,
+    _causal_by_torch,
     _partial,
     _partial_by_formula,
     _parts,
@@ -122,6 +123,19 @@ def test_chunks_in_batches_equal_chunks_one_by_one(llama: nn.Module, per_batch: 
             alone = encode_chunks(llama, torch.tensor([chunk]))
             for got, want in zip(block.kv.rows(row, row + 1).keys, alone.keys, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("per_batch", "limit", "passes"), [(8, 48, [2, 1, 1]), (1, 48, [1, 1, 1, 1]), (8, 10, [1, 1, 1, 1])]
+)
+def test_a_cpu_reads_few_tokens_at_once(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch, per_batch: int, limit: int, passes: list[int]
+) -> None:
+    read = []
+    monkeypatch.setattr("focusllm.chunks.CPU_TOKENS_AT_ONCE", limit)
+    monkeypatch.setattr("focusllm.chunks.encode_chunks", lambda m, ids: read.append(len(ids)) or encode_chunks(m, ids))
+    encode(llama, FAR, SMALL.replace(chunks_per_batch=per_batch))
+    assert read == passes
 
 
 def test_chunks_do_not_depend_on_candidates_or_each_other(llama: nn.Module) -> None:
@@ -279,6 +293,15 @@ def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> Non
         results.append((out, *grads))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_kernel_for_gpus_gives_causal_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for heads, num_kv_heads in ((6, 2), (4, 4)):
+        query = torch.randn(2, heads, 9, 16, generator=generator)
+        key, value = (torch.randn(2, num_kv_heads, 9, 16, generator=generator) for _ in range(2))
+        want, _ = _partial_by_formula(query, key, value, None, True, 0.3)
+        torch.testing.assert_close(_causal_by_torch(query, key, value, 0.3), want, **CLOSE)
 
 
 @pytest.mark.parametrize("length", [QUERY_BLOCK + 1, 3 * QUERY_BLOCK])

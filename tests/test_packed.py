@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from focusllm import FocusLLM
+from conftest import build, with_candidates
+from focusllm import AdapterConfig, FocusLLM
+from focusllm.adapter import injected
 from focusllm.base import run
 from focusllm.cost import estimate
-from focusllm.focus import Over
+from focusllm.focus import Over, candidate_pass
 from focusllm.info import describe
 from focusllm.packed import PackedLinear, pack, packable_bytes, packed_bytes, unpack
 
@@ -37,11 +39,43 @@ def test_passes_agree_to_rounding(llama: nn.Module, ids: torch.Tensor, dtype: to
     model = copy.deepcopy(llama).to(dtype)
     before = pass_logits(model, ids)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    assert pack(model) == packable_bytes(model) == packed_bytes(model) == sum(m.weight.nbytes for m in linear) > 0
+    assert pack(model) == packable_bytes(model) == packed_bytes(model)
+    assert packed_bytes(model) == sum([m.weight.nbytes for m in linear] + candidate_matrices(model)) > 0
     assert all(type(m) is PackedLinear for m in linear)
     torch.testing.assert_close(
         pass_logits(model, ids), before, rtol=0, atol=3 * torch.finfo(dtype).eps * before.abs().max().item()
     )
+
+
+@pytest.mark.parametrize("config", [AdapterConfig(rank=4), AdapterConfig()])
+def test_candidate_projections_are_packed_too(ids: torch.Tensor, config: AdapterConfig) -> None:
+    model = with_candidates(build(), config)
+    before = candidate_keys(model, ids)
+    base_alone = packable_bytes(build())
+    if not base_alone:
+        pytest.skip("no kernels for this type on this machine")
+    assert pack(model) - base_alone == sum(candidate_matrices(model)) > 0
+    calls = []
+    packed_kernel = torch.ops.mkldnn._linear_pointwise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(a[1]) or packed_kernel(*a))
+        torch.testing.assert_close(candidate_keys(model, ids), before, atol=1e-5, rtol=0)
+    # Of the two layers, q, k, v, o, gate, up and down, and of the candidates' q, k, v, o one or two matrices each.
+    assert len(calls) == 2 * (7 + 4 * (2 if config.rank else 1))
+    unpack(model)
+    assert packed_bytes(model) == 0
+    assert torch.equal(candidate_keys(model, ids), before)
+
+
+def candidate_matrices(model: nn.Module) -> list[int]:
+    """Their sizes in bytes."""
+    return [p.nbytes for one in injected(model).values() for p in one.own_parameters().values() if p.dim() == 2]
+
+
+def candidate_keys(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        kept, candidates = candidate_pass(model, ids, torch.tensor([0, 0]), [])
+    return torch.cat([*kept.keys, *candidates.keys], 2)
 
 
 def test_outside_of_passes_nothing_changes(llama: nn.Module, ids: torch.Tensor) -> None:

@@ -127,7 +127,7 @@ def test_agreed_passes_count_for_nothing_but_are_run(
     samples = [Sample(random_ids(20, 1), 5, 6), Sample(random_ids(2, 2), 1, 1), Sample(random_ids(30, 3), 1, 9)]
     found: dict[int, tuple[int, ...]] = {}
     for num_samples in (1, 2, 3):
-        memory = Memory(np.array(random_ids(48)).reshape(3, 16), samples[-num_samples:], "here")
+        memory = Memory(np.array(random_ids(48)).reshape(3, 16), samples[-num_samples:], "here", slice(0, 3))
         natural = module.num_passes(memory.samples, way == "without memory")
         assert natural <= 3
         results = []

@@ -17,14 +17,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from conftest import build, byte_tokenizer
+from conftest import build, byte_tokenizer, random_ids, with_candidates
 from focusllm import DocumentError, FocusLLM, TrainConfig, TrainingError, train
 from focusllm.adapter import read_adapter_config
 from focusllm.errors import AdapterError, ConfigError
+from focusllm.focus import encode_chunks
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
-from focusllm.training.loop import learning_rate
-from training import losses, tiny, weights
+from focusllm.training.loop import MemoryLoss, learning_rate
+from training import TEXT, losses, tiny, weights
 
 # --- a whole training -------------------------------------------------------------------------------------------------
 
@@ -180,6 +181,41 @@ def test_ctrl_c_saves_and_goes_on(train_settings: Callable[..., TrainConfig], un
     assert losses(tmp_path / "out") == losses(unbroken)
 
 
+def test_with_distractors_it_goes_on_bit_for_bit_too(
+    train_settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(TEXT.replace("Ishmael", name * 5))
+    config = train_settings(
+        sources=[str(tmp_path / f"{name}.txt") for name in "abcd"],
+        refresh_rows=2, distractors=[0, 2, 4], distractor_pool=8, noise=0.2, chunk_lengths=[64],
+    )  # fmt: skip
+
+    def interrupt(entry: dict[str, Any]) -> None:
+        if "loss" in entry and entry["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    train(config, tmp_path / "unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "out", report=interrupt)
+    train(config, tmp_path / "out")
+    assert losses(tmp_path / "out") == losses(tmp_path / "unbroken")
+    first, second = weights(tmp_path / "out"), weights(tmp_path / "unbroken")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_distractors_are_read_once_and_stand_where_they_should(train_settings: Callable[..., TrainConfig]) -> None:
+    model = with_candidates(build())
+    chunks = torch.tensor(random_ids(5 * 8)).view(5, 8)
+    module = MemoryLoss(model, train_settings(distractors=[3], distractor_pool=3))
+    expected = encode_chunks(model, chunks)
+    for own, known in ((slice(2, 4), 3), (slice(2, 4), 3), (slice(0, 5), 3), (slice(0, 1), 3)):
+        found = module._encoded(chunks, own)
+        for got, want in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert len(module.known) == known  # of four, the one that was used last longest ago went
+
+
 def test_keeps_the_last_checkpoints_and_the_best(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(train_settings(save_every=1, keep_last=2, evaluate_every=100), tmp_path / "out")
     names = [path.name for path in checkpoint.all_of(tmp_path / "out")]
@@ -197,13 +233,14 @@ def test_other_settings_are_refused_on_resume(train_settings: Callable[..., Trai
     train(train_settings(steps=2, save_every=7), tmp_path / "out")  # what has no influence may change
 
 
-def test_a_training_from_before_sinks_goes_on_without(
+def test_a_training_from_before_a_setting_goes_on_without(
     train_settings: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     train(train_settings(steps=2), tmp_path / "out")
     for path in (tmp_path / "out" / "checkpoints").glob("*/state.json"):
         state = json.loads(path.read_text())
-        del state["config"]["sink"]
+        for newer in ("sink", "noise", "refresh_rows", "distractors", "distractor_pool"):
+            del state["config"][newer]
         path.write_text(json.dumps(state))
     train(train_settings(steps=2), tmp_path / "out")
     with pytest.raises(TrainingError, match=r"other settings \(sink is False, now True\)"):
@@ -276,6 +313,18 @@ def test_a_damaged_checkpoint_is_named(train_settings: Callable[..., TrainConfig
         ({"sources": []}, ConfigError, "there are no sources"),
         ({"sources": ["nowhere"]}, DocumentError, "there is no file or folder nowhere"),
         ({"chunk_lengths": [3000], "memory_lengths": [3000]}, ConfigError, "has 512; use smaller"),
+        (
+            {"refresh_rows": -1},
+            ConfigError,
+            "refresh_rows is -1; it must be a whole number of at least 1, or 0 for all",
+        ),
+        ({"refresh_rows": 2, "supervision": "exact"}, ConfigError, 'refresh_rows is 2 with supervision = "exact"'),
+        ({"refresh_rows": 2, "sharded": True}, ConfigError, "refresh_rows is 2 with sharded = true"),
+        ({"distractors": [True]}, ConfigError, "distractors is"),
+        ({"distractors": [200]}, ConfigError, "from 0 to distractor_pool, which is 128"),
+        ({"distractors": [100], "local_lengths": [440]}, ConfigError, "or fewer distractors"),
+        ({"distractor_pool": 0}, ConfigError, "distractor_pool is 0"),
+        ({"noise": 1}, ConfigError, "noise is 1; it must be at least 0 and below 1"),
         ({"memories_per_step": 0}, ConfigError, "memories_per_step is 0"),
         ({"objectives": {"magic": 1}}, ConfigError, "objectives has magic; known are continuation"),
         ({"objectives": {"stories": 1}}, ConfigError, "stories names no files"),

@@ -19,13 +19,13 @@ from typing import Any
 
 import safetensors
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from focusllm.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
 from focusllm.errors import AdapterError, ConfigError, first_line
 from focusllm.files import whole_file
+from focusllm.packed import linear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -110,6 +110,11 @@ class CandidateLinear(nn.Module):
         """Whether this is base + low rank rather than a full copy."""
         return hasattr(self, "lora_A")
 
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What candidates are multiplied by, for `packed`."""
+        return (self.lora_A, self.lora_B) if self.is_low_rank else (self.weight,)
+
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable tensors by name (`weight`, `bias`, or `lora_A`, `lora_B`)."""
         return dict(self.named_parameters(recurse=False))
@@ -122,14 +127,14 @@ class CandidateLinear(nn.Module):
             return out
         candidates, base_out = x[:, chosen], out[:, chosen]
         if self.is_low_rank:
-            update = F.linear(F.linear(candidates.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+            update = linear(linear(candidates.to(self.lora_A.dtype), self.lora_A), self.lora_B)
             if self.scale != 1:
                 update = update * self.scale
             if self.trainable_rows is not None:
                 update = update * self.trainable_rows
             projected = base_out + update.to(out.dtype)
         else:
-            projected = F.linear(candidates.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)
+            projected = linear(candidates.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)
             if self.trainable_rows is not None:
                 projected = torch.where(self.trainable_rows, projected, base_out)
         if candidates.shape == x.shape:

@@ -5,9 +5,9 @@
 Keys and values are neither joined nor copied, and key-value heads are not repeated for the query heads that share them.
 Few queries (decoding): scores of all segments under one softmax, by batched matrix products that run at the speed of
 memory. Many queries (a prompt behind chunks): a flash kernel a segment, results merged exactly through the logarithms
-of their softmax sums (as flash attention joins its tiles, arXiv 2205.14135). Chunks alone, in bfloat16 on a CPU: by
-products, a block of queries at a time. With gradients: joined, one differentiable call; but 2-byte types on a CPU by
-products again (`differentiable`).
+of their softmax sums (as flash attention joins its tiles, arXiv 2205.14135). Chunks alone: in bfloat16 on a CPU by
+products, a block of queries at a time; on a GPU by torch's own kernel. With gradients: joined, one differentiable call;
+but 2-byte types on a CPU by products again (`differentiable`).
 
 Pure functions over tensors. Letters: B rows, H query heads, K key-value heads, T new tokens, S earlier ones, D width.
 """
@@ -65,6 +65,8 @@ def attend(
         by_blocks = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] > QUERY_BLOCK
         if by_blocks and mask is None and query.shape[3] == value.shape[3]:
             return _causal_by_blocks(query, key, value, scale), []
+        if query.device.type != "cpu" and mask is None:  # nothing to merge with, so torch's fastest kernel will do
+            return _causal_by_torch(query, key, value, scale), []
         return _partial(query, key, value, mask, mask is None, scale)[0], []
     outs: list[Tensor] = []
     paid: list[Tensor | None] = []
@@ -159,6 +161,12 @@ def _causal_by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -
             made = torch.bmm(scores.softmax(-1), value[row, :, :end])
             out[row, :, start:end] = made.view(heads, -1, width)
     return out
+
+
+def _causal_by_torch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of rows to themselves, by the kernel that torch has for the device (flash attention on CUDA)."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 @lru_cache(maxsize=32)

@@ -29,7 +29,7 @@ class FocusConfig:
     prompt_length: int = 64
     """Most tokens of the dynamic prompt: the tail of the local context that is read behind every chunk."""
     chunks_per_batch: int = 8
-    """Chunks read in one forward pass: bounds the scratch memory, does not change the result."""
+    """Most chunks read in one forward pass: bounds the scratch memory, does not change the result."""
     decoding: Decoding = "cached"
     """`cached` keeps the local context's keys and values; `exact` encodes it anew for every token (the paper)."""
     refresh_rows: int | None = 8

@@ -12,6 +12,7 @@ from torch import nn
 
 from focusllm.base import layout
 from focusllm.chunking import count_chunks
+from focusllm.chunks import tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
@@ -85,7 +86,8 @@ def estimate(
         rows = num_chunks * (_room(prompt - 1) + 1) + hot * (config.chunk_length + grown)
     else:
         rows = num_chunks * (grown + 1) + (0 if in_place else 1) * config.chunks_per_batch * config.chunk_length
-    in_flight = min(num_tokens, config.chunk_length * config.chunks_per_batch)
+    at_once = tokens_at_once(config, next(model.parameters()).device)
+    in_flight = min(num_tokens, max(config.chunk_length, at_once))
     hidden: int = base_config.hidden_size  # type: ignore[union-attr,assignment]
     inner: int = getattr(base_config, "intermediate_size", 4 * hidden)
     widths = 6 * hidden + 3 * inner + 2 * found.num_heads * found.head_dim  # live at once in a layer

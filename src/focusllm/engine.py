@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from focusllm.adapter import sink_token
 from focusllm.base import layout, run_plain
 from focusllm.chunking import count_chunks
-from focusllm.chunks import ChunkBlock, encode
+from focusllm.chunks import ChunkBlock, encode, tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
 from focusllm.focus import candidate_pass, decode_pass, local_pass, read_prompt, to_slots
@@ -227,10 +227,10 @@ def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) 
 def _batches(model: nn.Module, block: ChunkBlock, num_tokens: int, config: FocusConfig) -> Iterator[tuple[int, KV]]:
     """The rows of a block, as many at once as bound the scratch memory: (index of the first, keys and values).
 
-    As many tokens at once as while the chunks were read, if each row takes `num_tokens` more; rows that must be brought
-    first, as many as were read at once.
+    As many tokens at once as while the chunks were read, if each row takes `num_tokens` more; of rows that must be
+    brought first at most `chunks_per_batch`.
     """
-    at_once = max(1, config.chunks_per_batch * config.chunk_length // num_tokens)
+    at_once = max(1, tokens_at_once(config, block.token_ids.device) // num_tokens)
     if block.resident is None:
         at_once = min(at_once, config.chunks_per_batch)
     for first in range(0, block.num_chunks, at_once):

@@ -8,12 +8,12 @@ weights are untouched, and outside a pass of `focusllm.base.run` (or with gradie
 from __future__ import annotations
 
 import platform
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from focusllm.base import in_pass
 
@@ -23,52 +23,58 @@ FEW_TOKENS = 16
 """What the layout is made for; more tokens are not slower than with the general one."""
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., in] -> [..., out], within passes by the copy of the weight if there is one."""
+    packed, made_from = _copies.get(weight, (None, None))
+    usable = packed is not None and in_pass() and not torch.is_grad_enabled()
+    if not usable or made_from != _state(weight):
+        return F.linear(input, weight, bias)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
+    return out
+
+
 class PackedLinear(nn.Linear):
     """An `nn.Linear` that has its weight twice. `pack` makes it, `unpack` makes it what it was."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        packed, made_from = _copies.get(self, (None, None))
-        usable = packed is not None and in_pass() and not torch.is_grad_enabled()
-        if not usable or made_from != _state(self.weight):
-            return F.linear(input, self.weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
-        return out
+        return linear(input, self.weight, self.bias)
 
 
-# Beside the modules, not in them: what is packed can be neither copied nor pickled, but a model can.
-_copies: weakref.WeakKeyDictionary[nn.Linear, tuple[Tensor, tuple[int, int]]] = weakref.WeakKeyDictionary()
+# Beside the weights, not in the modules: what is packed can be neither copied nor pickled, but a model can.
+_copies: MutableMapping[Tensor, tuple[Tensor, tuple[int, int]]] = WeakIdKeyDictionary()
 
 
 def pack(model: nn.Module) -> int:
-    """Give the linear layers of a model a second copy of their weights; call it again when weights have changed.
+    """Give linear layers and candidate projections a second copy of their weights; again when weights have changed.
 
     Returns:
         The bytes of the copies; 0 where there is nothing to gain (a GPU, a type without such kernels).
     """
-    for module in _suitable(model):
-        module.__class__ = PackedLinear  # as torch's own parametrizations do: names and weights stay as they are
-        packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), FEW_TOKENS)
-        _copies[module] = packed, _state(module.weight)
+    for module, weight in _suitable(model):
+        if isinstance(module, nn.Linear):
+            module.__class__ = PackedLinear  # as torch's own parametrizations do: names and weights stay as they are
+        _copies[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FEW_TOKENS), _state(weight)
     return packed_bytes(model)
 
 
 def unpack(model: nn.Module) -> None:
     """Drop the copies."""
     for module in model.modules():
+        for weight in _weights(module):
+            _copies.pop(weight, None)
         if isinstance(module, PackedLinear):
-            _copies.pop(module, None)
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the copies that a model has."""
-    return sum(module.weight.nbytes for module in _suitable(model) if module in _copies)
+    return sum(weight.nbytes for _, weight in _suitable(model) if weight in _copies)
 
 
 def packable_bytes(model: nn.Module) -> int:
     """Bytes that copies of a model would take, which may be on the meta device; 0 where `pack` does nothing."""
-    return sum(module.weight.nbytes for module in _suitable(model))
+    return sum(weight.nbytes for _, weight in _suitable(model))
 
 
 def is_packed_by_default(model: nn.Module) -> bool:
@@ -76,11 +82,16 @@ def is_packed_by_default(model: nn.Module) -> bool:
     return packable_bytes(model) <= DEFAULT_LIMIT
 
 
-def _suitable(model: nn.Module) -> Iterator[nn.Linear]:
+def _suitable(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
     for module in model.modules():
-        # Not other subclasses, whose forward is their own.
-        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, PackedLinear) and _has_kernel(module.weight):
-            yield module
+        yield from ((module, weight) for weight in _weights(module) if _has_kernel(weight))
+
+
+def _weights(module: nn.Module) -> Sequence[Tensor]:
+    """A linear layer's weight, or the matrices of a module that multiplies by `linear` itself and says by which."""
+    if type(module) in (nn.Linear, PackedLinear):  # not other subclasses, whose forward is their own
+        return (module.weight,)  # type: ignore[return-value]
+    return getattr(module, "matrices", ())
 
 
 def _has_kernel(weight: Tensor) -> bool:

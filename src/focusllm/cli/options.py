@@ -40,7 +40,9 @@ class FocusOptions:
     chunk_length: Annotated[int | None, typer.Option(help="Tokens of a chunk.")] = None
     local_length: Annotated[int | None, typer.Option(help="Tokens of the local context.")] = None
     prompt_length: Annotated[int | None, typer.Option(help="Most tokens of the dynamic prompt.")] = None
-    chunks_per_batch: Annotated[int | None, typer.Option(help="Chunks read at once: bounds the scratch memory.")] = None
+    chunks_per_batch: Annotated[
+        int | None, typer.Option(help="Most chunks read at once: bounds the scratch memory.")
+    ] = None
     decoding: Annotated[str | None, typer.Option(help="cached, or exact (the paper, slow).")] = None
     refresh_rows: Annotated[
         int | None, typer.Option(min=0, help="Chunks condensed anew for every token, the most attended; 0: all.")

@@ -83,8 +83,8 @@ class TrainConfig:
     local_lengths: tuple[int, ...] = (64, 128, 256)
     prompt_lengths: tuple[int, ...] = (16, 32, 64)
     noise: float = 0.0
-    """In every other repetition, the share of tokens that are read as other ones than they are, while labels stay right:
-    teaches to go on in the right place behind a wrong token."""
+    """Share of the tokens of a repetition that are read as other ones than they are (in half of them, by chance), while
+    labels stay right: teaches to go on in the right place behind a wrong token."""
     answer_length: int = 64
     """Supervised tokens of a continuation or repetition; the most of an answer that the data gives."""
     samples_per_memory: int = 6
@@ -92,12 +92,14 @@ class TrainConfig:
     memories_per_step: int = 1
     """Memories of one optimiser step, over all processes."""
     refresh_rows: int | None = None
-    """Chunks of a memory that make a candidate anew for every label: those with the answer, and others by chance. The
-    rest keep the candidate of a sample's first label, as with focused refresh. 0 in a file, None here: all."""
+    """Chunks of a memory that make a candidate anew for every label of a sample: those with the answer, and others by
+    chance up to this number. The rest keep the candidate of its first label, as with focused refresh. Samples that are
+    worked on together refresh each other's. 0 in a file, None here: all. Dense supervision only, and not sharded."""
     distractors: tuple[int, ...] = (0,)
-    """Chunks of other documents around a memory's own, beside `memory_lengths`: each memory draws a number of them."""
+    """Chunks of other documents around a memory's own, beside `memory_lengths`: each memory draws a number of them.
+    Those from its own document are left out. Not for documents with an answer."""
     distractor_pool: int = 128
-    """How many different distractors of a chunk length there are. Their keys and values are kept in memory."""
+    """How many different distractors of a chunk length there are. The keys and values of so many are kept in memory."""
 
     # The optimiser.
     steps: int = 1000
@@ -140,10 +142,16 @@ class TrainConfig:
             self._at_least(name, 1)
         for name in ("evaluation_memories", "save_every", "keep_last", "distractor_pool"):
             self._at_least(name, 1)
-        if self.refresh_rows is not None:
-            self._at_least("refresh_rows", 1)
+        rows = self.refresh_rows
+        if rows is not None and (isinstance(rows, bool) or rows < 1):
+            raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or 0 for all.")
+        if rows is not None and (self.sharded or self.supervision == "exact"):
+            other = "sharded = true" if self.sharded else 'supervision = "exact"'
+            raise ConfigError(
+                f"refresh_rows is {rows} with {other}, which reads all chunks for every label; leave it out."
+            )
         counts = self.distractors
-        if not counts or any(not isinstance(x, int) or not 0 <= x <= self.distractor_pool for x in counts):
+        if not counts or any(type(x) is not int or not 0 <= x <= self.distractor_pool for x in counts):
             raise ConfigError(
                 f"distractors is {counts!r}; give one or more whole numbers from 0 to distractor_pool, which is "
                 f"{self.distractor_pool}."

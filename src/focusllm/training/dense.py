@@ -11,7 +11,7 @@ The paper's training supervises one token a sequence. Cached decoding, teacher-f
 
 Several samples share the chunks of one memory, which are encoded once. The result is exactly what `cached` decoding
 computes step by step (tested), so what is trained is what is used. With focused refresh too (`Sample.refreshed`): some
-rows make a candidate at every answer position, the others keep the one of the first, which costs next to nothing, so
+rows make a candidate at every answer position, the others keep the one of the first and read the prompt alone, so
 memories may have many chunks.
 
 Letters: S samples, R chunks (rows), C tokens of a chunk, N candidates a row (all samples' answer positions), M the
@@ -52,7 +52,7 @@ class Sample:
     """What the loss is reported under."""
     refreshed: tuple[int, ...] | None = None
     """Rows whose candidates are made anew at every answer position; the others keep that of the first one. None: all.
-    Samples that are worked on together share theirs. All samples of a memory have some, or none of them."""
+    Samples that are worked on together (`packs_of`) refresh each other's as well."""
     labels: Sequence[int] | None = None
     """The right tokens at the answer positions, where those that are read there differ. None: they are the same."""
 
@@ -148,17 +148,22 @@ def _sets(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], places: Pla
             ordinary = ordinary_pass(model, kv, at)
         return _unflat(call(lambda *flat: _flat(candidate_sets(model, kv, _unflat(flat), at, slots)), *_flat(ordinary)))
 
-    device = places.local_tokens.device
-    slots = first_slot + torch.arange(chunk_kv.num_rows, device=device)
-    refreshed = {row for sample in samples for row in sample.refreshed or ()}
-    if not refreshed:
+    device, rows = places.local_tokens.device, range(chunk_kv.num_rows)
+    slots = first_slot + torch.arange(len(rows), device=device)
+    hot = sorted({row for sample in samples for row in (rows if sample.refreshed is None else sample.refreshed)})
+    cold = [row for row in rows if row not in set(hot)]
+    if not cold:
         return made(chunk_kv, places, slots)
-    hot = torch.tensor(sorted(refreshed), device=device)
-    first = made(chunk_kv, Places([sample.first() for sample in samples], chunk_kv.length, device), slots)
-    anew = made(chunk_kv.map(lambda tensor: tensor[hot]), places, slots[hot])
-    kept = first.map(lambda tensor: tensor.index_select(2, places.of_candidate))
-    pairs = zip(_flat(kept), _flat(anew), strict=True)
-    return _unflat([tensor.index_copy(0, hot, fresh) for tensor, fresh in pairs])
+    first = Places([sample.first() for sample in samples], chunk_kv.length, device)
+    parts = [made(_rows(chunk_kv, cold), first, slots[cold]).map(lambda t: t.index_select(2, places.of_candidate))]
+    if hot:
+        parts.append(made(_rows(chunk_kv, hot), places, slots[hot]))
+    return _rows(concat(parts, 0), torch.tensor(cold + hot).argsort().tolist())
+
+
+def _rows(kv: KV, chosen: list[int]) -> KV:
+    """Some rows, copied."""
+    return kv.map(lambda tensor: tensor[chosen])
 
 
 @torch.no_grad()

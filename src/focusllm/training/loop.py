@@ -65,7 +65,7 @@ class MemoryLoss(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.known: dict[bytes, KV] = {}
-        """Keys and values of distractors, by their token ids."""
+        """Keys and values of distractors, by their token ids; what was used last is at the end."""
 
     def forward(self, memory: Memory, passes: int = 0, without_memory: bool = False) -> tuple[Tensor, Tensor]:
         """Cross entropies and hits, [labels] each.
@@ -93,11 +93,11 @@ class MemoryLoss(nn.Module):
         return len(samples) if self._exact or without_memory else num_passes(samples)
 
     def _encoded(self, chunks: Tensor, own: slice) -> KV:
-        """The chunks' keys and values [R, K, C, D]; those of distractors are kept for the next memory.
+        """The chunks' keys and values [R, K, C, D]; those of distractors are kept for the next memories.
 
         Distractors are read one by one, so that their last bits do not depend on which were known before.
         """
-        if own == slice(0, len(chunks)) or self.config.sharded:  # sharded: all processes run equally many passes
+        if own == slice(0, len(chunks)) or self.config.sharded:  # sharded: one pass in every process
             return encode_chunks(self.model, chunks)
         before, behind = ([self._distractor(row) for row in part] for part in (chunks[: own.start], chunks[own.stop :]))
         return concat([*before, encode_chunks(self.model, chunks[own]), *behind], 0)
@@ -105,8 +105,10 @@ class MemoryLoss(nn.Module):
     def _distractor(self, chunk: Tensor) -> KV:
         """[1, K, C, D] a layer."""
         name = chunk.cpu().numpy().tobytes()
-        if name not in self.known:
-            self.known[name] = encode_chunks(self.model, chunk[None])
+        found = self.known.pop(name, None)
+        self.known[name] = found if found is not None else encode_chunks(self.model, chunk[None])
+        if len(self.known) > self.config.distractor_pool:
+            del self.known[next(iter(self.known))]
         return self.known[name]
 
     @property
@@ -266,7 +268,7 @@ class Training:
     def _restore(self, folder: Path) -> None:
         state, optimizer = checkpoint.load(folder)
         # Settings that are newer than the training have their defaults, which are how it was before them.
-        before, now = TrainConfig().to_dict() | state["config"], json.loads(json.dumps(self.config.to_dict()))
+        before, now = _plain(TrainConfig()) | state["config"], _plain(self.config)
         odd = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
         if odd:
             raise TrainingError(
@@ -439,6 +441,12 @@ class Training:
             kept = [entry for entry in read_log(path) if entry["step"] <= self.step and self.step]
             with checkpoint.disk_errors(path), whole_file(path) as temporary:
                 temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """Settings as a checkpoint gives them back: lists for tuples."""
+    found: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return found
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

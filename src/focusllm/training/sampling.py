@@ -132,14 +132,14 @@ class Sampler:
             task, pieces = self._fitting(rng, name, room_left) if name in TASK_OBJECTIVES else (None, [])
             if task is None and name in TASK_OBJECTIVES:  # nothing of this kind fits any more
                 name = "continuation" if config.objectives.get("continuation") else "repetition"
-            inserts += [pieces] if pieces else []
+            inserts += [pieces] if task is not None else []
             inserted += sum(map(len, pieces))
             asked.append((name, task))
         taken = rows * chunk - inserted
         start = int(rng.integers(0, len(tokens) - taken - local - length + 1))
         text = tokens[start : start + taken + local + length * len(asked)].tolist()
         (far, spans), behind = self._hide(rng, text[:taken], inserts), text[taken:]
-        before, after = self._distractors(rng, chunk)
+        before, after = self._distractors(rng, chunk, tokens)
         own = slice(len(before), len(before) + rows)
         chunks = np.concatenate([*before, np.array(far).reshape(rows, chunk), *after])
         order = rng.permutation(len(chunks)).tolist() if config.refresh_rows else []
@@ -165,7 +165,7 @@ class Sampler:
         return Memory(chunks, samples, origin, own)
 
     def _noisy(self, rng: Rng, sample: Sample) -> Sample:
-        """Every other sample has some tokens replaced by others of it, its labels excepted; in training only."""
+        """One sample in two has some tokens replaced by others of it, its labels excepted; in training only."""
         if not self.config.noise or self.part != "train" or rng.random() < 0.5:
             return sample
         tokens = np.array(sample.token_ids)
@@ -173,8 +173,8 @@ class Sampler:
         tokens[wrong] = rng.choice(tokens, size=int(wrong.sum()))
         return replace(sample, token_ids=tokens.tolist(), labels=sample.answers)
 
-    def _distractors(self, rng: Rng, chunk: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Chunks [1, C] of other documents, to stand before and behind the document's own."""
+    def _distractors(self, rng: Rng, chunk: int, document: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Chunks [1, C] of other documents than this one, to stand before and behind its own."""
         config = self.config
         if not any(config.distractors):
             return [], []
@@ -182,10 +182,13 @@ class Sampler:
         numbers = rng.choice(config.distractor_pool, size=count, replace=False)
         before = count if rng.random() < 0.5 else int(rng.integers(count + 1))
         drawn = [self._distractor(chunk, int(number)) for number in numbers]
-        return drawn[:before], drawn[before:]
+        first, second = (
+            [x for x in part if not np.shares_memory(x, document)] for part in (drawn[:before], drawn[before:])
+        )
+        return first, second
 
     def _distractor(self, chunk: int, number: int) -> np.ndarray:
-        """[1, C]: the same text for the same number."""
+        """[1, C]: the same text for the same number, as a view of its document."""
         rng = np.random.default_rng([self.config.seed, int(self.part != "train"), chunk, number, 0])
         long = [(corpus, weight, (corpus.answers < 0) & (corpus.lengths >= chunk)) for corpus, weight in self.corpora]
         long = [entry for entry in long if entry[2].any()]
@@ -193,7 +196,7 @@ class Sampler:
         corpus, _, usable = long[int(rng.choice(len(long), p=weights / weights.sum()))]
         tokens = corpus.document(_by_length(rng, corpus, usable))
         start = int(rng.integers(len(tokens) - chunk + 1))
-        return np.array(tokens[start : start + chunk])[None]
+        return tokens[None, start : start + chunk]
 
     def _refreshed(self, order: Sequence[int], sources: list[tuple[int, int]], chunk: int) -> tuple[int, ...] | None:
         """The rows with what a sample asks for, and others up to `refresh_rows`: the first in an order."""
@@ -312,5 +315,5 @@ def check_positions(config: TrainConfig, max_positions: int) -> None:
         if length > max_positions:
             raise ConfigError(
                 f"a {name} takes up to {length} positions, but the base model has {max_positions}; use smaller "
-                f"chunk_lengths, local_lengths, prompt_lengths or answer_length."
+                f"chunk_lengths, local_lengths, prompt_lengths or answer_length, or fewer distractors."
             )
