@@ -247,7 +247,7 @@ class Kept:
 
     def __init__(self, name: str, settings: dict[str, Any]):
         self.name, self.settings = name, settings
-        before = earlier(name)
+        before = {"kv_dtype": "same", **earlier(name)}  # what older results do not say
         same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
         self.lengths: dict[str, dict[str, Any]] = before["lengths"] if same else {}
 
