@@ -143,19 +143,15 @@ def keys(bench: Bench, row: dict[str, Any], index: int, full: bool) -> dict[str,
 def repetition(bench: Bench, book: list[int], far: list[int], rng: np.random.Generator) -> dict[str, Any]:
     """64 tokens of the memory, and how many of the next 64 come out."""
     start = int(rng.integers(0, len(far) - 128))
-    answer = bench.answer(far, far[start : start + 64], 64)
+    passage, expected = far[start : start + 64], far[start + 64 : start + 128]
     around = far[max(0, min(start - 448, len(far) - 1024)) :][:1024]
-    answers = {"": answer, "base_": bench.plain_answer([*around, *far[start : start + 64]], 64)}
-    right = {
-        name: sum(a == b for a, b in zip(ids, far[start + 64 : start + 128], strict=False))
-        for name, ids in answers.items()
-    }
-    return {
-        "start": start,
-        "tokens_right": right[""] / 64,
-        "right": right[""] == 64,
-        "base_tokens_right": right["base_"] / 64,
-    }
+
+    def share(answer: list[int]) -> float:
+        return sum(a == b for a, b in zip(answer, expected, strict=False)) / 64
+
+    right = share(bench.answer(far, passage, 64))
+    base_right = share(bench.plain_answer([*around, *passage], 64))
+    return {"start": start, "tokens_right": right, "right": right == 1, "base_tokens_right": base_right}
 
 
 def stories(bench: Bench, task: Any, book: list[int], length: int, rng: np.random.Generator) -> dict[str, Any]:

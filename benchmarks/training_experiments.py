@@ -121,7 +121,7 @@ def losses_of(model: nn.Module, memory: Memory, method: str) -> tuple[list[Sampl
         sets = candidates_of(model, kv, ordinary, places, width, int(first is not None))
         logits.append(local_logits(model, sets, places, first))
         in_order += samples
-    labels = torch.tensor([x for s in in_order for x in s.token_ids[-s.num_answers :]])
+    labels = torch.tensor([x for s in in_order for x in s.answers])
     found = torch.cat(logits).float()
     return in_order, F.cross_entropy(found, labels, reduction="none"), found.detach().argmax(-1) == labels
 
