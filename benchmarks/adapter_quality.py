@@ -37,10 +37,11 @@ from transformers import DynamicCache
 from common import earlier, finish
 from focusllm import FocusLLM
 from focusllm.adapter import sink_token, trainable_parameters
+from focusllm.chunk_cache import ChunkCache
 from focusllm.chunking import split
+from focusllm.chunks import ChunkBlock
 from focusllm.cost import total_memory
 from focusllm.engine import decode, prefill, start_request
-from focusllm.evaluation.chunk_cache import ChunkCache
 from focusllm.evaluation.tasks.passkey import GARBAGE, INTRO, LEAD, needle_line
 from focusllm.kv import concat
 from focusllm.text import encode_text, frame_question, start_tokens
@@ -71,7 +72,11 @@ class Bench:
         self.questions = {
             short: read_stories([bench_data / "babi_en" / f"{name}_test.txt"]) for short, name in names.items()
         }
-        self.blocks = ChunkCache(self.base, self.config.chunk_length, known_bytes, self.config.kv_dtype).blocks
+        self.cache = ChunkCache(self.base, known_bytes)
+
+    def blocks(self, token_ids: Sequence[int]) -> list[ChunkBlock]:
+        """A text's chunks, encoded."""
+        return self.cache.blocks(token_ids, self.config.chunk_length, self.config.kv_dtype)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

@@ -37,7 +37,8 @@ from focusllm.modeling import computing_dtype
 from focusllm.training.config import TrainConfig
 from focusllm.training.corpus import load_corpus
 from focusllm.training.dense import Places, Sample, local_logits, ordinary_pass, packs_of
-from focusllm.training.loop import Meter, learning_rate
+from focusllm.training.loop import learning_rate
+from focusllm.training.loss import Meter
 from focusllm.training.sampling import Memory, Sampler
 
 PRESET = Path(__file__).parent.parent / "examples" / "presets" / "laptop.toml"

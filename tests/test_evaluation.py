@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, FocusForCausalLM, FocusLLM, evaluation
+from focusllm.chunk_cache import ChunkCache
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation import tasks
-from focusllm.evaluation.chunk_cache import ChunkCache
 from focusllm.evaluation.example import Example, LossExample, Setting
 from focusllm.evaluation.methods import NAMES
 from focusllm.evaluation.methods import build as build_method
@@ -97,28 +97,28 @@ def test_focus_takes_many_labels_a_piece_at_a_time(llm: FocusLLM) -> None:
 
 
 def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from focusllm.evaluation import chunk_cache
+    from focusllm import chunk_cache
 
     read: list[int] = []
     encode_chunks = chunk_cache.encode_chunks
     monkeypatch.setattr(chunk_cache, "encode_chunks", lambda model, ids: read.append(1) or encode_chunks(model, ids))
     base = llm.model.base
-    cache = ChunkCache(base, 24, 2**30)
+    cache = ChunkCache(base, 2**30)
     first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
-    blocks = cache.blocks(first)
+    blocks = cache.blocks(first, 24)
     assert [block.num_chunks for block in blocks] == [3, 1]
     assert len(read) == 4
-    again = cache.blocks(second + first)
+    again = cache.blocks(second + first, 24)
     assert len(read) == 5
     for kept, new in zip(blocks[0].kv.keys, again[0].kv.keys, strict=True):
         assert torch.equal(kept, new[1:])
-    small = ChunkCache(base, 24, blocks[0].kv.nbytes // 3 * 2)
-    small.blocks(first)
+    small = ChunkCache(base, blocks[0].kv.nbytes // 3 * 2)
+    small.blocks(first, 24)
     assert small.nbytes <= small.most_bytes
     read.clear()
-    small.blocks(first)
+    small.blocks(first, 24)
     assert len(read) == 2  # the first two stayed
-    small.blocks(second)
+    small.blocks(second, 24)
     assert len(read) == 3
     assert small.nbytes == small.most_bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from focusllm.chunking import split
 from focusllm.chunks import ChunkBlock, Place, document_key, encode
 from focusllm.cost import check_read
 from focusllm.engine import Request, decode, prefill, start_request
-from focusllm.kv import KV
+from focusllm.kv import KV, concat
 from focusllm.store import Packing, RowFile
 
 IDS = random_ids(24 * 6 + 7)
@@ -137,6 +138,33 @@ def test_damaged_rows_are_read_again_and_said(llama: nn.Module, tmp_path: Path, 
     assert "damaged on disk" in said[0]
     assert difference(rows_of(llama, blocks), expected) == 0
     assert len(said) == (6 if how == "emptied" else 1)  # it was mended
+
+
+def test_the_next_batch_is_read_from_disk_meanwhile(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    block, _ = encode(llama, IDS, SMALL, place=Place("disk", tmp_path, "book"), notify=said.append)
+    damage(tmp_path / "book-24.rows", "changed")
+    read, started = RowFile.read, [threading.Event() for _ in range(3)]
+
+    def watched(self: RowFile, start: int, stop: int) -> torch.Tensor:
+        if stop - start == 2:
+            started[start // 2].set()
+        return read(self, start, stop)
+
+    monkeypatch.setattr(RowFile, "read", watched)
+    found = []
+    for first, kv in block.batches(llama, 2):
+        if first + 2 < 6:
+            assert started[first // 2 + 1].wait(60)  # before this one is given back
+        if first + 4 < 6:
+            assert not started[first // 2 + 2].is_set()  # no more than one
+        found.append(kv)
+    assert difference([concat(found, 0)], rows_of(llama, encode(llama, IDS, SMALL))[:1]) == 0
+    assert len(said) == 1
+    assert [first for first, _ in block.batches(llama, 4)] == [0, 4]
+    assert next(iter(block.batches(llama, 2)))[0] == 0  # one that is left early does not hang
 
 
 def test_a_damaged_file_is_found_when_it_is_opened_again(llama: nn.Module, tmp_path: Path) -> None:

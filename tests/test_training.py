@@ -24,7 +24,8 @@ from focusllm.errors import AdapterError, ConfigError
 from focusllm.focus import encode_chunks
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
-from focusllm.training.loop import MemoryLoss, learning_rate
+from focusllm.training.loop import learning_rate
+from focusllm.training.loss import MemoryLoss
 from training import TEXT, losses, tiny, weights
 
 # --- a whole training -------------------------------------------------------------------------------------------------
@@ -133,8 +134,8 @@ train(TrainConfig.from_dict(json.loads({config!r})), {output!r})
 """
 # Where the process dies: (module, function, which call, before it rather than behind it).
 KILL_POINTS = {
-    "in a step, nothing saved yet": ("training.loop", "dense_loss", 3, True),
-    "between two checkpoints": ("training.loop", "dense_loss", 16, True),
+    "in a step, nothing saved yet": ("training.loss", "dense_loss", 3, True),
+    "between two checkpoints": ("training.loss", "dense_loss", 16, True),
     "with the adapter of a checkpoint written": ("training.loop", "save_adapter", 1, False),
     "before a written checkpoint is put in its place": ("files", "put_in_place", 2, True),
     "with the checkpoint of a new best in its place": ("files", "put_in_place", 2, False),
@@ -207,13 +208,13 @@ def test_with_distractors_it_goes_on_bit_for_bit_too(
 def test_distractors_are_read_once_and_stand_where_they_should(train_settings: Callable[..., TrainConfig]) -> None:
     model = with_candidates(build())
     chunks = torch.tensor(random_ids(5 * 8)).view(5, 8)
-    module = MemoryLoss(model, train_settings(distractors=[3], distractor_pool=3))
+    module = MemoryLoss(model, train_settings(chunk_lengths=[8], distractors=[3], distractor_pool=3))
     expected = encode_chunks(model, chunks)
     for own, known in ((slice(2, 4), 3), (slice(2, 4), 3), (slice(0, 5), 3), (slice(0, 1), 3)):
         found = module._encoded(chunks, own)
         for got, want in zip(found.keys + found.values, expected.keys + expected.values, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-        assert len(module.known) == known  # of four, the one that was used last longest ago went
+        assert len(module.distractors) == known  # of four, the one that was used last longest ago went
 
 
 def test_keeps_the_last_checkpoints_and_the_best(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

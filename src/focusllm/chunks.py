@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import xxhash
@@ -22,6 +25,8 @@ CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
 1024 at once take 0.89 of the time of eight (benchmarks/reading_batches.py)."""
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Notify = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all) while a long read goes on."""
@@ -82,6 +87,39 @@ class ChunkBlock:
             encoded = encode_chunks(model, self.token_ids[start:stop])
             self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
             return self.kv.packing.unpack(self.kv.packing.pack(encoded))  # as if from the file, whatever it holds
+
+    def batches(self, model: nn.Module, at_once: int) -> Iterator[tuple[int, KV]]:
+        """All chunks, so many at a time: (the first one's index, `rows`). While one batch is worked on, the next is
+        read from the disk.
+        """
+        bounds = [(first, min(first + at_once, self.num_chunks)) for first in range(0, self.num_chunks, at_once)]
+        if not isinstance(self.kv, RowFile):
+            yield from ((first, self.rows(model, first, stop)) for first, stop in bounds)
+            return
+        for (first, stop), raw in zip(bounds, _ahead(self._records, bounds), strict=True):
+            kv = self.rows(model, first, stop) if raw is None else self.kv.unpack(raw)
+            del raw  # not needed while the batch is worked on
+            yield first, kv
+
+    def _records(self, bounds: tuple[int, int]) -> Tensor | None:
+        """Chunks as they are in the file; None: something is damaged."""
+        assert isinstance(self.kv, RowFile)
+        try:
+            return self.kv.read(self.first + bounds[0], self.first + bounds[1])
+        except DamagedRow:
+            return None
+
+
+def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """function(item) of every item, in order, each worked out by a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: deque[Future[Result]] = deque()
+        for item in items:
+            coming.append(thread.submit(function, item))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _joined(parts: Sequence[KV]) -> KV:

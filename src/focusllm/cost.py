@@ -36,7 +36,7 @@ class Cost:
     rows: int
     """What one request adds: prompt and generated tokens behind every chunk, candidates, local context."""
     scratch: int
-    """Hidden states of the batch being read, gone afterwards."""
+    """Hidden states of the batch being read, and rows that are brought from where they are kept; gone afterwards."""
     free: int
     """Free memory of the device now."""
     runtime: int = 0
@@ -78,14 +78,17 @@ def estimate(
     per_token = found.kv_bytes_per_token * dtype.itemsize
     num_chunks = count_chunks(num_tokens, config.chunk_length)
     chunks = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
-    in_place = place == "device" and config.kv_dtype == "same"
+    brought = min(num_chunks, config.chunks_per_batch) * config.chunk_length
+    bringing = 0 if place == "device" and config.kv_dtype == "same" else brought * per_token
+    if place == "disk":  # as they are in the file: these rows, and the next ones
+        bringing += 2 * Packing.of(model, config.kv_dtype).row_bytes(brought)
     prompt = min(config.prompt_length, config.chunk_length)
     grown = _room(prompt + num_new_tokens)
     if config.is_focused(num_chunks):
         hot = min(config.refresh_rows or num_chunks, num_chunks)
         rows = num_chunks * (_room(prompt - 1) + 1) + hot * (config.chunk_length + grown)
     else:
-        rows = num_chunks * (grown + 1) + (0 if in_place else 1) * config.chunks_per_batch * config.chunk_length
+        rows = num_chunks * (grown + 1)
     at_once = tokens_at_once(config, next(model.parameters()).device)
     in_flight = min(num_tokens, max(config.chunk_length, at_once))
     hidden: int = base_config.hidden_size  # type: ignore[union-attr,assignment]
@@ -95,7 +98,7 @@ def estimate(
         weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, packed),
         chunks=chunks if place == "device" else 0,
         rows=(rows + config.max_local_length) * per_token,
-        scratch=in_flight * (widths * dtype.itemsize + per_token),
+        scratch=in_flight * (widths * dtype.itemsize + per_token) + bringing,
         free=free_memory(next(model.parameters()).device),
         runtime=_runtime(next(model.parameters()).device),
     )

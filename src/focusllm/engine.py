@@ -233,8 +233,7 @@ def _batches(model: nn.Module, block: ChunkBlock, num_tokens: int, config: Focus
     at_once = max(1, tokens_at_once(config, block.token_ids.device) // num_tokens)
     if block.resident is None:
         at_once = min(at_once, config.chunks_per_batch)
-    for first in range(0, block.num_chunks, at_once):
-        yield first, block.rows(model, first, first + at_once)
+    return block.batches(model, at_once)
 
 
 def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor, list[Segment]]:

@@ -222,7 +222,15 @@ class RowFile:
         return 0
 
     def rows(self, start: int, stop: int) -> KV:
-        """Some rows, read and checked.
+        """Some rows, read, checked and unpacked.
+
+        Raises:
+            DamagedRow: as `read`.
+        """
+        return self.unpack(self.read(start, stop))
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Records as they are [n, bytes], checked. Computes nothing, so that another thread may do it meanwhile.
 
         Raises:
             DamagedRow: a record is cut off, not what was written, or of other tokens than were written or found here.
@@ -235,6 +243,10 @@ class RowFile:
             checks = xxhash.xxh3_64_digest(record[: self.row_bytes]) + self._digests.get(start + i, b"")
             if (i + 1) * raw.shape[1] > got or record[self.row_bytes :].tobytes() != checks:
                 raise DamagedRow(f"record {start + i} of {self.path or 'a temporary file'}")
+        return raw
+
+    def unpack(self, raw: Tensor) -> KV:
+        """Records to keys and values [n, K, C, D] a layer."""
         parts, offset = [], 0
         for shape, dtype in self.packing.parts(self.length) * (2 * len(self.packing.devices)):
             size = torch.Size(shape).numel() * dtype.itemsize

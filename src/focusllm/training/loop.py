@@ -16,10 +16,8 @@ import math
 import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,145 +40,17 @@ from focusllm.adapter import (
     save_adapter,
     trainable_parameters,
 )
-from focusllm.base import run
 from focusllm.errors import TrainingError
 from focusllm.files import remove_parts, whole_file
-from focusllm.focus import Over, encode_chunks
-from focusllm.kv import KV, concat
 from focusllm.training import checkpoint
 from focusllm.training.config import TrainConfig
-from focusllm.training.dense import Sample, dense_loss, exact_loss, num_passes
+from focusllm.training.loss import MemoryLoss, Meter
 from focusllm.training.sampling import Memory, Sampler
 from focusllm.training.sharding import gathered, shard, whole
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last", "sharded")
 Report = Callable[[dict[str, Any]], None]
-
-
-class MemoryLoss(nn.Module):
-    """The loss of one memory's samples, as a module that several processes can wrap."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig):
-        super().__init__()
-        self.model, self.config = model, config
-        self.known: dict[bytes, KV] = {}
-        """Keys and values of distractors, by their token ids; what was used last is at the end."""
-
-    def forward(self, memory: Memory, passes: int = 0, without_memory: bool = False) -> tuple[Tensor, Tensor]:
-        """Cross entropies and hits, [labels] each.
-
-        Args:
-            passes: run at least so many (see `num_passes`), the last ones for nothing.
-            without_memory: by the base model, from the local contexts alone.
-        """
-        samples = memory.samples
-        device = next(self.model.parameters()).device
-        if without_memory:
-            return _joined((self._alone(sample, device) for sample in _repeated(samples, passes)), self.sizes(samples))
-        chunks = torch.as_tensor(memory.chunks, dtype=torch.long, device=device)
-        if self._exact:
-            rows = list(chunks)
-            return _joined((self._first(rows, sample) for sample in _repeated(samples, passes)), self.sizes(samples))
-        return dense_loss(self.model, self._encoded(chunks, memory.own), samples, self.config.checkpointed, passes)
-
-    def sizes(self, samples: Sequence[Sample]) -> list[int]:
-        """How many labels each sample has."""
-        return [1 if self._exact else sample.num_answers for sample in samples]
-
-    def num_passes(self, samples: Sequence[Sample], without_memory: bool = False) -> int:
-        """How many passes, each alike, a memory with these samples takes."""
-        return len(samples) if self._exact or without_memory else num_passes(samples)
-
-    def _encoded(self, chunks: Tensor, own: slice) -> KV:
-        """The chunks' keys and values [R, K, C, D]; those of distractors are kept for the next memories.
-
-        Distractors are read one by one, so that their last bits do not depend on which were known before.
-        """
-        if own == slice(0, len(chunks)) or self.config.sharded:  # sharded: one pass in every process
-            return encode_chunks(self.model, chunks)
-        before, behind = ([self._distractor(row) for row in part] for part in (chunks[: own.start], chunks[own.stop :]))
-        return concat([*before, encode_chunks(self.model, chunks[own]), *behind], 0)
-
-    def _distractor(self, chunk: Tensor) -> KV:
-        """[1, K, C, D] a layer."""
-        name = chunk.cpu().numpy().tobytes()
-        found = self.known.pop(name, None)
-        self.known[name] = found if found is not None else encode_chunks(self.model, chunk[None])
-        if len(self.known) > self.config.distractor_pool:
-            del self.known[next(iter(self.known))]
-        return self.known[name]
-
-    @property
-    def _exact(self) -> bool:
-        return self.config.supervision == "exact"
-
-    def _first(self, chunks: list[Tensor], sample: Sample) -> tuple[Tensor, Tensor]:
-        """The first label of a sample by the paper's loss: [1] and [1]."""
-        ids = torch.tensor([*sample.token_ids[: sample.newest + 1], sample.answers[0]], device=chunks[0].device)
-        loss, logits = exact_loss(self.model, chunks, ids[sample.start : -1], ids[:-1], ids[-1])
-        return loss[None], (logits.detach().argmax() == ids[-1])[None]
-
-    def _alone(self, sample: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The labels of a sample from the local context alone: [labels] each."""
-        (num_labels,) = self.sizes([sample])
-        ids = torch.tensor([list(sample.token_ids)], device=device)
-        positions = torch.arange(ids.shape[1] - 1, device=device)[None]
-        logits = run(self.model, ids[:, :-1], positions, Over(), logits_to_keep=sample.num_answers)
-        assert logits is not None
-        found, labels = logits[0, :num_labels].float(), torch.tensor(sample.answers[:num_labels], device=device)
-        return nn.functional.cross_entropy(found, labels, reduction="none"), found.argmax(-1) == labels
-
-
-def _repeated(samples: Sequence[Sample], passes: int) -> list[Sample]:
-    """Samples, then the first one again and again up to so many."""
-    return [*samples, *[samples[0]] * (passes - len(samples))]
-
-
-def _joined(parts: Iterable[tuple[Tensor, Tensor]], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Losses and hits of all samples; what was run for nothing is cut off (its backward pass runs, with zeros)."""
-    losses, hits = zip(*parts, strict=True)
-    return torch.cat(losses)[: sum(sizes)], torch.cat(hits)[: sum(sizes)]
-
-
-@dataclass
-class Meter:
-    """Sums of losses and hits by objective."""
-
-    sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
-
-    def add(self, labels: Sequence[tuple[str, int]], losses: Tensor, hits: Tensor) -> None:
-        """Take one memory's labels in: [(objective, how many labels)] in their order."""
-        sizes = [size for _, size in labels]
-        both = zip(labels, _split(losses.detach().double(), sizes), _split(hits.double(), sizes), strict=True)
-        for (objective, _), loss, hit in both:
-            found = self.sums[objective]
-            for i, value in enumerate((float(loss.sum()), float(hit.sum()), float(len(loss)))):
-                found[i] += value
-
-    def gathered(self, accelerator: Accelerator) -> Meter:
-        """The same over all processes."""
-        if accelerator.num_processes == 1:
-            return self
-        everywhere: list[dict[str, list[float]]] = [{}] * accelerator.num_processes
-        torch.distributed.all_gather_object(everywhere, dict(self.sums))
-        total = Meter()
-        for one in everywhere:
-            for name, values in one.items():
-                total.sums[name] = [a + b for a, b in zip(total.sums[name], values, strict=True)]
-        return total
-
-    def result(self) -> dict[str, Any]:
-        """Mean loss (nats a label), share of hits and labels: in all, and by objective."""
-        total = [sum(values[i] for values in self.sums.values()) for i in range(3)]
-        by = {
-            name: {"loss": s / n, "accuracy": h / n, "labels": int(n)} for name, (s, h, n) in sorted(self.sums.items())
-        }
-        return {"loss": total[0] / total[2], "labels": int(total[2]), "objectives": by}
-
-
-def _split(values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    return torch.split(values, sizes)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from focusllm.base import run_plain
+from focusllm.chunk_cache import ChunkCache
 from focusllm.chunking import count_chunks, cut, num_local_chunks, split
 from focusllm.chunks import ChunkBlock
 from focusllm.config import FocusConfig
 from focusllm.cost import GIB, estimate, total_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError
-from focusllm.evaluation.chunk_cache import ChunkCache
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
 from focusllm.llm import FocusLLM
@@ -44,7 +44,7 @@ class Focus(Method):
         self.config.check_positions(self.window)
         self.budget = self.config.local_length
         most_bytes = total_memory(self.base.device) // CACHE_SHARE
-        self.cache = ChunkCache(self.base, self.config.chunk_length, most_bytes, self.config.kv_dtype)
+        self.cache = ChunkCache(self.base, most_bytes)
 
     def fits(self, num_tokens: int) -> str | None:
         """As many chunks as the base model has positions for, and the memory room."""
@@ -60,7 +60,7 @@ class Focus(Method):
     def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
         """Read what is not known of the far text, then the local context."""
         far, local, prompt_length = self.divide(prompt)
-        request = start_request(self.base, self.cache.blocks(far), local, self.config, prompt_length)
+        request = start_request(self.base, self._blocks(far), local, self.config, prompt_length)
         logits = prefill(self.base, request, self.config)[-1]
         return logits, lambda token: decode(self.base, [request], [token], self.config)[0]
 
@@ -92,7 +92,7 @@ class Focus(Method):
             given = self.tensor(ids[:-1])
             return run_plain(self.base, given, DynamicCache(config=self.base.config), num_labels)[0]
         far, local = ids[: -self.budget], ids[-self.budget :]
-        blocks = self.cache.blocks(far)
+        blocks = self._blocks(far)
         if self.config.decoding == "cached" and self.config.bos_token_id is None:
             prompt_length = min(self.config.prompt_length, self.config.chunk_length)
             return memory_logits(self.base, self._row_groups(blocks), Sample(local, num_labels, prompt_length))
@@ -100,6 +100,9 @@ class Focus(Method):
         logits = [prefill(self.base, request, self.config)[-1]]
         logits += [decode(self.base, [request], [token], self.config)[0] for token in local[-num_labels:-1]]
         return torch.stack(logits)
+
+    def _blocks(self, far: list[int]) -> list[ChunkBlock]:
+        return self.cache.blocks(far, self.config.chunk_length, self.config.kv_dtype)
 
     def _row_groups(self, blocks: list[ChunkBlock]) -> list[Any]:
         size = self.config.chunks_per_batch

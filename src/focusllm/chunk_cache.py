@@ -1,0 +1,88 @@
+"""Encoded chunks by their token ids: a chunk that several texts share is read once (evaluation, training)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from focusllm.chunking import cut
+from focusllm.chunks import ChunkBlock
+from focusllm.focus import encode_chunks
+from focusllm.kv import KV
+from focusllm.store import Packed, Packing
+
+
+class ChunkCache:
+    """Keys and values of chunks, up to a number of bytes.
+
+    Every chunk is read alone, so that its numbers do not depend, in their last bits, on which others were known.
+
+    Args:
+        model: the base model.
+        most_bytes: kept chunks take no more. Those that were not used for longest go first, but never for others
+            of the same text: of a text that is too long its beginning stays.
+    """
+
+    def __init__(self, model: nn.Module, most_bytes: int):
+        self.model, self.most_bytes = model, most_bytes
+        self.nbytes = 0
+        self._known: dict[tuple[int, ...], KV] = {}  # the last used at the end
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def chunk(self, token_ids: Sequence[int]) -> KV:
+        """One chunk's keys and values [1, K, C, D] a layer."""
+        piece = tuple(token_ids)
+        self._touch({piece})
+        return self._encoded(piece, {piece})
+
+    def blocks(self, token_ids: Sequence[int], chunk_length: int, kv_dtype: str = "same") -> list[ChunkBlock]:
+        """A text cut into chunks and encoded: one block of the full chunks, one of the shorter last chunk.
+
+        Args:
+            chunk_length: in tokens.
+            kv_dtype: in how many bits the blocks hold them (`FocusConfig.kv_dtype`).
+        """
+        pieces = [tuple(token_ids[start:stop]) for start, stop in cut(len(token_ids), chunk_length)]
+        wanted = set(pieces)
+        self._touch(wanted)
+        full = [piece for piece in pieces if len(piece) == chunk_length]
+        return [self._block(group, wanted, kv_dtype) for group in (full, pieces[len(full) :]) if group]
+
+    def _touch(self, wanted: set[tuple[int, ...]]) -> None:
+        for piece in wanted & set(self._known):
+            self._known[piece] = self._known.pop(piece)
+
+    def _block(self, pieces: list[tuple[int, ...]], wanted: set[tuple[int, ...]], kv_dtype: str) -> ChunkBlock:
+        ids = torch.tensor(pieces, device=next(self.model.parameters()).device)
+        joined: KV | Packed | None = None
+        if kv_dtype != "same":
+            joined = Packed.empty(Packing.of(self.model, kv_dtype), len(pieces), ids.shape[1], None)
+        for row, piece in enumerate(pieces):
+            kv = self._encoded(piece, wanted)
+            if isinstance(joined, Packed):
+                joined.write(row, kv)
+                continue
+            joined = joined or kv.empty_like(len(pieces), ids.shape[1])
+            joined.write(row, 0, kv)
+        assert joined is not None
+        return ChunkBlock(ids, joined)
+
+    def _encoded(self, piece: tuple[int, ...], wanted: set[tuple[int, ...]]) -> KV:
+        kv = self._known.get(piece)
+        if kv is None:
+            kv = encode_chunks(self.model, torch.tensor([piece], device=next(self.model.parameters()).device))
+            self._keep(piece, kv, wanted)
+        return kv
+
+    def _keep(self, piece: tuple[int, ...], kv: KV, wanted: set[tuple[int, ...]]) -> None:
+        while self.nbytes + kv.nbytes > self.most_bytes:
+            oldest = next(iter(self._known), None)
+            if oldest is None or oldest in wanted:
+                return
+            self.nbytes -= self._known.pop(oldest).nbytes
+        self._known[piece] = kv
+        self.nbytes += kv.nbytes
