@@ -200,7 +200,7 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("focusllm.adapter.save_file", full_disk)
+    monkeypatch.setattr("focusllm.adapter_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(model, tmp_path, config)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -29,6 +29,7 @@ ORDER = [
     "base",
     "packed",
     "adapter",
+    "adapter_files",
     "store",
     "focus",
     "chunks",

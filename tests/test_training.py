@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from conftest import build, byte_tokenizer, random_ids, with_candidates
 from focusllm import DocumentError, FocusLLM, TrainConfig, TrainingError, train
-from focusllm.adapter import read_adapter_config
+from focusllm.adapter_files import read_adapter_config
 from focusllm.errors import AdapterError, ConfigError
 from focusllm.focus import encode_chunks
 from focusllm.training import checkpoint

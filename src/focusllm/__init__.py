@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from focusllm.adapter import AdapterConfig, inject, load_adapter, push_adapter, remove, save_adapter
+    from focusllm.adapter import AdapterConfig, inject, remove
+    from focusllm.adapter_files import load_adapter, push_adapter, save_adapter
     from focusllm.answer import Answer, AnswerStream, Citation
     from focusllm.config import FocusConfig
     from focusllm.errors import (
@@ -28,10 +29,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterConfig": "adapter",
     "inject": "adapter",
-    "load_adapter": "adapter",
-    "push_adapter": "adapter",
+    "load_adapter": "adapter_files",
+    "push_adapter": "adapter_files",
     "remove": "adapter",
-    "save_adapter": "adapter",
+    "save_adapter": "adapter_files",
     "FocusConfig": "config",
     "AdapterError": "errors",
     "ConfigError": "errors",

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from focusllm.adapter import AdapterConfig, inject, read_adapter_config
+from focusllm.adapter import AdapterConfig, inject
+from focusllm.adapter_files import read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import resolve_model

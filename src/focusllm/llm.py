@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from focusllm.adapter import fingerprint
+from focusllm.adapter_files import fingerprint
 from focusllm.answer import Answer, AnswerStream, Citation, TimedStreamer
 from focusllm.base import layout
 from focusllm.chunking import cut, num_local_chunks, split

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from focusllm.adapter import AdapterConfig, injected, injected_config, load_adapter, remove, save_adapter
+from focusllm.adapter import AdapterConfig, injected, injected_config, remove
+from focusllm.adapter_files import load_adapter, save_adapter
 from focusllm.base import layout
 from focusllm.chunking import split
 from focusllm.chunks import ChunkBlock, Place, Progress, document_key, encode
@@ -111,7 +112,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         return injected_config(self.base)
 
     def load_candidates(self, source: str | Path) -> AdapterConfig:
-        """Load candidate projections from a folder or the hub (see `focusllm.adapter.load_adapter`)."""
+        """Load candidate projections from a folder or the hub (see `focusllm.adapter_files.load_adapter`)."""
         return load_adapter(self.base, source)
 
     def unload(self) -> Any:

@@ -31,15 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from focusllm.adapter import (
-    AdapterConfig,
-    adapter_tensors,
-    inject,
-    injected,
-    load_adapter,
-    save_adapter,
-    trainable_parameters,
-)
+from focusllm.adapter import AdapterConfig, inject, injected, trainable_parameters
+from focusllm.adapter_files import adapter_tensors, load_adapter, save_adapter
 from focusllm.errors import TrainingError
 from focusllm.files import remove_parts, whole_file
 from focusllm.training import checkpoint

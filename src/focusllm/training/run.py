@@ -23,7 +23,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from focusllm.adapter import load_tensors, save_adapter
+from focusllm.adapter_files import load_tensors, save_adapter
 from focusllm.base import layout
 from focusllm.embedded import cache_folder, resolve_model
 from focusllm.errors import ConfigError, DocumentError, TrainingError
