@@ -223,7 +223,7 @@ def test_train_and_go_on(focusllm, model_folder: Path, story: Path, tmp_path: Pa
     assert focusllm("ask", tmp_path / "short.txt", "-q", "What?", "-m", model_folder, *adapter)[0] == 0
     code, _, err = focusllm(*command, "--lr", 0.5)
     assert code == 2
-    assert "other settings (learning_rate is 0.002, now 0.5)" in err
+    assert "other settings (learning_rate is 0.004, now 0.5)" in err
 
 
 @pytest.mark.parametrize(

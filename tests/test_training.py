@@ -228,7 +228,7 @@ def test_keeps_the_last_checkpoints_and_the_best(train_settings: Callable[..., T
 
 def test_other_settings_are_refused_on_resume(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(train_settings(steps=2), tmp_path / "out")
-    with pytest.raises(TrainingError, match=r"other settings \(learning_rate is 0.002, now 0.1\); use the same"):
+    with pytest.raises(TrainingError, match=r"other settings \(learning_rate is 0.004, now 0.1\); use the same"):
         train(train_settings(steps=2, learning_rate=0.1), tmp_path / "out")
     assert weights(tmp_path / "out")
     train(train_settings(steps=2, save_every=7), tmp_path / "out")  # what has no influence may change

@@ -103,7 +103,9 @@ class TrainConfig:
 
     # The optimiser.
     steps: int = 1000
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
+    """The highest rate. The default is for low-rank projections, which learn sooner by it than by half of it (see
+    docs/log.md); full copies want a lower one."""
     warmup_steps: int = 20
     schedule: Schedule = "cosine"
     final_learning_rate: float = 0.1
@@ -124,50 +126,10 @@ class TrainConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        kinds = {"objectives": dict, "rank": int | None, "refresh_rows": int | None, "projections": str, "model": str}
-        for name, kind in (kinds | {"checkpointed": bool, "sharded": bool, "sink": bool}).items():
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, which is of the wrong type.")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", "noise", *self.objectives):
-            value = self.objectives.get(name, getattr(self, name, None))
-            if not isinstance(value, int | float):
-                raise ConfigError(f"{name} is {value!r}; it must be a number.")
-        if not 0 <= self.noise < 1:
-            raise ConfigError(f"noise is {self.noise}; it must be at least 0 and below 1.")
-        for name in LENGTHS:
-            lengths = getattr(self, name)
-            if not lengths or any(not isinstance(length, int) or length < 1 for length in lengths):
-                raise ConfigError(f"{name} is {lengths!r}; give one or more whole numbers of at least 1.")
-        for name in ("answer_length", "samples_per_memory", "memories_per_step", "steps", "evaluate_every"):
-            self._at_least(name, 1)
-        for name in ("evaluation_memories", "save_every", "keep_last", "distractor_pool"):
-            self._at_least(name, 1)
-        rows = self.refresh_rows
-        if rows is not None and (isinstance(rows, bool) or rows < 1):
-            raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or 0 for all.")
-        if rows is not None and (self.sharded or self.supervision == "exact"):
-            other = "sharded = true" if self.sharded else 'supervision = "exact"'
-            raise ConfigError(
-                f"refresh_rows is {rows} with {other}, which reads all chunks for every label; leave it out."
-            )
-        counts = self.distractors
-        if not counts or any(type(x) is not int or not 0 <= x <= self.distractor_pool for x in counts):
-            raise ConfigError(
-                f"distractors is {counts!r}; give one or more whole numbers from 0 to distractor_pool, which is "
-                f"{self.distractor_pool}."
-            )
-        for name in ("warmup_steps", "seed"):
-            self._at_least(name, 0)
-        known = (*TEXT_OBJECTIVES, *TASK_OBJECTIVES)
-        odd = sorted(set(self.objectives) - set(known))
-        if odd:
-            raise ConfigError(f"objectives has {', '.join(odd)}; known are {', '.join(known)}.")
-        shares = list(self.objectives.values())
-        if not shares or min(shares) < 0 or sum(shares) <= 0:
-            raise ConfigError(f"objectives is {self.objectives}; give shares of at least 0 that are not all 0.")
-        for name in ("stories", "multihop"):
-            if self.objectives.get(name) and not getattr(self, name):
-                raise ConfigError(f"objectives asks for {name}, but {name} names no files; name some or leave it out.")
+        self._check_types()
+        self._check_numbers()
+        self._check_refreshed()
+        self._check_objectives()
         if max(self.chunk_lengths) > max(self.memory_lengths):
             raise ConfigError(
                 f"chunk_lengths go up to {max(self.chunk_lengths)}, but memory_lengths only to "
@@ -179,8 +141,59 @@ class TrainConfig:
             raise ConfigError(f"supervision is {self.supervision!r}; it must be dense or exact.")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ConfigError(f"schedule is {self.schedule!r}; it must be cosine, linear or constant.")
+
+    def _check_types(self) -> None:
+        kinds = {"objectives": dict, "rank": int | None, "refresh_rows": int | None, "projections": str, "model": str}
+        for name, kind in (kinds | {"checkpointed": bool, "sharded": bool, "sink": bool}).items():
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, which is of the wrong type.")
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", "noise", *self.objectives):
+            value = self.objectives.get(name, getattr(self, name, None))
+            if not isinstance(value, int | float):
+                raise ConfigError(f"{name} is {value!r}; it must be a number.")
+
+    def _check_numbers(self) -> None:
+        for name in LENGTHS:
+            lengths = getattr(self, name)
+            if not lengths or any(not isinstance(length, int) or length < 1 for length in lengths):
+                raise ConfigError(f"{name} is {lengths!r}; give one or more whole numbers of at least 1.")
+        for name in ("answer_length", "samples_per_memory", "memories_per_step", "steps", "evaluate_every"):
+            self._at_least(name, 1)
+        for name in ("evaluation_memories", "save_every", "keep_last", "distractor_pool"):
+            self._at_least(name, 1)
+        for name in ("warmup_steps", "seed"):
+            self._at_least(name, 0)
+        if not 0 <= self.noise < 1:
+            raise ConfigError(f"noise is {self.noise}; it must be at least 0 and below 1.")
         if not self.learning_rate > 0 or not self.clip > 0 or self.weight_decay < 0:
             raise ConfigError("learning_rate and clip must be above 0, weight_decay at least 0.")
+
+    def _check_refreshed(self) -> None:
+        rows, counts = self.refresh_rows, self.distractors
+        if rows is not None and (isinstance(rows, bool) or rows < 1):
+            raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or 0 for all.")
+        if rows is not None and (self.sharded or self.supervision == "exact"):
+            other = "sharded = true" if self.sharded else 'supervision = "exact"'
+            raise ConfigError(
+                f"refresh_rows is {rows} with {other}, which reads all chunks for every label; leave it out."
+            )
+        if not counts or any(type(x) is not int or not 0 <= x <= self.distractor_pool for x in counts):
+            raise ConfigError(
+                f"distractors is {counts!r}; give one or more whole numbers from 0 to distractor_pool, which is "
+                f"{self.distractor_pool}."
+            )
+
+    def _check_objectives(self) -> None:
+        known = (*TEXT_OBJECTIVES, *TASK_OBJECTIVES)
+        odd = sorted(set(self.objectives) - set(known))
+        if odd:
+            raise ConfigError(f"objectives has {', '.join(odd)}; known are {', '.join(known)}.")
+        shares = list(self.objectives.values())
+        if not shares or min(shares) < 0 or sum(shares) <= 0:
+            raise ConfigError(f"objectives is {self.objectives}; give shares of at least 0 that are not all 0.")
+        for name in ("stories", "multihop"):
+            if self.objectives.get(name) and not getattr(self, name):
+                raise ConfigError(f"objectives asks for {name}, but {name} names no files; name some or leave it out.")
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -121,21 +121,9 @@ class Sampler:
         chunk = max(c for c in config.chunk_lengths if c <= min(chunk, room))
         rows = max(1, min(memory, room) // chunk)
         local = min(local, len(tokens) - rows * chunk - length)
-        names = sorted(config.objectives)
-        shares = np.array([config.objectives[name] for name in names])
-        chosen = rng.choice(len(names), size=config.samples_per_memory, p=shares / shares.sum())
-        asked: list[tuple[str, Task | None]] = []
-        inserts: list[list[list[int]]] = []
-        inserted = 0
-        for name in (names[i] for i in chosen):
-            room_left = rows * chunk * 2 // 3 - inserted
-            task, pieces = self._fitting(rng, name, room_left) if name in TASK_OBJECTIVES else (None, [])
-            if task is None and name in TASK_OBJECTIVES:  # nothing of this kind fits any more
-                name = "continuation" if config.objectives.get("continuation") else "repetition"
-            inserts += [pieces] if task is not None else []
-            inserted += sum(map(len, pieces))
-            asked.append((name, task))
-        taken = rows * chunk - inserted
+        asked = self._asked(rng, rows * chunk * 2 // 3)
+        inserts = [pieces for _, task, pieces in asked if task is not None]
+        taken = rows * chunk - sum(len(piece) for pieces in inserts for piece in pieces)
         start = int(rng.integers(0, len(tokens) - taken - local - length + 1))
         text = tokens[start : start + taken + local + length * len(asked)].tolist()
         (far, spans), behind = self._hide(rng, text[:taken], inserts), text[taken:]
@@ -144,17 +132,15 @@ class Sampler:
         chunks = np.concatenate([*before, np.array(far).reshape(rows, chunk), *after])
         order = rng.permutation(len(chunks)).tolist() if config.refresh_rows else []
         samples, continued, hidden = [], 0, iter(spans)
-        for name, found in asked:
+        for name, task, _ in asked:
             prompt = int(rng.choice(config.prompt_lengths))
-            if found is not None:
-                sample, sources = self._question(rng, found, name, behind[:local], prompt), next(hidden)
+            if task is not None:
+                sample, sources = self._question(rng, task, name, behind[:local], prompt), next(hidden)
             elif name == "repetition":
                 row = int(rng.integers(len(chunks))) if before or after else own.start
                 at, passage = (0, far) if own.start <= row < own.stop else (row - own.start, chunks[row].tolist())
-                size = min(local + length, len(passage))
-                first = int(rng.integers(0, len(passage) - size + 1))
-                sample = self._noisy(rng, _sample(passage[first : first + size], length, prompt, name))
-                sources = [(at * chunk + first, at * chunk + first + size)]
+                sample, first = self._repetition(rng, passage, local, prompt)
+                sources = [(at * chunk + first, at * chunk + first + len(sample.token_ids))]
             else:
                 first = min(continued * length, max(0, len(behind) - local - length))
                 sample = _sample(behind[first : first + local + length], length, prompt, name)
@@ -163,6 +149,27 @@ class Sampler:
             sources = [(start + own.start * chunk, stop + own.start * chunk) for start, stop in sources]
             samples.append(replace(sample, refreshed=self._refreshed(order, sources, chunk)))
         return Memory(chunks, samples, origin, own)
+
+    def _asked(self, rng: Rng, room: int) -> list[tuple[str, Task | None, list[list[int]]]]:
+        """What a memory is asked: (objective, its task, what is to be hidden for it, at most `room` tokens in all)."""
+        config, asked = self.config, []
+        names = sorted(config.objectives)
+        shares = np.array([config.objectives[name] for name in names])
+        chosen = rng.choice(len(names), size=config.samples_per_memory, p=shares / shares.sum())
+        for name in (names[i] for i in chosen):
+            task, pieces = self._fitting(rng, name, room) if name in TASK_OBJECTIVES else (None, [])
+            if task is None and name in TASK_OBJECTIVES:  # nothing of this kind fits any more
+                name = "continuation" if config.objectives.get("continuation") else "repetition"
+            room -= sum(map(len, pieces))
+            asked.append((name, task, pieces))
+        return asked
+
+    def _repetition(self, rng: Rng, text: list[int], local: int, prompt: int) -> tuple[Sample, int]:
+        """A passage of a text once more, and where in the text it begins."""
+        size = min(local + self.config.answer_length, len(text))
+        first = int(rng.integers(0, len(text) - size + 1))
+        sample = _sample(text[first : first + size], self.config.answer_length, prompt, "repetition")
+        return self._noisy(rng, sample), first
 
     def _noisy(self, rng: Rng, sample: Sample) -> Sample:
         """One sample in two has some tokens replaced by others of it, its labels excepted; in training only."""
