@@ -23,7 +23,8 @@ class FocusConfig:
     """
 
     chunk_length: int = 1024
-    """Length of one chunk of the far context (paper section 3.1; the released code calls it stride)."""
+    """Length of one chunk of the far context (paper section 3.1; the released code calls it stride). Shorter ones look
+    up more precisely, longer ones are asked again sooner (docs/method.md)."""
     local_length: int = 512
     """Most tokens that the local context holds when decoding starts; a shorter text is the base model's alone."""
     prompt_length: int = 64

@@ -37,7 +37,9 @@ class ModelOptions:
 class FocusOptions:
     """The settings of `FocusConfig` that are asked for most; what is not given keeps its default."""
 
-    chunk_length: Annotated[int | None, typer.Option(help="Tokens of a chunk.")] = None
+    chunk_length: Annotated[
+        int | None, typer.Option(help="Tokens of a chunk: 256 looks up more precisely, 1024 is asked again sooner.")
+    ] = None
     local_length: Annotated[int | None, typer.Option(help="Tokens of the local context.")] = None
     prompt_length: Annotated[int | None, typer.Option(help="Most tokens of the dynamic prompt.")] = None
     chunks_per_batch: Annotated[
