@@ -76,7 +76,7 @@ class Bench:
 
     def blocks(self, token_ids: Sequence[int]) -> list[ChunkBlock]:
         """A text's chunks, encoded."""
-        return self.cache.blocks(token_ids, self.config.chunk_length, self.config.kv_dtype)
+        return self.cache.blocks(token_ids, self.config)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -185,7 +185,8 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
     window = text[:length]
     local = window[-config.local_length :]  # the last 256 are labels, what stands before them is given
     far = window[: -config.local_length]
-    cut = len(far) % config.chunk_length  # whole chunks: the dense pass takes rows of one length
+    stride = config.chunk_length - config.chunk_overlap
+    cut = (len(far) - config.chunk_length) % stride  # whole chunks: the dense pass takes rows of one length
     blocks = bench.blocks(far[cut:])
     request = start_request(base, blocks, local[:-count], config)
     prefill(base, request, config)
@@ -248,7 +249,7 @@ class Kept:
 
     def __init__(self, name: str, settings: dict[str, Any]):
         self.name, self.settings = name, settings
-        before = {"kv_dtype": "same", **earlier(name)}  # what older results do not say
+        before = {"kv_dtype": "same", "chunk_overlap": 0, **earlier(name)}  # what older results do not say
         same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
         self.lengths: dict[str, dict[str, Any]] = before["lengths"] if same else {}
 
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-length", type=int, default=1024)
+    parser.add_argument("--chunk-overlap", type=int, default=0)
     parser.add_argument("--local-length", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--kv-dtype", default="same", help="in how many bits chunks are kept: same, int8 or int4")
@@ -275,7 +277,10 @@ def main() -> None:
     parser.add_argument("--full-to", type=int, default=8192, help="perplexity: full attention up to this length")
     parser.add_argument("--name", help="of the result file; default: adapter_TASK")
     arguments = parser.parse_args()
-    own = {name: getattr(arguments, name) for name in ("chunk_length", "local_length", "prompt_length", "kv_dtype")}
+    own = {
+        name: getattr(arguments, name)
+        for name in ("chunk_length", "chunk_overlap", "local_length", "prompt_length", "kv_dtype")
+    }
     llm = FocusLLM.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, **own)
     bench = Bench(llm, arguments)
     trained = llm.model.adapter_config.trained if llm.model.adapter_config else "untrained"

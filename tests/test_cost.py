@@ -18,10 +18,11 @@ from focusllm.packed import pack
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [100, 24 * 8])
-def test_estimate_equals_what_is_held(dtype: torch.dtype, length: int) -> None:
-    model = with_candidates(build(dtype=dtype))
-    cost = estimate(model, SMALL, length, num_new_tokens=10)
-    blocks = encode(model, random_ids(length), SMALL)
+@pytest.mark.parametrize("overlap", [0, 6])
+def test_estimate_equals_what_is_held(dtype: torch.dtype, length: int, overlap: int) -> None:
+    model, config = with_candidates(build(dtype=dtype)), SMALL.replace(chunk_overlap=overlap)
+    cost = estimate(model, config, length, num_new_tokens=10)
+    blocks = encode(model, random_ids(length), config)
     assert cost.chunks == sum(block.kv.nbytes for block in blocks)
     assert cost.weights == sum(parameter.nbytes for parameter in model.parameters())
     request = start_request(model, blocks, random_ids(20), SMALL)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, FocusConfig
-from focusllm.chunking import cut, num_local_chunks, split
+from focusllm.chunking import count_chunks, cut, num_local_chunks, split
 from focusllm.chunks import encode
 from focusllm.engine import Request, decode, prefill, start_request
+from focusllm.focus import focus_logits
 from focusllm.kv import KV, GrowingKV
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -27,6 +30,34 @@ def test_cut_covers_every_token_once(length: int) -> None:
     bounds = cut(length, 24)
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(length))
     assert all(stop - start == 24 for start, stop in bounds[:-1])
+
+
+@pytest.mark.parametrize("length", [0, 1, 23, 24, 25, 42, 43, 60, 100])
+@pytest.mark.parametrize("overlap", [0, 1, 6, 23])
+def test_cut_with_overlap_keeps_short_passages_whole(length: int, overlap: int) -> None:
+    bounds = cut(length, 24, overlap)
+    assert count_chunks(length, 24, overlap) == len(bounds)
+    assert all(stop - start == 24 for start, stop in bounds[:-1])
+    assert all(later[0] == stop - overlap and later[1] > stop for (_, stop), later in pairwise(bounds))
+    for start in range(length):  # a passage of overlap + 1 tokens, or what is left of the text
+        stop = min(start + overlap + 1, length)
+        assert any(first <= start and stop <= last for first, last in bounds)
+
+
+def test_overlapping_chunks_are_read_as_they_are_cut(llama: nn.Module) -> None:
+    config, ids, seen = SMALL.replace(chunk_overlap=6), random_ids(60), []
+    blocks = encode(llama, ids, config, progress=lambda done, total: seen.append((done, total)))
+    pieces = [piece for block in blocks for piece in block.token_ids.tolist()]
+    assert pieces == [ids[0:24], ids[18:42], ids[36:60]]
+    apart = encode(llama, ids[18:42], SMALL)[0].kv
+    together = blocks[0].rows(llama, 1, 2)
+    for got, want in zip(together.keys + together.values, apart.keys + apart.values, strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+    assert seen[-1] == (60, 60)
+    assert max(done for done, _ in seen) == 60
+    expected = focus_logits(llama, [torch.tensor(p) for p in pieces], torch.tensor(ids[-6:]), torch.tensor(ids[-20:]))
+    request = start_request(llama, blocks, ids[-20:], config)
+    torch.testing.assert_close(prefill(llama, request, config)[-1], expected[-1], **CLOSE)
 
 
 @pytest.mark.parametrize("length", [1, 19, 20, 21, 44, 100])

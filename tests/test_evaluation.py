@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, FocusForCausalLM, FocusLLM, evaluation
 from focusllm.chunk_cache import ChunkCache
+from focusllm.chunking import cut
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError, DocumentError
@@ -68,14 +69,22 @@ def test_full_refuses_what_the_positions_do_not_hold(llm: FocusLLM) -> None:
     assert build_method("full", llm).fits(256) is None
 
 
-def test_focus_answers_as_ask_does(llm: FocusLLM) -> None:
+@pytest.mark.parametrize("overlap", [0, 7])
+def test_focus_answers_as_ask_does(overlap: int, llm: FocusLLM) -> None:
+    llm.model.focus_config = llm.config.replace(chunk_overlap=overlap)
     document = llm.read_text(TEXT)
     expected = llm.ask(document, "What is wide?", max_new_tokens=6).text
     example = dataclasses.replace(LONG, before="", after="\n\nWhat is wide?")
-    assert build_method("focus", llm).generate(example).text == expected
+    method = build_method("focus", llm)
+    assert method.generate(example).text == expected
+    far = method.divide(method.prompt(example))[0]
+    stops = [stop for _, stop in cut(document.num_tokens, llm.config.chunk_length, overlap)]
+    assert len(far) in stops  # a chunk's end: the far chunks are the document's own
 
 
-@pytest.mark.parametrize("options", ["", "decoding=exact", "chunk_length=31,local_length=50", "chunks_per_batch=1"])
+@pytest.mark.parametrize(
+    "options", ["", "decoding=exact", "chunk_length=31,local_length=50", "chunks_per_batch=1", "chunk_overlap=5"]
+)
 @pytest.mark.parametrize("sink", [None, 1])
 def test_focus_loss_is_that_of_decoding(options: str, sink: int | None, llm: FocusLLM) -> None:
     with_candidates(llm.model.base, AdapterConfig(rank=4, sink_token=sink))
@@ -105,20 +114,20 @@ def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.Mon
     base = llm.model.base
     cache = ChunkCache(base, 2**30)
     first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
-    blocks = cache.blocks(first, 24)
+    blocks = cache.blocks(first, SMALL)
     assert [block.num_chunks for block in blocks] == [3, 1]
     assert len(read) == 4
-    again = cache.blocks(second + first, 24)
+    again = cache.blocks(second + first, SMALL)
     assert len(read) == 5
     for kept, new in zip(blocks[0].kv.keys, again[0].kv.keys, strict=True):
         assert torch.equal(kept, new[1:])
     small = ChunkCache(base, blocks[0].kv.nbytes // 3 * 2)
-    small.blocks(first, 24)
+    small.blocks(first, SMALL)
     assert small.nbytes <= small.most_bytes
     read.clear()
-    small.blocks(first, 24)
+    small.blocks(first, SMALL)
     assert len(read) == 2  # the first two stayed
-    small.blocks(second, 24)
+    small.blocks(second, SMALL)
     assert len(read) == 3
     assert small.nbytes == small.most_bytes
 

@@ -119,6 +119,7 @@ def test_positions_of_scalings_that_change_with_the_length() -> None:
         ({"local_length": -3}, "local_length is -3"),
         ({"prompt_length": True}, "prompt_length is True"),
         ({"chunks_per_batch": 1.5}, "chunks_per_batch is 1.5"),
+        ({"chunk_length": 8, "chunk_overlap": 8}, "chunk_overlap is 8; it must be a whole number from 0 to below"),
         ({"decoding": "fast"}, "decoding is 'fast'"),
     ],
 )

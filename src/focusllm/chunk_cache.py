@@ -9,6 +9,7 @@ from torch import nn
 
 from focusllm.chunking import cut
 from focusllm.chunks import ChunkBlock
+from focusllm.config import FocusConfig
 from focusllm.focus import encode_chunks
 from focusllm.kv import KV
 from focusllm.store import Packed, Packing
@@ -39,18 +40,18 @@ class ChunkCache:
         self._touch({piece})
         return self._encoded(piece, {piece})
 
-    def blocks(self, token_ids: Sequence[int], chunk_length: int, kv_dtype: str = "same") -> list[ChunkBlock]:
+    def blocks(self, token_ids: Sequence[int], config: FocusConfig) -> list[ChunkBlock]:
         """A text cut into chunks and encoded: one block of the full chunks, one of the shorter last chunk.
 
         Args:
-            chunk_length: in tokens.
-            kv_dtype: in how many bits the blocks hold them (`FocusConfig.kv_dtype`).
+            config: says how it is cut, and in how many bits the blocks hold keys and values.
         """
-        pieces = [tuple(token_ids[start:stop]) for start, stop in cut(len(token_ids), chunk_length)]
+        bounds = cut(len(token_ids), config.chunk_length, config.chunk_overlap)
+        pieces = [tuple(token_ids[start:stop]) for start, stop in bounds]
         wanted = set(pieces)
         self._touch(wanted)
-        full = [piece for piece in pieces if len(piece) == chunk_length]
-        return [self._block(group, wanted, kv_dtype) for group in (full, pieces[len(full) :]) if group]
+        full = [piece for piece in pieces if len(piece) == config.chunk_length]
+        return [self._block(group, wanted, config.kv_dtype) for group in (full, pieces[len(full) :]) if group]
 
     def _touch(self, wanted: set[tuple[int, ...]]) -> None:
         for piece in wanted & set(self._known):

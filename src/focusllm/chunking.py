@@ -1,4 +1,7 @@
-"""Cutting token ids: every token exactly once, either in a chunk or in the local context. Pure functions over lists."""
+"""Cutting token ids: every token is in a chunk or in the local context, and in two chunks only where they overlap.
+
+Pure functions over lists.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,22 @@ from collections.abc import Sequence
 from focusllm.config import FocusConfig
 
 
-def cut(num_tokens: int, chunk_length: int) -> list[tuple[int, int]]:
-    """Bounds of chunks cut from the left; the last one may be shorter (paper section 3.1)."""
-    return [(start, min(start + chunk_length, num_tokens)) for start in range(0, num_tokens, chunk_length)]
+def cut(num_tokens: int, chunk_length: int, overlap: int = 0) -> list[tuple[int, int]]:
+    """Bounds of chunks cut from the left; the last one may be shorter (paper section 3.1).
+
+    Args:
+        overlap: tokens that a chunk begins with and the one before it ends with.
+    """
+    stride = chunk_length - overlap
+    starts = (number * stride for number in range(count_chunks(num_tokens, chunk_length, overlap)))
+    return [(start, min(start + chunk_length, num_tokens)) for start in starts]
 
 
-def count_chunks(num_tokens: int, chunk_length: int) -> int:
+def count_chunks(num_tokens: int, chunk_length: int, overlap: int = 0) -> int:
     """How many chunks `cut` gives."""
-    return -(-num_tokens // chunk_length)
+    if num_tokens <= 0:
+        return 0
+    return 1 + max(0, -(-(num_tokens - chunk_length) // (chunk_length - overlap)))
 
 
 def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], list[int]]:

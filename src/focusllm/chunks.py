@@ -151,10 +151,10 @@ def encode(
     """
     device = next(model.parameters()).device
     place = place or Place()
-    bounds = cut(len(token_ids), config.chunk_length)
+    bounds = cut(len(token_ids), config.chunk_length, config.chunk_overlap)
     full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
     at_once = max(1, tokens_at_once(config, device) // config.chunk_length)
-    blocks, done = [], 0
+    blocks = []
     for group in (full, bounds[len(full) :]):
         if not group:
             continue
@@ -166,9 +166,8 @@ def encode(
                 store = _filled(store, first, encode_chunks(model, batch), len(group))
             elif not all(store.has(first + i, row) for i, row in enumerate(batch.tolist())):
                 store.write(first, encode_chunks(model, batch), batch)
-            done += batch.numel()
             if progress is not None:
-                progress(done, len(token_ids))
+                progress(group[first + len(batch) - 1][1], len(token_ids))
         assert store is not None
         blocks.append(ChunkBlock(ids, store, notify=notify))
     return blocks
@@ -183,7 +182,7 @@ def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
 
 def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
     """A name for a text as a model reads it: other weights, another type, length of chunks or token give another."""
-    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.kv_dtype} ".encode())
+    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.chunk_overlap} {config.kv_dtype} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
     layers = layout(model).layers
     ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}

@@ -25,6 +25,9 @@ class FocusConfig:
     chunk_length: int = 1024
     """Length of one chunk of the far context (paper section 3.1; the released code calls it stride). Shorter ones look
     up more precisely, longer ones are asked again sooner (docs/method.md)."""
+    chunk_overlap: int = 0
+    """Tokens that a chunk begins with and the one before it ends with: what is no longer than that is whole in one of
+    them, wherever a text is cut."""
     local_length: int = 512
     """Most tokens that the local context holds when decoding starts; a shorter text is the base model's alone."""
     prompt_length: int = 64
@@ -54,6 +57,12 @@ class FocusConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        overlap = self.chunk_overlap
+        if not isinstance(overlap, int) or isinstance(overlap, bool) or not 0 <= overlap < self.chunk_length:
+            raise ConfigError(
+                f"chunk_overlap is {overlap!r}; it must be a whole number from 0 to below chunk_length, which is "
+                f"{self.chunk_length}."
+            )
         rows = self.refresh_rows
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or None for all.")
@@ -132,7 +141,7 @@ class FocusConfig:
         """
         room = max_positions - self.max_local_length
         if num_chunks > room:
-            needed = -(-num_chunks * self.chunk_length // max(room, 1))
+            needed = -(-num_chunks * (self.chunk_length - self.chunk_overlap) // max(room, 1)) + self.chunk_overlap
             remedy = f"use a chunk_length of at least {needed}"
             largest = max_positions - 2 * self.local_length  # of the chunks that leave room for a row's local tokens
             if needed > largest:

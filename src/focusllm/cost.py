@@ -76,8 +76,8 @@ def estimate(
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
     per_token = found.kv_bytes_per_token * dtype.itemsize
-    num_chunks = count_chunks(num_tokens, config.chunk_length)
-    chunks = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
+    num_chunks = count_chunks(num_tokens, config.chunk_length, config.chunk_overlap)
+    chunks = stored_bytes(model, config, num_tokens)
     brought = min(num_chunks, config.chunks_per_batch) * config.chunk_length
     bringing = 0 if place == "device" and config.kv_dtype == "same" else brought * per_token
     if place == "disk":  # as they are in the file: these rows, and the next ones
@@ -102,6 +102,12 @@ def estimate(
         free=free_memory(next(model.parameters()).device),
         runtime=_runtime(next(model.parameters()).device),
     )
+
+
+def stored_bytes(model: nn.Module, config: FocusConfig, num_tokens: int) -> int:
+    """Bytes of a text's chunks, wherever they are kept; what chunks have in common counts twice."""
+    common = max(0, count_chunks(num_tokens, config.chunk_length, config.chunk_overlap) - 1) * config.chunk_overlap
+    return Packing.of(model, config.kv_dtype).row_bytes(num_tokens + common)
 
 
 def _copies(model: nn.Module, packed: bool | None) -> int:
@@ -152,10 +158,12 @@ def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: P
     """
     place = find_place(model, config, num_tokens, folder, written)
     if place is not None:
-        config.check_num_chunks(count_chunks(num_tokens, config.chunk_length), layout(model).max_positions)
+        config.check_num_chunks(
+            count_chunks(num_tokens, config.chunk_length, config.chunk_overlap), layout(model).max_positions
+        )
         return place
     cost = estimate(model, config, num_tokens, place=_places(model, config)[0])
-    stored = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
+    stored = stored_bytes(model, config, num_tokens)
     memory = f"needs about {cost.new / GIB:.1f} GiB of memory, but {cost.free / GIB:.1f} GiB are free"
     disk = f"needs about {stored / GIB:.1f} GiB on disk, but {free_disk(folder) / GIB:.1f} GiB are free in {folder}"
     remedies = _remedies(model, config, num_tokens, folder)
@@ -200,7 +208,7 @@ def _fits(
     packed: bool | None,
 ) -> bool:
     cost = estimate(model, config, num_tokens, place=place, packed=packed)
-    stored = Packing.of(model, config.kv_dtype).row_bytes(num_tokens)
+    stored = stored_bytes(model, config, num_tokens)
     elsewhere = {"device": 0, "host": free_memory(torch.device("cpu")), "disk": free_disk(folder) + written}[place]
     return cost.new <= cost.free and (place == "device" or stored <= elsewhere)
 

@@ -220,7 +220,7 @@ class FocusLLM:
         blocks = self._encode(ids, progress, Path(store) if store is not None else None)
         chunks = [
             Chunk(spans[first][0], spans[stop - 1][1], first, stop)
-            for first, stop in cut(len(ids), self.config.chunk_length)
+            for first, stop in cut(len(ids), self.config.chunk_length, self.config.chunk_overlap)
         ]
         seconds = time.perf_counter() - start
         return Document(name, text, ids, chunks, blocks, self.config.chunk_length, seconds, self._reader())

@@ -91,7 +91,9 @@ class Focus:
             prefill_seconds=read.read_seconds + first.time_to_first_token,
             seconds_per_token=1 / first.tokens_per_second,
             second_question_seconds=second.time_to_first_token,
-            linear_tokens=read.num_tokens + len(far) * prompt + first.num_prompt_tokens,
+            linear_tokens=sum(block.token_ids.numel() for block in read.blocks)
+            + len(far) * prompt
+            + first.num_prompt_tokens,
             bytes_per_token=passes * bytes_of_weights(base)
             + kv_tokens * layout(base).kv_bytes_per_token * llm.model.dtype.itemsize,
         )

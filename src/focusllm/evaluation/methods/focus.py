@@ -49,7 +49,9 @@ class Focus(Method):
     def fits(self, num_tokens: int) -> str | None:
         """As many chunks as the base model has positions for, and the memory room."""
         try:
-            self.config.check_num_chunks(count_chunks(num_tokens, self.config.chunk_length), self.window)
+            self.config.check_num_chunks(
+                count_chunks(num_tokens, self.config.chunk_length, self.config.chunk_overlap), self.window
+            )
         except ConfigError as error:
             return str(error).rstrip(".")
         needed, there = estimate(self.base, self.config, num_tokens).total, total_memory(self.base.device)
@@ -70,10 +72,11 @@ class Focus(Method):
         own = len(head) + len(tail)
         if not prompt.chat or own > self.budget:
             return *split(prompt.ids, self.config), None
-        bounds = cut(len(prompt.context), self.config.chunk_length)
+        bounds = cut(len(prompt.context), self.config.chunk_length, self.config.chunk_overlap)
         num_far = len(bounds) - num_local_chunks([stop - start for start, stop in bounds], own, self.config)
+        stop = bounds[num_far - 1][1] if num_far else 0
         place = bounds[num_far][0] if num_far < len(bounds) else len(prompt.context)
-        return prompt.context[:place], [*head, *prompt.context[place:], *tail], len(tail)
+        return prompt.context[:stop], [*head, *prompt.context[place:], *tail], len(tail)
 
     @torch.no_grad()
     def loss(self, example: LossExample) -> tuple[float, int]:
@@ -102,7 +105,7 @@ class Focus(Method):
         return torch.stack(logits)
 
     def _blocks(self, far: list[int]) -> list[ChunkBlock]:
-        return self.cache.blocks(far, self.config.chunk_length, self.config.kv_dtype)
+        return self.cache.blocks(far, self.config)
 
     def _row_groups(self, blocks: list[ChunkBlock]) -> list[Any]:
         size = self.config.chunks_per_batch
