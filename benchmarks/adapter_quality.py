@@ -222,7 +222,8 @@ def case_of(bench: Bench, task: str, length: int, number: int) -> dict[str, Any]
         question = questions[int(rng.integers(len(questions)))]
         book = bench.book(number // 20, length + bench.config.local_length)
         return {"task": name, **stories(bench, question, book, length, rng)}
-    end = max(bench.arguments.lengths) + (number % 10) * 3 * bench.config.chunk_length  # windows share chunks
+    stride = bench.config.chunk_length - bench.config.chunk_overlap
+    end = max(bench.arguments.lengths) + (number % 10) * 3 * stride  # windows share chunks
     book = bench.book(number // 10, end)
     return perplexity(bench, book[end - length : end], length, length <= bench.arguments.full_to)
 
