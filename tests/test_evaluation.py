@@ -78,7 +78,7 @@ def test_focus_answers_as_ask_does(overlap: int, llm: FocusLLM) -> None:
     method = build_method("focus", llm)
     assert method.generate(example).text == expected
     far = method.divide(method.prompt(example))[0]
-    stops = [stop for _, stop in cut(document.num_tokens, llm.config.chunk_length, overlap)]
+    stops = [stop for _, stop in cut(document.num_tokens, llm.config)]
     assert len(far) in stops  # a chunk's end: the far chunks are the document's own
 
 
@@ -112,22 +112,22 @@ def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.Mon
     encode_chunks = chunk_cache.encode_chunks
     monkeypatch.setattr(chunk_cache, "encode_chunks", lambda model, ids: read.append(1) or encode_chunks(model, ids))
     base = llm.model.base
-    cache = ChunkCache(base, 2**30)
+    cache, config = ChunkCache(base, 2**30), SMALL.replace(chunk_overlap=0)
     first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
-    blocks = cache.blocks(first, SMALL)
+    blocks = cache.blocks(first, config)
     assert [block.num_chunks for block in blocks] == [3, 1]
     assert len(read) == 4
-    again = cache.blocks(second + first, SMALL)
+    again = cache.blocks(second + first, config)
     assert len(read) == 5
     for kept, new in zip(blocks[0].kv.keys, again[0].kv.keys, strict=True):
         assert torch.equal(kept, new[1:])
     small = ChunkCache(base, blocks[0].kv.nbytes // 3 * 2)
-    small.blocks(first, SMALL)
+    small.blocks(first, config)
     assert small.nbytes <= small.most_bytes
     read.clear()
-    small.blocks(first, SMALL)
+    small.blocks(first, config)
     assert len(read) == 2  # the first two stayed
-    small.blocks(second, SMALL)
+    small.blocks(second, config)
     assert len(read) == 3
     assert small.nbytes == small.most_bytes
 

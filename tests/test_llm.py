@@ -20,8 +20,9 @@ OTHER = "Quite another text about birds, beasts and flowers, told in fewer words
 def test_document_knows_where_its_chunks_are(tiny_llm: FocusLLM) -> None:
     document = tiny_llm.read(TEXT, name="story")
     assert document.num_tokens == len(TEXT)
-    assert "".join(TEXT[chunk.start : chunk.end] for chunk in document.chunks) == TEXT
-    assert document.nbytes == len(TEXT) * 2 * 3 * 2 * 16 * 4
+    first, *others = (TEXT[chunk.start : chunk.end] for chunk in document.chunks)
+    assert first + "".join(text[SMALL.overlap :] for text in others) == TEXT
+    assert document.nbytes == (len(TEXT) + SMALL.overlap * len(others)) * 2 * 3 * 2 * 16 * 4
     assert repr(document) == f"Document('story', {len(TEXT)} tokens, {len(document.chunks)} chunks)"
 
 
@@ -95,9 +96,9 @@ def test_several_documents_in_either_order(tiny_llm: FocusLLM) -> None:
 
 
 def test_two_halves_equal_the_whole(tiny_llm: FocusLLM) -> None:
-    """Two documents cut at a chunk's end are the same rows as one document."""
-    cut = 10 * SMALL.chunk_length
-    halves = [tiny_llm.read(TEXT[:cut]), tiny_llm.read(TEXT[cut:])]
+    """Two documents cut at a chunk's end are the same rows as one document, what chunks share in both of them."""
+    cut = 10 * SMALL.stride
+    halves = [tiny_llm.read(TEXT[: cut + SMALL.overlap]), tiny_llm.read(TEXT[cut:])]
     whole = tiny_llm.ask(tiny_llm.read(TEXT), "What?", max_new_tokens=16)
     both = tiny_llm.ask(halves, "What?", max_new_tokens=16)
     assert both.text == whole.text

@@ -46,7 +46,7 @@ class ChunkCache:
         Args:
             config: says how it is cut, and in how many bits the blocks hold keys and values.
         """
-        bounds = cut(len(token_ids), config.chunk_length, config.chunk_overlap)
+        bounds = cut(len(token_ids), config)
         pieces = [tuple(token_ids[start:stop]) for start, stop in bounds]
         wanted = set(pieces)
         self._touch(wanted)

@@ -10,22 +10,17 @@ from collections.abc import Sequence
 from focusllm.config import FocusConfig
 
 
-def cut(num_tokens: int, chunk_length: int, overlap: int = 0) -> list[tuple[int, int]]:
-    """Bounds of chunks cut from the left; the last one may be shorter (paper section 3.1).
-
-    Args:
-        overlap: tokens that a chunk begins with and the one before it ends with.
-    """
-    stride = chunk_length - overlap
-    starts = (number * stride for number in range(count_chunks(num_tokens, chunk_length, overlap)))
-    return [(start, min(start + chunk_length, num_tokens)) for start in starts]
+def cut(num_tokens: int, config: FocusConfig) -> list[tuple[int, int]]:
+    """Bounds of chunks cut from the left; the last one may be shorter (paper section 3.1)."""
+    starts = (number * config.stride for number in range(count_chunks(num_tokens, config)))
+    return [(start, min(start + config.chunk_length, num_tokens)) for start in starts]
 
 
-def count_chunks(num_tokens: int, chunk_length: int, overlap: int = 0) -> int:
+def count_chunks(num_tokens: int, config: FocusConfig) -> int:
     """How many chunks `cut` gives."""
     if num_tokens <= 0:
         return 0
-    return 1 + max(0, -(-(num_tokens - chunk_length) // (chunk_length - overlap)))
+    return 1 + max(0, -(-(num_tokens - config.chunk_length) // config.stride))
 
 
 def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], list[int]]:

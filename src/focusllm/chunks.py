@@ -151,7 +151,7 @@ def encode(
     """
     device = next(model.parameters()).device
     place = place or Place()
-    bounds = cut(len(token_ids), config.chunk_length, config.chunk_overlap)
+    bounds = cut(len(token_ids), config)
     full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
     at_once = max(1, tokens_at_once(config, device) // config.chunk_length)
     blocks = []
@@ -182,7 +182,7 @@ def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
 
 def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
     """A name for a text as a model reads it: other weights, another type, length of chunks or token give another."""
-    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.chunk_overlap} {config.kv_dtype} ".encode())
+    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
     layers = layout(model).layers
     ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}

@@ -25,9 +25,9 @@ class FocusConfig:
     chunk_length: int = 1024
     """Length of one chunk of the far context (paper section 3.1; the released code calls it stride). Shorter ones look
     up more precisely, longer ones are asked again sooner (docs/method.md)."""
-    chunk_overlap: int = 0
+    chunk_overlap: int | None = None
     """Tokens that a chunk begins with and the one before it ends with: what is no longer than that is whole in one of
-    them, wherever a text is cut."""
+    them, wherever a text is cut. None: a sixteenth of `chunk_length`."""
     local_length: int = 512
     """Most tokens that the local context holds when decoding starts; a shorter text is the base model's alone."""
     prompt_length: int = 64
@@ -57,7 +57,7 @@ class FocusConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        overlap = self.chunk_overlap
+        overlap = self.overlap
         if not isinstance(overlap, int) or isinstance(overlap, bool) or not 0 <= overlap < self.chunk_length:
             raise ConfigError(
                 f"chunk_overlap is {overlap!r}; it must be a whole number from 0 to below chunk_length, which is "
@@ -83,6 +83,7 @@ class FocusConfig:
         """
         return cls(
             chunk_length=chunk_length,
+            chunk_overlap=0,
             local_length=local_length,
             prompt_length=512,
             decoding="exact",
@@ -90,6 +91,16 @@ class FocusConfig:
             plain_below=plain_below,
             bos_token_id=bos_token_id,
         )
+
+    @property
+    def overlap(self) -> int:
+        """Tokens that neighbouring chunks share."""
+        return self.chunk_length // 16 if self.chunk_overlap is None else self.chunk_overlap
+
+    @property
+    def stride(self) -> int:
+        """Tokens from the start of a chunk to the start of the next."""
+        return self.chunk_length - self.overlap
 
     @property
     def rechunk_length(self) -> int:
@@ -141,7 +152,8 @@ class FocusConfig:
         """
         room = max_positions - self.max_local_length
         if num_chunks > room:
-            needed = -(-num_chunks * (self.chunk_length - self.chunk_overlap) // max(room, 1)) + self.chunk_overlap
+            stride = -(-num_chunks * self.stride // max(room, 1))
+            needed = -(-stride * 16 // 15) if self.chunk_overlap is None else stride + self.chunk_overlap
             remedy = f"use a chunk_length of at least {needed}"
             largest = max_positions - 2 * self.local_length  # of the chunks that leave room for a row's local tokens
             if needed > largest:

@@ -76,7 +76,7 @@ def estimate(
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
     per_token = found.kv_bytes_per_token * dtype.itemsize
-    num_chunks = count_chunks(num_tokens, config.chunk_length, config.chunk_overlap)
+    num_chunks = count_chunks(num_tokens, config)
     chunks = stored_bytes(model, config, num_tokens)
     brought = min(num_chunks, config.chunks_per_batch) * config.chunk_length
     bringing = 0 if place == "device" and config.kv_dtype == "same" else brought * per_token
@@ -106,7 +106,7 @@ def estimate(
 
 def stored_bytes(model: nn.Module, config: FocusConfig, num_tokens: int) -> int:
     """Bytes of a text's chunks, wherever they are kept; what chunks have in common counts twice."""
-    common = max(0, count_chunks(num_tokens, config.chunk_length, config.chunk_overlap) - 1) * config.chunk_overlap
+    common = max(0, count_chunks(num_tokens, config) - 1) * config.overlap
     return Packing.of(model, config.kv_dtype).row_bytes(num_tokens + common)
 
 
@@ -158,9 +158,7 @@ def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: P
     """
     place = find_place(model, config, num_tokens, folder, written)
     if place is not None:
-        config.check_num_chunks(
-            count_chunks(num_tokens, config.chunk_length, config.chunk_overlap), layout(model).max_positions
-        )
+        config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
         return place
     cost = estimate(model, config, num_tokens, place=_places(model, config)[0])
     stored = stored_bytes(model, config, num_tokens)

@@ -310,9 +310,7 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     moved, kept = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
     max_positions = layout(model).max_positions
     config.check_positions(max_positions)
-    config.check_num_chunks(
-        request.num_chunks + count_chunks(len(moved), config.chunk_length, config.chunk_overlap), max_positions
-    )
+    config.check_num_chunks(request.num_chunks + count_chunks(len(moved), config), max_positions)
     request.blocks, request.local_ids = request.blocks + encode(model, moved, config), _with_bos(kept, config)
     paid_before = request.paid
     logits = prefill(model, request, config)[-1]

@@ -218,10 +218,7 @@ class FocusLLM:
             raise DocumentError(f"{name} gives no tokens; give a document with text.")
         start = time.perf_counter()
         blocks = self._encode(ids, progress, Path(store) if store is not None else None)
-        chunks = [
-            Chunk(spans[first][0], spans[stop - 1][1], first, stop)
-            for first, stop in cut(len(ids), self.config.chunk_length, self.config.chunk_overlap)
-        ]
+        chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in cut(len(ids), self.config)]
         seconds = time.perf_counter() - start
         return Document(name, text, ids, chunks, blocks, self.config.chunk_length, seconds, self._reader())
 

@@ -317,7 +317,7 @@ def _check(name: str, config: FocusConfig, plan: Plan, question: int, skeleton: 
     positions, longest = layout(skeleton).max_positions, max(plan.lengths)
     try:
         config.check_positions(positions)
-        config.check_num_chunks(count_chunks(longest, config.chunk_length, config.chunk_overlap), positions)
+        config.check_num_chunks(count_chunks(longest, config), positions)
     except ConfigError as error:
         raise ConfigError(f"{name} at {longest:,} tokens: {error}") from error
     if question > config.local_length:

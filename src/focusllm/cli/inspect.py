@@ -56,7 +56,7 @@ def info(
         table.add_column(title, justify="right", no_wrap=title == "kept")
     for length, place, cost in costs:
         parts = (cost.runtime + cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
-        num_chunks = count_chunks(length, config.chunk_length, config.chunk_overlap)
+        num_chunks = count_chunks(length, config)
         table.add_row(
             f"{length:,}",
             f"{num_chunks:,}",

@@ -49,9 +49,7 @@ class Focus(Method):
     def fits(self, num_tokens: int) -> str | None:
         """As many chunks as the base model has positions for, and the memory room."""
         try:
-            self.config.check_num_chunks(
-                count_chunks(num_tokens, self.config.chunk_length, self.config.chunk_overlap), self.window
-            )
+            self.config.check_num_chunks(count_chunks(num_tokens, self.config), self.window)
         except ConfigError as error:
             return str(error).rstrip(".")
         needed, there = estimate(self.base, self.config, num_tokens).total, total_memory(self.base.device)
@@ -72,7 +70,7 @@ class Focus(Method):
         own = len(head) + len(tail)
         if not prompt.chat or own > self.budget:
             return *split(prompt.ids, self.config), None
-        bounds = cut(len(prompt.context), self.config.chunk_length, self.config.chunk_overlap)
+        bounds = cut(len(prompt.context), self.config)
         num_far = len(bounds) - num_local_chunks([stop - start for start, stop in bounds], own, self.config)
         stop = bounds[num_far - 1][1] if num_far else 0
         place = bounds[num_far][0] if num_far < len(bounds) else len(prompt.context)
