@@ -163,7 +163,7 @@ def encode(
         for first in range(0, len(group), at_once):
             batch = ids[first : first + at_once]
             if not isinstance(store, RowFile):
-                store = _filled(store, first, encode_chunks(model, batch), len(group))
+                store = filled(store, first, encode_chunks(model, batch), len(group))
             elif not all(store.has(first + i, row) for i, row in enumerate(batch.tolist())):
                 store.write(first, encode_chunks(model, batch), batch)
             if progress is not None:
@@ -205,7 +205,8 @@ def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> 
     return Packed.empty(packing, num_rows, length, torch.device("cpu") if place.kind == "host" else None)
 
 
-def _filled(store: KV | Packed | None, first: int, encoded: KV, num_rows: int) -> KV | Packed:
+def filled(store: KV | Packed | None, first: int, encoded: KV, num_rows: int) -> KV | Packed:
+    """A store with some rows put in, made of them if there is none."""
     if isinstance(store, Packed):
         store.write(first, encoded)
         return store
