@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-length", type=int, default=1024)
-    parser.add_argument("--chunk-overlap", type=int, help="default: a sixteenth of the chunk length")
+    parser.add_argument("--chunk-overlap", type=int, help="default: 64, or a quarter of a shorter chunk")
     parser.add_argument("--local-length", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--kv-dtype", default="same", help="in how many bits chunks are kept: same, int8 or int4")

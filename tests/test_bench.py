@@ -17,7 +17,7 @@ from focusllm.bench.contenders import QUESTIONS, Focus, Full, Job
 from focusllm.bench.measure import bytes_of_weights, expected_seconds, fit, flops_per_token, linear_shapes, spread
 from focusllm.bench.plan import Plan, Spec, parse_contenders, sample_text
 from focusllm.bench.report import print_table, write_result
-from focusllm.chunking import cut, num_local_chunks
+from focusllm.chunking import cut, num_local_chunks, steps
 from focusllm.cost import estimate
 from focusllm.errors import ConfigError
 from focusllm.info import describe
@@ -166,7 +166,7 @@ def test_focus_takes_a_turn(model_folder: Path, tiny_llm: FocusLLM, decoding: st
     num_own = len(before) + len(after)
     bounds = cut(200, config)
     lengths = [stop - start for start, stop in bounds]
-    near = num_local_chunks(lengths, num_own, config)  # they fit beside the question
+    near = num_local_chunks(steps([start for start, _ in bounds], 200), num_own, config)  # they fit beside the question
     far, last = len(lengths) - near, 200 - bounds[-near][0]
     assert 0 < near < len(lengths)
     assert turn.linear_tokens == sum(lengths) + far * config.prompt_length + num_own + last

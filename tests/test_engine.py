@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, FocusConfig
-from focusllm.chunking import count_chunks, cut, num_local_chunks, split
+from focusllm.chunking import count_chunks, cut, num_local_chunks, split, steps
 from focusllm.chunks import encode
 from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.focus import focus_logits
@@ -77,10 +77,18 @@ def test_split_below_a_literal_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)]
+    ("chunk_steps", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)]
 )
-def test_last_chunks_that_fit_stay_local(lengths: list[int], others: int, expected: int) -> None:
-    assert num_local_chunks(lengths, others, SMALL) == expected
+def test_last_chunks_that_fit_stay_local(chunk_steps: list[int], others: int, expected: int) -> None:
+    assert num_local_chunks(chunk_steps, others, SMALL) == expected
+
+
+def test_what_chunks_share_takes_room_once() -> None:
+    config = FocusConfig(chunk_length=12, chunk_overlap=4, local_length=20)
+    starts = [start for start, _ in cut(20, config)]
+    assert starts == [0, 8]
+    assert num_local_chunks(steps(starts, 20), 0, config) == 2  # all 20 tokens fit, though the chunks have 24
+    assert num_local_chunks(steps(starts, 20), 1, config) == 1
 
 
 @pytest.mark.parametrize("decoding", ["cached", "exact"])
@@ -154,6 +162,20 @@ def test_the_paper_lets_the_local_context_grow_until_the_positions_end(llama: nn
         decode(llama, [request], [5], config)
     assert request.num_chunks == 3
     assert len(request.local_ids) == 253
+
+
+def test_a_token_that_is_refused_changes_nothing(llama: nn.Module) -> None:
+    """Also not the other requests of the batch, and neither where chunks would be made of the oldest tokens."""
+    grows = FocusConfig.paper(chunk_length=24, local_length=200, plain_below=1, bos_token_id=None)
+    for config, length in ((grows, 253), (SMALL.replace(chunk_overlap=0), 24 * 216 + SMALL.local_length)):
+        full, other = begin(llama, random_ids(length), config)[0], begin(llama, random_ids(60), config)[0]
+        room = (253 if config is grows else SMALL.max_local_length - 1) - len(full.local_ids)
+        for token in random_ids(room):
+            decode(llama, [full], [token], config)
+        before = [list(other.local_ids), list(full.local_ids)]
+        with pytest.raises(ConfigError):
+            decode(llama, [other, full], [5, 6], config)
+        assert [other.local_ids, full.local_ids] == before
 
 
 def test_rows_are_written_in_place(llama: nn.Module) -> None:

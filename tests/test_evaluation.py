@@ -220,11 +220,36 @@ def test_scaled_positions_are_those_of_transformers(name: str, llm: FocusLLM) ->
         ("full:x=1", "full has no option x"),
         ("focus:chunk_length", "name=value"),
         ("truncate:to=nowhere", "base or local"),
+        ("retrieval:passage=0", "passage is 0; it must be a whole number of at least 1"),
+        ("streaming:sinks=many", "sinks is 'many'; it must be a whole number of at least 0"),
+        ("pi:factor=0.5", "factor is 0.5; it must be a number of at least 1"),
+        ("focus:kv_place=disk", "kv_place is 'disk', but what is measured is kept on the device"),
     ],
 )
 def test_bad_methods_are_refused(spec: str, message: str, llm: FocusLLM) -> None:
     with pytest.raises(ConfigError, match=message):
         build_method(spec, llm)
+
+
+@pytest.mark.parametrize("spec", ["truncate:to=local", "retrieval"])
+def test_no_room_for_the_prompt_is_said(spec: str, llm: FocusLLM) -> None:
+    long_answer = dataclasses.replace(LONG, max_new_tokens=300)
+    with pytest.raises(ConfigError, match="are left (for the prompt|beside the answer)"):
+        build_method(spec, llm).generate(long_answer)
+
+
+def test_more_labels_than_tokens_are_refused(llm: FocusLLM) -> None:
+    with pytest.raises(ConfigError, match="100 labels are more than the 64 tokens"):
+        build_method("truncate:to=local", llm).loss(loss_example(400, labels=100))
+
+
+def test_methods_share_what_is_encoded(llm: FocusLLM) -> None:
+    chunks = ChunkCache(llm.model.base, 2**30)
+    every, some = (build_method(spec, llm, chunks) for spec in ("focus:refresh_rows=null", "focus"))
+    every.generate(LONG)
+    count = len(chunks)
+    some.generate(LONG)
+    assert len(chunks) == count > 3
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

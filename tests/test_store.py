@@ -186,6 +186,12 @@ def test_a_file_of_another_text_is_found_out(llama: nn.Module, tmp_path: Path) -
     assert len(said) == 5  # the first chunk is the same in both
 
 
+def changed_in_the_middle() -> nn.Module:
+    model = build()
+    model.model.layers[1].mlp.up_proj.weight.add_(0.01)
+    return model
+
+
 def test_names_tell_models_types_and_texts_apart() -> None:
     model = build()
     names = {
@@ -195,8 +201,11 @@ def test_names_tell_models_types_and_texts_apart() -> None:
         document_key(model, IDS, SMALL.replace(chunk_length=25)),
         document_key(build(dtype=torch.bfloat16), IDS, SMALL),
         document_key(build("qwen3"), IDS, SMALL),
+        document_key(build(rope_parameters={"rope_theta": 5e4, "rope_type": "default"}), IDS, SMALL),
+        document_key(changed_in_the_middle(), IDS, SMALL),
     }
-    assert len(names) == 6
+    assert len(names) == 8
+    assert document_key(build(), IDS, SMALL.replace(chunk_overlap=1)) in names
     assert document_key(with_candidates(build()), IDS, SMALL) in names  # rows do not depend on the adapter
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from focusllm.answer import Citation
+from focusllm.chunking import steps
 from focusllm.chunks import ChunkBlock
 
 
@@ -47,6 +48,11 @@ class Document:
     def nbytes(self) -> int:
         """Bytes of keys and values held in memory."""
         return sum(block.kv.nbytes for block in self.blocks)
+
+    @property
+    def chunk_steps(self) -> list[int]:
+        """Tokens from the start of each chunk to the start of the next, or to the end."""
+        return steps([chunk.first_token for chunk in self.chunks], self.num_tokens)
 
     def first_blocks(self, num_chunks: int) -> list[ChunkBlock]:
         """The first chunks, as blocks."""

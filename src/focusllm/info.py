@@ -53,7 +53,6 @@ def describe(
     if source is not None:
         adapter_config = read_adapter_config(source)
         inject(skeleton, adapter_config)
-    settings = {**config.to_dict(), "chunk_overlap": config.overlap}
     facts: dict[str, Any] = {
         "model": str(model),
         "model_type": base_config.model_type,
@@ -65,7 +64,7 @@ def describe(
         "kv_bytes_per_token": found.kv_bytes_per_token * chosen.itemsize,
         "adapter": _origin(source),
         "adapter_rank": "" if adapter_config is None else adapter_config.rank or "full copies",
-        **{name: value for name, value in settings.items() if value is not None},
+        **{name: value for name, value in config.resolved().to_dict().items() if value is not None},
     }
     return facts, skeleton, config
 

@@ -253,8 +253,8 @@ class FocusLLM:
             raise ConfigError("there are no documents; read at least one.")
         before, after = self.frame(question)
         num_own = len(before) + len(after)
-        lengths = [chunk.last_token - chunk.first_token for document in given for chunk in document.chunks]
-        num_far = len(lengths) - num_local_chunks(lengths, num_own, self.config)
+        chunk_steps = [step for document in given for step in document.chunk_steps]
+        num_far = len(chunk_steps) - num_local_chunks(chunk_steps, num_own, self.config)
         blocks, tail, places = divide(given, num_far)
         state = FocusState(blocks, prompt_length=len(after))
         num_tokens = sum(document.num_tokens for document in given)
