@@ -168,14 +168,15 @@ def stories(bench: Bench, task: Any, book: list[int], length: int, rng: np.rando
     for place, sentence in zip(places, task.inserts, strict=True):
         piece = bench.encode(f"\n{sentence}\n")
         far[place : place + len(piece)] = piece
-    found = {}
     local = [*before, *book[len(far) : len(far) + bench.config.local_length - len(before) - len(after)], *after]
     facts = [*before, *bench.encode("\n".join(task.inserts)), *after]
     answers = {"answer": bench.answer(far, local, 12, len(after)), "facts_alone": bench.plain_answer(facts, 12)}
+    found: dict[str, Any] = {"expected": task.answer}
     for name, ids in answers.items():
         text = bench.llm.tokenizer.decode(ids, skip_special_tokens=True).strip()
         found |= {name: text, f"{name}_right": re.search(rf"\b{re.escape(task.answer)}\b", text.lower()) is not None}
-    return {"expected": task.answer, **found, "right": found.pop("answer_right")}
+    found["right"] = found.pop("answer_right")
+    return found
 
 
 @torch.no_grad()
@@ -185,8 +186,7 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
     window = text[:length]
     local = window[-config.local_length :]  # the last 256 are labels, what stands before them is given
     far = window[: -config.local_length]
-    stride = config.chunk_length - config.chunk_overlap
-    cut = (len(far) - config.chunk_length) % stride  # whole chunks: the dense pass takes rows of one length
+    cut = (len(far) - config.chunk_length) % config.stride  # whole chunks: the dense pass takes rows of one length
     blocks = bench.blocks(far[cut:])
     request = start_request(base, blocks, local[:-count], config)
     prefill(base, request, config)
@@ -222,8 +222,7 @@ def case_of(bench: Bench, task: str, length: int, number: int) -> dict[str, Any]
         question = questions[int(rng.integers(len(questions)))]
         book = bench.book(number // 20, length + bench.config.local_length)
         return {"task": name, **stories(bench, question, book, length, rng)}
-    stride = bench.config.chunk_length - bench.config.chunk_overlap
-    end = max(bench.arguments.lengths) + (number % 10) * 3 * stride  # windows share chunks
+    end = max(bench.arguments.lengths) + (number % 10) * 3 * bench.config.stride  # windows share chunks
     book = bench.book(number // 10, end)
     return perplexity(bench, book[end - length : end], length, length <= bench.arguments.full_to)
 
@@ -270,7 +269,7 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-length", type=int, default=1024)
-    parser.add_argument("--chunk-overlap", type=int, default=0)
+    parser.add_argument("--chunk-overlap", type=int, help="default: 64, or a quarter of a shorter chunk")
     parser.add_argument("--local-length", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--kv-dtype", default="same", help="in how many bits chunks are kept: same, int8 or int4")
@@ -283,6 +282,7 @@ def main() -> None:
         for name in ("chunk_length", "chunk_overlap", "local_length", "prompt_length", "kv_dtype")
     }
     llm = FocusLLM.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, **own)
+    own["chunk_overlap"] = llm.config.overlap
     bench = Bench(llm, arguments)
     trained = llm.model.adapter_config.trained if llm.model.adapter_config else "untrained"
     weights = zlib.crc32(

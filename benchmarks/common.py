@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def finish(name: str, result: dict[str, Any], quiet: bool = False) -> None:
     """Keep a result with the command that made it, and print it as the last line (unless quiet)."""
-    result = {"command": " ".join(["python", *sys.orig_argv[1:]]), "machine": machine(), **result}
+    result = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "machine": machine(), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     if not quiet:

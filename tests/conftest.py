@@ -68,7 +68,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("NemotronConfig", {"head_dim": 16}),
 }
 
-SMALL = FocusConfig(chunk_length=24, local_length=20, prompt_length=6, chunks_per_batch=2)
+SMALL = FocusConfig(chunk_length=24, chunk_overlap=1, local_length=20, prompt_length=6, chunks_per_batch=2)
 
 
 def build(

@@ -17,7 +17,7 @@ from focusllm.bench.contenders import QUESTIONS, Focus, Full, Job
 from focusllm.bench.measure import bytes_of_weights, expected_seconds, fit, flops_per_token, linear_shapes, spread
 from focusllm.bench.plan import Plan, Spec, parse_contenders, sample_text
 from focusllm.bench.report import print_table, write_result
-from focusllm.chunking import cut, num_local_chunks
+from focusllm.chunking import cut, num_local_chunks, steps
 from focusllm.cost import estimate
 from focusllm.errors import ConfigError
 from focusllm.info import describe
@@ -164,12 +164,13 @@ def test_focus_takes_a_turn(model_folder: Path, tiny_llm: FocusLLM, decoding: st
     config = contender.llm.config
     before, after = job.frames[0]
     num_own = len(before) + len(after)
-    lengths = [stop - start for start, stop in cut(200, config.chunk_length)]
-    near = num_local_chunks(lengths, num_own, config)  # they fit beside the question
-    far, last = len(lengths) - near, sum(lengths[-near:])
+    bounds = cut(200, config)
+    lengths = [stop - start for start, stop in bounds]
+    near = num_local_chunks(steps([start for start, _ in bounds], 200), num_own, config)  # they fit beside the question
+    far, last = len(lengths) - near, 200 - bounds[-near][0]
     assert 0 < near < len(lengths)
-    assert turn.linear_tokens == 200 + far * config.prompt_length + num_own + last
-    kv_tokens = 200 - last + far * (config.prompt_length + 1) + num_own + last
+    assert turn.linear_tokens == sum(lengths) + far * config.prompt_length + num_own + last
+    kv_tokens = sum(lengths[:-near]) + far * (config.prompt_length + 1) + num_own + last
     weights = bytes_of_weights(contender.llm.model.base) * (2 if decoding == "exact" else 1)
     assert turn.bytes_per_token == weights + kv_tokens * 2 * 3 * 2 * 16 * 4
     assert min(turn.prefill_seconds, turn.seconds_per_token, turn.second_question_seconds) > 0
@@ -225,11 +226,11 @@ def test_full_beyond_its_limit_is_a_fit(scripted) -> None:
 def test_what_would_take_too_long_is_skipped(scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**6, 60))  # every turn seems to take a minute
     monkeypatch.setattr(bench_run.time, "perf_counter", lambda: next(clock))
-    result = scripted("focus", lengths=[1000, 10000], repeats=1, limit_minutes=5)
+    result = scripted("focus", lengths=[1000, 9000], repeats=1, limit_minutes=5)
     assert rows_of(result, "focus")[1000]["status"] == "measured"
-    skipped = rows_of(result, "focus")[10000]
+    skipped = rows_of(result, "focus")[9000]
     assert skipped["status"] == "skipped"
-    assert skipped["reason"] == "a turn would take about 10.0 minutes (--limit-minutes 5)"
+    assert skipped["reason"] == "a turn would take about 9.0 minutes (--limit-minutes 5)"
 
 
 def test_one_that_dies_does_not_stop_the_others(scripted) -> None:
@@ -361,7 +362,7 @@ def test_sample_text_is_long() -> None:
         (["--contenders", "zzz"], "there is no contender 'zzz'; known are focus, exact, full, llama.cpp."),
         (["--contenders", ","], "there is nothing to measure"),
         (["--lengths", "many"], "the length 'many' is not a number"),
-        (["--lengths", "1000000"], "focus at 1,000,000 tokens: 41667 chunks need 41667 positions"),
+        (["--lengths", "1000000"], "focus at 1,000,000 tokens: 43479 chunks need 43479 positions"),
         (["--lengths", "1000000"], "no chunk_length holds more than 147456 tokens beside this local_length"),
         (["--set", "chunk=3"], "unknown setting chunk; known settings are: chunk_length"),
         (["--set", "chunk_length"], "is not name=value"),

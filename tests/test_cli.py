@@ -196,9 +196,13 @@ def test_info(focusllm, model_folder: Path) -> None:
     assert code == 0
     assert "full copies" in out
     assert "too much" in out
+    assert "too many chunks" in focusllm("info", "-m", model_folder, "-n", 20000, "--chunk-overlap", 0)[1]
     facts = json.loads(focusllm("info", "-m", model_folder, "-n", 1000, "--json")[1])
     assert facts["layers"] == 3
-    assert facts["costs"][0]["chunks"] == 1000 * facts["kv_bytes_per_token"]
+    assert facts["chunk_overlap"] == 1  # of 24 tokens: 44 chunks
+    assert facts["costs"][0]["chunks"] == (1000 + 43) * facts["kv_bytes_per_token"]
+    assert facts["adapter"] == str(model_folder / "candidate_projections")
+    assert json.loads(focusllm("info", "--json")[1])["adapter"] == "in the package"
 
 
 def test_train_and_go_on(focusllm, model_folder: Path, story: Path, tmp_path: Path, monkeypatch) -> None:
@@ -276,6 +280,7 @@ def test_untrained_candidates_are_mentioned(focusllm, model_folder: Path, story:
         (["ask", "{story}", "-q", "What?", "--adapter", "{folder}"], "is not an adapter"),
         (["ask", "{story}", "-q", "What?", "--adapter", "{missing}"], "there is no adapter folder"),
         (["ask", "{story}", "-q", "What?", "--encoding", "utf-99"], "not a known encoding"),
+        (["ask", "{story}", "-q", "What?", "--store", "{story}/x"], "cannot be written to"),
         (["generate", "{missing}"], "there is no file"),
         (["info", "--dtype", "int3"], "dtype is 'int3'"),
         (["verify"], "there is nothing to verify"),

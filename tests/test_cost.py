@@ -11,7 +11,7 @@ from torch import nn
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import MemoryLimitError
 from focusllm.chunks import encode, tokens_at_once
-from focusllm.cost import check_read, estimate, free_memory, peak_memory
+from focusllm.cost import check_read, estimate, find_place, free_memory, peak_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.packed import pack
 
@@ -44,6 +44,28 @@ def test_a_model_that_is_not_loaded(llama: nn.Module) -> None:
     assert loaded.runtime == 0
     assert unloaded.runtime > 10_000_000
     assert unloaded.total == unloaded.runtime + unloaded.weights + unloaded.new
+
+
+def test_weights_that_are_not_loaded_need_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        skeleton = build(max_position_embeddings=10_000)
+    here = SMALL.replace(kv_place="device")
+    cost = estimate(skeleton, here, 1000)
+    assert cost.needed == cost.weights + cost.new
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.needed - 1)
+    assert find_place(skeleton, here, 1000, tmp_path) is None
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.needed)
+    assert find_place(skeleton, here, 1000, tmp_path) == "device"
+
+
+def test_a_model_that_will_be_on_a_gpu_may_keep_chunks_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with torch.device("meta"):
+        skeleton = build(max_position_embeddings=10_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 10**9)
+    assert find_place(skeleton, SMALL.replace(kv_place="host"), 1000, tmp_path) == "host"
 
 
 def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

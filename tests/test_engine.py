@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, FocusConfig
-from focusllm.chunking import count_chunks, cut, num_local_chunks, split
+from focusllm.chunking import count_chunks, cut, num_local_chunks, split, steps
 from focusllm.chunks import encode
 from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.focus import focus_logits
@@ -27,7 +27,7 @@ def begin(model: nn.Module, ids: list[int], config: FocusConfig) -> tuple[Reques
 
 @pytest.mark.parametrize("length", [0, 1, 23, 24, 25, 48, 100])
 def test_cut_covers_every_token_once(length: int) -> None:
-    bounds = cut(length, 24)
+    bounds = cut(length, SMALL.replace(chunk_overlap=0))
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(length))
     assert all(stop - start == 24 for start, stop in bounds[:-1])
 
@@ -35,8 +35,9 @@ def test_cut_covers_every_token_once(length: int) -> None:
 @pytest.mark.parametrize("length", [0, 1, 23, 24, 25, 42, 43, 60, 100])
 @pytest.mark.parametrize("overlap", [0, 1, 6, 23])
 def test_cut_with_overlap_keeps_short_passages_whole(length: int, overlap: int) -> None:
-    bounds = cut(length, 24, overlap)
-    assert count_chunks(length, 24, overlap) == len(bounds)
+    config = SMALL.replace(chunk_overlap=overlap)
+    bounds = cut(length, config)
+    assert count_chunks(length, config) == len(bounds)
     assert all(stop - start == 24 for start, stop in bounds[:-1])
     assert all(later[0] == stop - overlap and later[1] > stop for (_, stop), later in pairwise(bounds))
     for start in range(length):  # a passage of overlap + 1 tokens, or what is left of the text
@@ -76,10 +77,18 @@ def test_split_below_a_literal_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)]
+    ("chunk_steps", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)]
 )
-def test_last_chunks_that_fit_stay_local(lengths: list[int], others: int, expected: int) -> None:
-    assert num_local_chunks(lengths, others, SMALL) == expected
+def test_last_chunks_that_fit_stay_local(chunk_steps: list[int], others: int, expected: int) -> None:
+    assert num_local_chunks(chunk_steps, others, SMALL) == expected
+
+
+def test_what_chunks_share_takes_room_once() -> None:
+    config = FocusConfig(chunk_length=12, chunk_overlap=4, local_length=20)
+    starts = [start for start, _ in cut(20, config)]
+    assert starts == [0, 8]
+    assert num_local_chunks(steps(starts, 20), 0, config) == 2  # all 20 tokens fit, though the chunks have 24
+    assert num_local_chunks(steps(starts, 20), 1, config) == 1
 
 
 @pytest.mark.parametrize("decoding", ["cached", "exact"])
@@ -118,7 +127,7 @@ def test_text_within_the_local_context_is_the_base_model_bit_for_bit() -> None:
 def test_generation_past_the_positions_of_the_base_model(llama: nn.Module) -> None:
     """400 tokens on a model of 256 positions: the oldest local tokens become chunks, every token is somewhere once."""
     ids = random_ids(90)
-    request, logits = begin(llama, ids, SMALL)
+    request, logits = begin(llama, ids, SMALL.replace(chunk_overlap=0))
     for _ in range(400):
         ids.append(int(logits.argmax()))
         logits = decode(llama, [request], ids[-1:], SMALL)[0]
@@ -153,6 +162,20 @@ def test_the_paper_lets_the_local_context_grow_until_the_positions_end(llama: nn
         decode(llama, [request], [5], config)
     assert request.num_chunks == 3
     assert len(request.local_ids) == 253
+
+
+def test_a_token_that_is_refused_changes_nothing(llama: nn.Module) -> None:
+    """Also not the other requests of the batch, and neither where chunks would be made of the oldest tokens."""
+    grows = FocusConfig.paper(chunk_length=24, local_length=200, plain_below=1, bos_token_id=None)
+    for config, length in ((grows, 253), (SMALL.replace(chunk_overlap=0), 24 * 216 + SMALL.local_length)):
+        full, other = begin(llama, random_ids(length), config)[0], begin(llama, random_ids(60), config)[0]
+        room = (253 if config is grows else SMALL.max_local_length - 1) - len(full.local_ids)
+        for token in random_ids(room):
+            decode(llama, [full], [token], config)
+        before = [list(other.local_ids), list(full.local_ids)]
+        with pytest.raises(ConfigError):
+            decode(llama, [other, full], [5, 6], config)
+        assert [other.local_ids, full.local_ids] == before
 
 
 def test_rows_are_written_in_place(llama: nn.Module) -> None:
@@ -191,7 +214,7 @@ def test_fork_is_independent(llama: nn.Module) -> None:
 def test_progress_counts_every_token(llama: nn.Module) -> None:
     calls: list[tuple[int, int]] = []
     encode(llama, random_ids(24 * 5 + 3), SMALL, lambda done, total: calls.append((done, total)))
-    assert calls == [(48, 123), (96, 123), (120, 123), (123, 123)]
+    assert calls == [(47, 123), (93, 123), (116, 123), (123, 123)]
 
 
 def test_shorter_prompt_of_a_request(llama: nn.Module) -> None:

@@ -78,7 +78,7 @@ def test_focus_answers_as_ask_does(overlap: int, llm: FocusLLM) -> None:
     method = build_method("focus", llm)
     assert method.generate(example).text == expected
     far = method.divide(method.prompt(example))[0]
-    stops = [stop for _, stop in cut(document.num_tokens, llm.config.chunk_length, overlap)]
+    stops = [stop for _, stop in cut(document.num_tokens, llm.config)]
     assert len(far) in stops  # a chunk's end: the far chunks are the document's own
 
 
@@ -112,22 +112,22 @@ def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.Mon
     encode_chunks = chunk_cache.encode_chunks
     monkeypatch.setattr(chunk_cache, "encode_chunks", lambda model, ids: read.append(1) or encode_chunks(model, ids))
     base = llm.model.base
-    cache = ChunkCache(base, 2**30)
+    cache, config = ChunkCache(base, 2**30), SMALL.replace(chunk_overlap=0)
     first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
-    blocks = cache.blocks(first, SMALL)
+    blocks = cache.blocks(first, config)
     assert [block.num_chunks for block in blocks] == [3, 1]
     assert len(read) == 4
-    again = cache.blocks(second + first, SMALL)
+    again = cache.blocks(second + first, config)
     assert len(read) == 5
     for kept, new in zip(blocks[0].kv.keys, again[0].kv.keys, strict=True):
         assert torch.equal(kept, new[1:])
     small = ChunkCache(base, blocks[0].kv.nbytes // 3 * 2)
-    small.blocks(first, SMALL)
+    small.blocks(first, config)
     assert small.nbytes <= small.most_bytes
     read.clear()
-    small.blocks(first, SMALL)
+    small.blocks(first, config)
     assert len(read) == 2  # the first two stayed
-    small.blocks(second, SMALL)
+    small.blocks(second, config)
     assert len(read) == 3
     assert small.nbytes == small.most_bytes
 
@@ -220,11 +220,36 @@ def test_scaled_positions_are_those_of_transformers(name: str, llm: FocusLLM) ->
         ("full:x=1", "full has no option x"),
         ("focus:chunk_length", "name=value"),
         ("truncate:to=nowhere", "base or local"),
+        ("retrieval:passage=0", "passage is 0; it must be a whole number of at least 1"),
+        ("streaming:sinks=many", "sinks is 'many'; it must be a whole number of at least 0"),
+        ("pi:factor=0.5", "factor is 0.5; it must be a number of at least 1"),
+        ("focus:kv_place=disk", "kv_place is 'disk', but what is measured is kept on the device"),
     ],
 )
 def test_bad_methods_are_refused(spec: str, message: str, llm: FocusLLM) -> None:
     with pytest.raises(ConfigError, match=message):
         build_method(spec, llm)
+
+
+@pytest.mark.parametrize("spec", ["truncate:to=local", "retrieval"])
+def test_no_room_for_the_prompt_is_said(spec: str, llm: FocusLLM) -> None:
+    long_answer = dataclasses.replace(LONG, max_new_tokens=300)
+    with pytest.raises(ConfigError, match="are left (for the prompt|beside the answer)"):
+        build_method(spec, llm).generate(long_answer)
+
+
+def test_more_labels_than_tokens_are_refused(llm: FocusLLM) -> None:
+    with pytest.raises(ConfigError, match="100 labels are more than the 64 tokens"):
+        build_method("truncate:to=local", llm).loss(loss_example(400, labels=100))
+
+
+def test_methods_share_what_is_encoded(llm: FocusLLM) -> None:
+    chunks = ChunkCache(llm.model.base, 2**30)
+    every, some = (build_method(spec, llm, chunks) for spec in ("focus:refresh_rows=null", "focus"))
+    every.generate(LONG)
+    count = len(chunks)
+    some.generate(LONG)
+    assert len(chunks) == count > 3
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

@@ -141,6 +141,16 @@ def test_damaged_lines_are_named(small: FocusLLM, setting: Setting, tmp_path: Pa
         evaluate(plan_for(setting), small, tmp_path / "run")
 
 
+def test_what_a_method_has_no_room_for_is_left_out(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan_for(setting), tasks=("passkey",), methods=("truncate:to=local", "focus"))
+    small.model.focus_config = small.config.replace(local_length=6)
+    results = evaluate(plan, small, tmp_path / "run")
+    found = {cell["method"]: cell for cell in results["results"]}
+    assert found["truncate:to=local"]["skipped"] > 0
+    assert "tokens are left for the prompt" in found["truncate:to=local"]["reason"]
+    assert found["focus"]["skipped"] == 0
+
+
 def test_lengths_are_read() -> None:
     assert parse_lengths("1M, 4096,8k") == [4096, 8192, 2**20]
 
@@ -156,12 +166,13 @@ def test_lengths_are_read() -> None:
         (["passkey", "--lengths", "1k", "--set", "chunk_length"], "name=value"),
         (["report"], "Missing argument"),
         (["report", "nowhere"], "nowhere has no results"),
+        (["passkey", "--lengths", "1k", "--output", "/dev/null/run"], "/dev/null/run cannot be written"),
     ],
 )
 def test_bad_commands_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = [] if arguments[0] == "report" else ["--output", "unused-run"]
+    output = [] if arguments[0] == "report" or "--output" in arguments else ["--output", "unused-run"]
     monkeypatch.setattr(sys, "argv", ["focusllm", "eval", *arguments, *output])
     with pytest.raises(SystemExit) as left:
         cli.main()

@@ -20,6 +20,7 @@ from focusllm.attention import (
     _parts,
     attend,
 )
+from focusllm.chunking import cut
 from focusllm.chunks import encode
 from focusllm.differentiable import by_products
 from focusllm.engine import decode, prefill, start_request
@@ -30,7 +31,7 @@ from reference import cached_logits, candidates_of, exact_logits
 
 TEXT = random_ids(24 * 3 + 7 + 20)
 FAR, LOCAL = TEXT[:-20], TEXT[-20:]
-CHUNKS = [FAR[i : i + 24] for i in range(0, len(FAR), 24)]
+CHUNKS = [FAR[first:stop] for first, stop in cut(len(FAR), SMALL)]
 FORCED = random_ids(12, seed=5)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import SMALL, build, byte_tokenizer
 from focusllm import ConfigError, Document, DocumentError, FocusLLM, MemoryLimitError, ModelError
-from focusllm.text import encode_text, frame_question
+from focusllm.text import decode_ids, encode_text, frame_question
 
 TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
 OTHER = "Quite another text about birds, beasts and flowers, told in fewer words than the first one was."
@@ -20,8 +21,9 @@ OTHER = "Quite another text about birds, beasts and flowers, told in fewer words
 def test_document_knows_where_its_chunks_are(tiny_llm: FocusLLM) -> None:
     document = tiny_llm.read(TEXT, name="story")
     assert document.num_tokens == len(TEXT)
-    assert "".join(TEXT[chunk.start : chunk.end] for chunk in document.chunks) == TEXT
-    assert document.nbytes == len(TEXT) * 2 * 3 * 2 * 16 * 4
+    first, *others = (TEXT[chunk.start : chunk.end] for chunk in document.chunks)
+    assert first + "".join(text[SMALL.overlap :] for text in others) == TEXT
+    assert document.nbytes == (len(TEXT) + SMALL.overlap * len(others)) * 2 * 3 * 2 * 16 * 4
     assert repr(document) == f"Document('story', {len(TEXT)} tokens, {len(document.chunks)} chunks)"
 
 
@@ -95,9 +97,9 @@ def test_several_documents_in_either_order(tiny_llm: FocusLLM) -> None:
 
 
 def test_two_halves_equal_the_whole(tiny_llm: FocusLLM) -> None:
-    """Two documents cut at a chunk's end are the same rows as one document."""
-    cut = 10 * SMALL.chunk_length
-    halves = [tiny_llm.read(TEXT[:cut]), tiny_llm.read(TEXT[cut:])]
+    """Two documents cut at a chunk's end are the same rows as one document, what chunks share in both of them."""
+    cut = 10 * SMALL.stride
+    halves = [tiny_llm.read(TEXT[: cut + SMALL.overlap]), tiny_llm.read(TEXT[cut:])]
     whole = tiny_llm.ask(tiny_llm.read(TEXT), "What?", max_new_tokens=16)
     both = tiny_llm.ask(halves, "What?", max_new_tokens=16)
     assert both.text == whole.text
@@ -319,3 +321,27 @@ def test_auto_takes_the_type_that_is_fast(
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     assert FocusLLM.from_pretrained(model_folder).model.dtype == expected
     assert FocusLLM.from_pretrained(model_folder, dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("text", ["Two words, 世界 and café 🐋.\n\nNext.", "\ufffd\ufffd ok", "no end: \U0001f40b"])
+def test_token_ids_give_the_text_that_they_were_made_of(text: str) -> None:
+    """With bytes for tokens, and with SentencePiece's way, where a word's space belongs to the word before it."""
+    for tokenizer in (byte_tokenizer(), spaced_tokenizer()):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        made, spans = decode_ids(tokenizer, ids)
+        assert made == tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert [start for start, _ in spans] == sorted(start for start, _ in spans)
+        assert (spans[0][0], spans[-1][1]) == (0, len(text))
+    ids = byte_tokenizer()(text, add_special_tokens=False).input_ids
+    first = text.encode()[: len(ids) // 2]  # perhaps within a character
+    assert decode_ids(byte_tokenizer(), ids[: len(first)])[0] == first.decode(errors="replace")
+
+
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: spaces are part of the token behind them, characters that are not known are bytes."""
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

@@ -13,6 +13,7 @@ from conftest import FAMILIES, SIZES, build, random_ids, with_candidates
 from focusllm import AdapterConfig, ConfigError, FocusConfig, ModelError
 from focusllm.adapter import injected
 from focusllm.base import Layout, layout
+from focusllm.chunking import count_chunks
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
 from focusllm.verify import verify
@@ -121,11 +122,22 @@ def test_positions_of_scalings_that_change_with_the_length() -> None:
         ({"chunks_per_batch": 1.5}, "chunks_per_batch is 1.5"),
         ({"chunk_length": 8, "chunk_overlap": 8}, "chunk_overlap is 8; it must be a whole number from 0 to below"),
         ({"decoding": "fast"}, "decoding is 'fast'"),
+        ({"plain_below": "x"}, "plain_below is 'x'"),
+        ({"bos_token_id": -1}, "bos_token_id is -1"),
+        ({"rechunk": "maybe"}, "rechunk is 'maybe'"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FocusConfig(**settings)
+
+
+@pytest.mark.parametrize(("chunk_length", "overlap"), [(1024, 64), (256, 64), (100, 25), (3, 0), (1, 0)])
+def test_what_chunks_share_by_default(chunk_length: int, overlap: int) -> None:
+    config = FocusConfig(chunk_length=chunk_length)
+    assert config.overlap == overlap
+    assert config.to_dict()["chunk_overlap"] is None
+    assert config.resolved().to_dict()["chunk_overlap"] == overlap
 
 
 def test_unknown_setting() -> None:
@@ -135,7 +147,14 @@ def test_unknown_setting() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"chunk_length": 256}, "use a chunk_length of at most 128"), ({"chunk_length": 200}, "takes 912 positions")],
+    [
+        ({"chunk_length": 256}, "use a chunk_length of at most 128"),
+        ({"chunk_length": 200}, "takes 912 positions"),
+        (
+            {"chunk_length": 200, "rechunk": False, "bos_token_id": 1},
+            "prompt of 65 tokens takes 265 positions",
+        ),
+    ],
 )
 def test_lengths_beyond_the_positions(settings: dict[str, Any], message: str) -> None:
     config = FocusConfig(**{"local_length": 512, **settings})
@@ -143,16 +162,24 @@ def test_lengths_beyond_the_positions(settings: dict[str, Any], message: str) ->
         config.check_positions(layout(build()).max_positions)
 
 
-def test_too_many_chunks() -> None:
-    config = FocusConfig(chunk_length=24, local_length=20)
-    with pytest.raises(ConfigError, match="use a chunk_length of at least"):
-        config.check_num_chunks(300, 256)
+@pytest.mark.parametrize("local_length", [20, 60])
+@pytest.mark.parametrize("overlap", [None, 0, 7])
+def test_too_many_chunks(local_length: int, overlap: int | None) -> None:
+    """The chunk length that is named would do, whatever it makes of the rest."""
+    config = FocusConfig(chunk_length=24, local_length=local_length, chunk_overlap=overlap)
+    length = 7000
+    with pytest.raises(ConfigError, match="use a chunk_length of at least") as error:
+        config.check_num_chunks(count_chunks(length, config), 256)
+    longer = config.replace(chunk_length=int(str(error.value).rstrip(".").split()[-1]))
+    longer.check_num_chunks(count_chunks(length, longer), 256)
+    with pytest.raises(ConfigError, match="no chunk_length holds many more than"):
+        config.check_num_chunks(count_chunks(10**6, config), 256)
 
 
 @pytest.mark.parametrize("sink", [None, 3])
 def test_the_last_position_is_used(sink: int | None) -> None:
     """As many chunks as there may be: the local context grows up to the last position, and then is refused."""
-    model, config = build(max_position_embeddings=64), FocusConfig(chunk_length=8, local_length=8, prompt_length=4)
+    model, config = build(max_position_embeddings=64), FocusConfig(chunk_length=8, chunk_overlap=0, local_length=8, prompt_length=4)
     with_candidates(model, AdapterConfig(sink_token=sink))
     request = start_request(model, encode(model, random_ids(48 * 8), config), random_ids(8), config)
     prefill(model, request, config)

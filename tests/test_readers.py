@@ -95,6 +95,9 @@ def test_protected_pdf(tmp_path: Path) -> None:
 def test_unknown_encoding(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="not a known encoding"):
         read_text(write(tmp_path, "a.txt", b"x"), "utf-99")
+    for codec in ("hex", "undefined"):
+        with pytest.raises(DocumentError, match="is not an encoding of text"):
+            read_text(write(tmp_path, "a.txt", b"x"), codec)
 
 
 def test_missing_folder_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

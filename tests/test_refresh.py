@@ -11,13 +11,14 @@ from torch import nn
 import reference
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import AdapterConfig, ConfigError, FocusConfig, engine
-from focusllm.chunking import split
+from focusllm.chunking import cut, split
 from focusllm.chunks import encode
 from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.refresh import RefreshPolicy
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 FOCUSED = SMALL.replace(refresh_rows=2, rechunk=False)
+LENGTH = 24 + 5 * SMALL.stride + 20  # six chunks and the local context
 
 
 @pytest.fixture
@@ -37,12 +38,12 @@ def hot_slots(request: Request) -> list[int]:
 
 
 @pytest.mark.usefixtures("restless")
-@pytest.mark.parametrize(("length", "sink"), [(20 + 24 * 6, None), (20 + 24 * 6 + 7, None), (20 + 24 * 6 + 7, 9)])
+@pytest.mark.parametrize(("length", "sink"), [(LENGTH, None), (LENGTH + 7, None), (LENGTH + 7, 9)])
 def test_equals_its_definition_from_scratch(length: int, sink: int | None) -> None:
     llama = with_candidates(build(), AdapterConfig(sink_token=sink))
     ids, generated = random_ids(length), random_ids(14, seed=1)
     far, local = split(ids, FOCUSED)
-    chunks = [far[i : i + 24] for i in range(0, len(far), 24)]
+    chunks = [far[first:stop] for first, stop in cut(len(far), FOCUSED)]
     request, _ = begin(llama, ids, FOCUSED)
     made, seen = [[0] * len(chunks)], set()
     for step, token in enumerate(generated, 1):

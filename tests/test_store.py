@@ -12,14 +12,14 @@ from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import DocumentError, FocusConfig, FocusLLM, MemoryLimitError, chunks
-from focusllm.chunking import split
+from focusllm.chunking import cut, split
 from focusllm.chunks import ChunkBlock, Place, document_key, encode
 from focusllm.cost import check_read
 from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.kv import KV, concat
 from focusllm.store import Packing, RowFile
 
-IDS = random_ids(24 * 6 + 7)
+IDS = random_ids(24 + 5 * SMALL.stride + 6)  # six full chunks and one of 7, the first of them shared
 BITS = {"same": 0.0, "int8": 1 / 127, "int4": 1 / 15}
 
 
@@ -60,7 +60,7 @@ def test_rows_come_back(tmp_path: Path, kind: str, kv_dtype: str, dtype: torch.d
 
 
 def begin(model: nn.Module, config: FocusConfig, place: Place) -> tuple[Request, torch.Tensor]:
-    far, local = split(random_ids(24 * 6 + 7 + 20), config)
+    far, local = split(random_ids(len(IDS) + 20), config)
     request = start_request(model, encode(model, far, config, place=place), local, config)
     return request, prefill(model, request, config)[-1]
 
@@ -95,7 +95,7 @@ def test_a_read_that_was_broken_off_goes_on(llama: nn.Module, tmp_path: Path, mo
     place = Place("disk", tmp_path, "book")
 
     def stop(done: int, total: int) -> None:
-        if done >= 96:
+        if done >= 24 + 3 * SMALL.stride:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -180,10 +180,16 @@ def test_a_damaged_file_is_found_when_it_is_opened_again(llama: nn.Module, tmp_p
 def test_a_file_of_another_text_is_found_out(llama: nn.Module, tmp_path: Path) -> None:
     said: list[str] = []
     blocks = encode(llama, IDS, SMALL, place=Place("disk", tmp_path, "book"), notify=said.append)
-    encode(llama, [*IDS[:24], *random_ids(24 * 5 + 7, seed=9)], SMALL, place=Place("disk", tmp_path, "other"))
+    encode(llama, [*IDS[:24], *random_ids(len(IDS) - 24, seed=9)], SMALL, place=Place("disk", tmp_path, "other"))
     (tmp_path / "book-24.rows").write_bytes((tmp_path / "other-24.rows").read_bytes())
     assert difference(rows_of(llama, blocks), rows_of(llama, encode(llama, IDS, SMALL))) == 0
     assert len(said) == 5  # the first chunk is the same in both
+
+
+def changed_in_the_middle() -> nn.Module:
+    model = build()
+    model.model.layers[1].mlp.up_proj.weight.add_(0.01)
+    return model
 
 
 def test_names_tell_models_types_and_texts_apart() -> None:
@@ -195,8 +201,11 @@ def test_names_tell_models_types_and_texts_apart() -> None:
         document_key(model, IDS, SMALL.replace(chunk_length=25)),
         document_key(build(dtype=torch.bfloat16), IDS, SMALL),
         document_key(build("qwen3"), IDS, SMALL),
+        document_key(build(rope_parameters={"rope_theta": 5e4, "rope_type": "default"}), IDS, SMALL),
+        document_key(changed_in_the_middle(), IDS, SMALL),
     }
-    assert len(names) == 6
+    assert len(names) == 8
+    assert document_key(build(), IDS, SMALL.replace(chunk_overlap=1)) in names
     assert document_key(with_candidates(build()), IDS, SMALL) in names  # rows do not depend on the adapter
 
 
@@ -228,7 +237,8 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
         encode(llama, IDS, SMALL, place=place)
     monkeypatch.setattr(RowFile, "write", written)
     file = RowFile(Packing.of(llama, "same"), 6, 24, tmp_path / "book-24.rows", tmp_path)
-    assert [file.has(i, IDS[24 * i : 24 * i + 24]) for i in range(6)] == [True] * 4 + [False] * 2
+    pieces = [IDS[first:stop] for first, stop in cut(len(IDS), SMALL)[:6]]
+    assert [file.has(i, piece) for i, piece in enumerate(pieces)] == [True] * 4 + [False] * 2
     assert opened is RowFile._opened
 
 

@@ -42,6 +42,7 @@ ORDER = [
     "embedded",
     "modeling",
     "answer",
+    "document",
     "llm",
     "info",
     "verify",

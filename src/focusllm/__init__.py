@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from focusllm.adapter_files import load_adapter, push_adapter, save_adapter
     from focusllm.answer import Answer, AnswerStream, Citation
     from focusllm.config import FocusConfig
+    from focusllm.document import Document
     from focusllm.errors import (
         AdapterError,
         ConfigError,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
         ModelError,
         TrainingError,
     )
-    from focusllm.llm import Document, FocusLLM
+    from focusllm.llm import FocusLLM
     from focusllm.modeling import FocusForCausalLM, FocusState
     from focusllm.training.config import TrainConfig
     from focusllm.training.run import train
@@ -44,7 +45,7 @@ _HOMES = {
     "Answer": "answer",
     "AnswerStream": "answer",
     "Citation": "answer",
-    "Document": "llm",
+    "Document": "document",
     "FocusLLM": "llm",
     "FocusForCausalLM": "modeling",
     "FocusState": "modeling",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from focusllm.chunking import cut
-from focusllm.chunks import ChunkBlock
+from focusllm.chunks import ChunkBlock, filled
 from focusllm.config import FocusConfig
 from focusllm.focus import encode_chunks
 from focusllm.kv import KV
@@ -46,7 +46,7 @@ class ChunkCache:
         Args:
             config: says how it is cut, and in how many bits the blocks hold keys and values.
         """
-        bounds = cut(len(token_ids), config.chunk_length, config.chunk_overlap)
+        bounds = cut(len(token_ids), config)
         pieces = [tuple(token_ids[start:stop]) for start, stop in bounds]
         wanted = set(pieces)
         self._touch(wanted)
@@ -59,18 +59,13 @@ class ChunkCache:
 
     def _block(self, pieces: list[tuple[int, ...]], wanted: set[tuple[int, ...]], kv_dtype: str) -> ChunkBlock:
         ids = torch.tensor(pieces, device=next(self.model.parameters()).device)
-        joined: KV | Packed | None = None
+        store: KV | Packed | None = None
         if kv_dtype != "same":
-            joined = Packed.empty(Packing.of(self.model, kv_dtype), len(pieces), ids.shape[1], None)
+            store = Packed.empty(Packing.of(self.model, kv_dtype), len(pieces), ids.shape[1], None)
         for row, piece in enumerate(pieces):
-            kv = self._encoded(piece, wanted)
-            if isinstance(joined, Packed):
-                joined.write(row, kv)
-                continue
-            joined = joined or kv.empty_like(len(pieces), ids.shape[1])
-            joined.write(row, 0, kv)
-        assert joined is not None
-        return ChunkBlock(ids, joined)
+            store = filled(store, row, self._encoded(piece, wanted), len(pieces))
+        assert store is not None
+        return ChunkBlock(ids, store)
 
     def _encoded(self, piece: tuple[int, ...], wanted: set[tuple[int, ...]]) -> KV:
         kv = self._known.get(piece)

@@ -1,4 +1,4 @@
-"""Cutting token ids: every token is in a chunk or in the local context, and in two chunks only where they overlap.
+"""Cutting token ids: every token is in a chunk or in the local context, in several only where they overlap.
 
 Pure functions over lists.
 """
@@ -6,26 +6,22 @@ Pure functions over lists.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from focusllm.config import FocusConfig
 
 
-def cut(num_tokens: int, chunk_length: int, overlap: int = 0) -> list[tuple[int, int]]:
-    """Bounds of chunks cut from the left; the last one may be shorter (paper section 3.1).
-
-    Args:
-        overlap: tokens that a chunk begins with and the one before it ends with.
-    """
-    stride = chunk_length - overlap
-    starts = (number * stride for number in range(count_chunks(num_tokens, chunk_length, overlap)))
-    return [(start, min(start + chunk_length, num_tokens)) for start in starts]
+def cut(num_tokens: int, config: FocusConfig) -> list[tuple[int, int]]:
+    """Bounds of chunks cut from the left; the last one may be shorter (paper section 3.1)."""
+    starts = (number * config.stride for number in range(count_chunks(num_tokens, config)))
+    return [(start, min(start + config.chunk_length, num_tokens)) for start in starts]
 
 
-def count_chunks(num_tokens: int, chunk_length: int, overlap: int = 0) -> int:
+def count_chunks(num_tokens: int, config: FocusConfig) -> int:
     """How many chunks `cut` gives."""
     if num_tokens <= 0:
         return 0
-    return 1 + max(0, -(-(num_tokens - chunk_length) // (chunk_length - overlap)))
+    return 1 + max(0, -(-(num_tokens - config.chunk_length) // config.stride))
 
 
 def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], list[int]]:
@@ -40,14 +36,22 @@ def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], lis
     return ids[: -config.local_length], ids[-config.local_length :]
 
 
-def num_local_chunks(chunk_lengths: Sequence[int], num_other_tokens: int, config: FocusConfig) -> int:
+def steps(starts: Sequence[int], num_tokens: int) -> list[int]:
+    """Tokens from the start of each chunk to the start of the next; of the last one, to the end of its text."""
+    return [later - start for start, later in pairwise([*starts, num_tokens])]
+
+
+def num_local_chunks(chunk_steps: Sequence[int], num_other_tokens: int, config: FocusConfig) -> int:
     """How many chunks at the end of a document fit into the local context beside `num_other_tokens` tokens.
 
     They are decoded from directly, not condensed; a document that fits as a whole is the base model's alone.
+
+    Args:
+        chunk_steps: as `steps` gives them; of several documents, one after the other.
     """
     room, count = config.local_length - num_other_tokens, 0
-    for length in reversed(chunk_lengths):
-        if length > room:
+    for step in reversed(chunk_steps):
+        if step > room:
             break
-        room, count = room - length, count + 1
+        room, count = room - step, count + 1
     return count

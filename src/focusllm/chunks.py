@@ -19,6 +19,7 @@ from focusllm.chunking import cut
 from focusllm.config import FocusConfig
 from focusllm.focus import encode_chunks
 from focusllm.kv import KV
+from focusllm.machine import computes_on_cpu
 from focusllm.store import DamagedRow, Packed, Packing, RowFile, RowStore
 
 CPU_TOKENS_AT_ONCE = 2048
@@ -147,11 +148,11 @@ def encode(
         One block with the full chunks and one with the shorter last chunk, as far as there are such.
 
     Raises:
-        DocumentError: the disk is full; what is written stays.
+        DocumentError: the disk is full; what a named file has stays.
     """
     device = next(model.parameters()).device
     place = place or Place()
-    bounds = cut(len(token_ids), config.chunk_length, config.chunk_overlap)
+    bounds = cut(len(token_ids), config)
     full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
     at_once = max(1, tokens_at_once(config, device) // config.chunk_length)
     blocks = []
@@ -163,7 +164,7 @@ def encode(
         for first in range(0, len(group), at_once):
             batch = ids[first : first + at_once]
             if not isinstance(store, RowFile):
-                store = _filled(store, first, encode_chunks(model, batch), len(group))
+                store = filled(store, first, encode_chunks(model, batch), len(group))
             elif not all(store.has(first + i, row) for i, row in enumerate(batch.tolist())):
                 store.write(first, encode_chunks(model, batch), batch)
             if progress is not None:
@@ -176,20 +177,20 @@ def encode(
 def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
     """Most tokens of one pass over chunks, or over what stands behind them; a longer row is read all the same."""
     allowed = config.chunks_per_batch * config.chunk_length
-    on_cpu = device.type == "cpu" or (device.type == "meta" and not torch.cuda.is_available())
-    return min(allowed, CPU_TOKENS_AT_ONCE) if on_cpu else allowed
+    return min(allowed, CPU_TOKENS_AT_ONCE) if computes_on_cpu(device) else allowed
 
 
 def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
     """A name for a text as a model reads it: other weights, another type, length of chunks or token give another."""
-    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.chunk_overlap} {config.kv_dtype} ".encode())
+    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
-    layers = layout(model).layers
+    rotary = layout(model).rotary
+    digest.update(f" {getattr(rotary, 'attention_scaling', 1.0)}".encode())
     ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}
-    for layer in (layers[0], layers[-1]):  # a trained model differs from its siblings everywhere
-        for parameter in (p for p in layer.module.parameters() if id(p) not in ours):
-            sample = parameter.detach().flatten()[:4096].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    theirs = (p for p in model.parameters() if id(p) not in ours)
+    for tensor in (layout(model).inv_freq, *theirs):  # of each its beginning: enough to tell trained models apart
+        sample = tensor.detach().flatten()[:1024].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -205,7 +206,8 @@ def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> 
     return Packed.empty(packing, num_rows, length, torch.device("cpu") if place.kind == "host" else None)
 
 
-def _filled(store: KV | Packed | None, first: int, encoded: KV, num_rows: int) -> KV | Packed:
+def filled(store: KV | Packed | None, first: int, encoded: KV, num_rows: int) -> KV | Packed:
+    """A store with some rows put in, made of them if there is none."""
     if isinstance(store, Packed):
         store.write(first, encoded)
         return store

@@ -25,9 +25,9 @@ class FocusConfig:
     chunk_length: int = 1024
     """Length of one chunk of the far context (paper section 3.1; the released code calls it stride). Shorter ones look
     up more precisely, longer ones are asked again sooner (docs/method.md)."""
-    chunk_overlap: int = 0
+    chunk_overlap: int | None = None
     """Tokens that a chunk begins with and the one before it ends with: what is no longer than that is whole in one of
-    them, wherever a text is cut."""
+    them, wherever a text is cut. None: 64, or a quarter of a shorter chunk."""
     local_length: int = 512
     """Most tokens that the local context holds when decoding starts; a shorter text is the base model's alone."""
     prompt_length: int = 64
@@ -57,12 +57,18 @@ class FocusConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        overlap = self.chunk_overlap
+        overlap = self.overlap
         if not isinstance(overlap, int) or isinstance(overlap, bool) or not 0 <= overlap < self.chunk_length:
             raise ConfigError(
                 f"chunk_overlap is {overlap!r}; it must be a whole number from 0 to below chunk_length, which is "
                 f"{self.chunk_length}."
             )
+        for name in ("plain_below", "bos_token_id"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 0, or None.")
+        if not isinstance(self.rechunk, bool):
+            raise ConfigError(f"rechunk is {self.rechunk!r}; it must be True or False.")
         rows = self.refresh_rows
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or None for all.")
@@ -83,6 +89,7 @@ class FocusConfig:
         """
         return cls(
             chunk_length=chunk_length,
+            chunk_overlap=0,
             local_length=local_length,
             prompt_length=512,
             decoding="exact",
@@ -90,6 +97,21 @@ class FocusConfig:
             plain_below=plain_below,
             bos_token_id=bos_token_id,
         )
+
+    @property
+    def overlap(self) -> int:
+        """Tokens that neighbouring chunks share."""
+        return min(64, self.chunk_length // 4) if self.chunk_overlap is None else self.chunk_overlap
+
+    @property
+    def stride(self) -> int:
+        """Tokens from the start of a chunk to the start of the next."""
+        return self.chunk_length - self.overlap
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Length of the dynamic prompt where there are enough local tokens: never longer than a chunk."""
+        return min(self.prompt_length, self.chunk_length)
 
     @property
     def rechunk_length(self) -> int:
@@ -132,6 +154,13 @@ class FocusConfig:
                 f"{self.max_row_length} positions, but the base model has {max_positions}; use a smaller chunk_length "
                 f"or local_length."
             )
+        prompt = self.most_prompt_tokens + (self.bos_token_id is not None)
+        if self.chunk_length + prompt > max_positions:
+            raise ConfigError(
+                f"a row of chunk_length {self.chunk_length} and a dynamic prompt of {prompt} tokens takes "
+                f"{self.chunk_length + prompt} positions, but the base model has {max_positions}; use a smaller "
+                f"chunk_length or prompt_length."
+            )
 
     def check_num_chunks(self, num_chunks: int, max_positions: int) -> None:
         """Check that all candidates and the local context fit into the base model's positions.
@@ -139,13 +168,15 @@ class FocusConfig:
         Raises:
             ConfigError: too many chunks; names the chunk length that would do, or the longest text if none would.
         """
-        room = max_positions - self.max_local_length
-        if num_chunks > room:
-            needed = -(-num_chunks * (self.chunk_length - self.chunk_overlap) // max(room, 1)) + self.chunk_overlap
+        if num_chunks > max_positions - self.max_local_length:
+            # Longer chunks leave room for two local lengths of local tokens, behind a chunk and behind the candidates.
+            largest = max(max_positions - 2 * self.local_length, 1)
+            stride = -(-num_chunks * self.stride // largest)
+            needed = stride + (min(64, -(-stride // 3)) if self.chunk_overlap is None else self.chunk_overlap)
             remedy = f"use a chunk_length of at least {needed}"
-            largest = max_positions - 2 * self.local_length  # of the chunks that leave room for a row's local tokens
             if needed > largest:
-                remedy = f"no chunk_length holds more than {max(largest, 0) ** 2} tokens beside this local_length"
+                most = largest * (largest - min(self.overlap, largest // 4))
+                remedy = f"no chunk_length holds many more than {most} tokens beside this local_length"
             raise ConfigError(
                 f"{num_chunks} chunks need {num_chunks} positions beside {self.max_local_length} for the local "
                 f"context, but the base model has {max_positions}; {remedy}."
@@ -158,6 +189,10 @@ class FocusConfig:
             known = ", ".join(field.name for field in dataclasses.fields(self))
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {known}.")
         return dataclasses.replace(self, **changes)
+
+    def resolved(self) -> FocusConfig:
+        """A copy that says what is chosen where nothing is set, as results keep it."""
+        return self.replace(chunk_overlap=self.overlap)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""

@@ -200,7 +200,8 @@ def _replay_training(
         start = (len(ids) // window - 1) * window + train["index_in_chunk"]
         far = ids[:start]
     query, answer = ids[start : start + train["local_size"]], ids[start + train["local_size"]]
-    chunks = [torch.tensor(far[a:b]) for a, b in cut(len(far), train["stride"])]
+    whole = FocusConfig(chunk_length=train["stride"], chunk_overlap=0)
+    chunks = [torch.tensor(far[a:b]) for a, b in cut(len(far), whole)]
     tail = query[-min(512, train["stride"], len(query)) :]
     prompt, local = (x if x[0] == 1 else [1, *x] for x in (tail, query))
     loss, logits = exact_loss(model, chunks, torch.tensor(prompt), torch.tensor(local), torch.tensor(answer))

@@ -16,7 +16,7 @@ from focusllm.chunks import tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
-from focusllm.machine import peak_resident
+from focusllm.machine import computes_on_cpu, peak_resident
 from focusllm.packed import is_packed_by_default, packable_bytes, packed_bytes
 from focusllm.store import Packing
 
@@ -41,11 +41,18 @@ class Cost:
     """Free memory of the device now."""
     runtime: int = 0
     """What Python and the libraries hold in this process; counted where no model is loaded yet, on a CPU."""
+    loaded: bool = True
+    """Whether the weights are in memory already."""
 
     @property
     def new(self) -> int:
         """What a loaded model still needs."""
         return self.chunks + self.rows + self.scratch
+
+    @property
+    def needed(self) -> int:
+        """What must still be free."""
+        return self.new if self.loaded else self.weights + self.new
 
     @property
     def total(self) -> int:
@@ -76,13 +83,13 @@ def estimate(
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
     per_token = found.kv_bytes_per_token * dtype.itemsize
-    num_chunks = count_chunks(num_tokens, config.chunk_length, config.chunk_overlap)
+    num_chunks = count_chunks(num_tokens, config)
     chunks = stored_bytes(model, config, num_tokens)
     brought = min(num_chunks, config.chunks_per_batch) * config.chunk_length
     bringing = 0 if place == "device" and config.kv_dtype == "same" else brought * per_token
     if place == "disk":  # as they are in the file: these rows, and the next ones
         bringing += 2 * Packing.of(model, config.kv_dtype).row_bytes(brought)
-    prompt = min(config.prompt_length, config.chunk_length)
+    prompt = config.most_prompt_tokens
     grown = _room(prompt + num_new_tokens)
     if config.is_focused(num_chunks):
         hot = min(config.refresh_rows or num_chunks, num_chunks)
@@ -101,12 +108,13 @@ def estimate(
         scratch=in_flight * (widths * dtype.itemsize + per_token) + bringing,
         free=free_memory(next(model.parameters()).device),
         runtime=_runtime(next(model.parameters()).device),
+        loaded=next(model.parameters()).device.type != "meta",
     )
 
 
 def stored_bytes(model: nn.Module, config: FocusConfig, num_tokens: int) -> int:
     """Bytes of a text's chunks, wherever they are kept; what chunks have in common counts twice."""
-    common = max(0, count_chunks(num_tokens, config.chunk_length, config.chunk_overlap) - 1) * config.chunk_overlap
+    common = max(0, count_chunks(num_tokens, config) - 1) * config.overlap
     return Packing.of(model, config.kv_dtype).row_bytes(num_tokens + common)
 
 
@@ -118,7 +126,7 @@ def _copies(model: nn.Module, packed: bool | None) -> int:
 
 
 def _runtime(device: torch.device) -> int:
-    if device.type != "meta" or torch.cuda.is_available():
+    if device.type != "meta" or not computes_on_cpu(device):
         return 0
     import psutil
 
@@ -131,7 +139,7 @@ def _room(num_tokens: int) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device without swapping."""
-    if device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available()):
+    if not computes_on_cpu(device):
         place = None if device.type == "meta" else device
         idle = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)  # kept by torch, free to use
         return int(torch.cuda.mem_get_info(place)[0] + idle)
@@ -158,17 +166,15 @@ def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: P
     """
     place = find_place(model, config, num_tokens, folder, written)
     if place is not None:
-        config.check_num_chunks(
-            count_chunks(num_tokens, config.chunk_length, config.chunk_overlap), layout(model).max_positions
-        )
+        config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
         return place
     cost = estimate(model, config, num_tokens, place=_places(model, config)[0])
     stored = stored_bytes(model, config, num_tokens)
-    memory = f"needs about {cost.new / GIB:.1f} GiB of memory, but {cost.free / GIB:.1f} GiB are free"
+    memory = f"needs about {cost.needed / GIB:.1f} GiB of memory, but {cost.free / GIB:.1f} GiB are free"
     disk = f"needs about {stored / GIB:.1f} GiB on disk, but {free_disk(folder) / GIB:.1f} GiB are free in {folder}"
     remedies = _remedies(model, config, num_tokens, folder)
     raise MemoryLimitError(
-        f"reading {num_tokens:,} tokens {disk if config.kv_place == 'disk' and cost.new <= cost.free else memory}; "
+        f"reading {num_tokens:,} tokens {disk if config.kv_place == 'disk' and cost.needed <= cost.free else memory}; "
         f"use {' or '.join(remedies)}."
     )
 
@@ -194,7 +200,7 @@ def find_place(
 
 def _places(model: nn.Module, config: FocusConfig) -> list[str]:
     chosen = ["device", "host", "disk"] if config.kv_place == "auto" else [config.kv_place]
-    has_host = next(model.parameters()).device.type not in ("cpu", "meta")
+    has_host = not computes_on_cpu(next(model.parameters()).device)
     return list(dict.fromkeys("device" if place == "host" and not has_host else place for place in chosen))
 
 
@@ -210,7 +216,7 @@ def _fits(
     cost = estimate(model, config, num_tokens, place=place, packed=packed)
     stored = stored_bytes(model, config, num_tokens)
     elsewhere = {"device": 0, "host": free_memory(torch.device("cpu")), "disk": free_disk(folder) + written}[place]
-    return cost.new <= cost.free and (place == "device" or stored <= elsewhere)
+    return cost.needed <= cost.free and (place == "device" or stored <= elsewhere)
 
 
 def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> list[str]:

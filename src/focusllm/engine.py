@@ -154,17 +154,17 @@ def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int],
         Next-token logits [B, V], each as if its request had been alone.
 
     Raises:
-        ConfigError: the local context has outgrown the base model's positions and may not be rechunked.
+        ConfigError: a token would leave the base model's positions; no request has changed.
     """
     logits: dict[int, Tensor] = {}
     together: list[int] = []
+    for request in requests:
+        _check_room(model, request, config)
     for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
         request.local_ids.append(token)
-        if config.rechunk and len(request.local_ids) >= config.max_local_length:
+        if _is_full(len(request.local_ids), config):
             logits[i] = _rechunk(model, request, config)
-            continue
-        _check_room(model, request, config)
-        if request.blocks:
+        elif request.blocks:
             together.append(i)
         else:
             logits[i] = _plain(model, request, [token], 1)[-1]
@@ -308,11 +308,6 @@ def _plain(model: nn.Module, request: Request, token_ids: Sequence[int], logits_
 def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     """Turn the oldest local tokens into new chunks and go on as a new request would: next-token logits [V]."""
     moved, kept = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
-    max_positions = layout(model).max_positions
-    config.check_positions(max_positions)
-    config.check_num_chunks(
-        request.num_chunks + count_chunks(len(moved), config.chunk_length, config.chunk_overlap), max_positions
-    )
     request.blocks, request.local_ids = request.blocks + encode(model, moved, config), _with_bos(kept, config)
     paid_before = request.paid
     logits = prefill(model, request, config)[-1]
@@ -321,14 +316,23 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     return logits
 
 
+def _is_full(num_local_tokens: int, config: FocusConfig) -> bool:
+    """Whether the oldest of so many local tokens become chunks."""
+    return config.rechunk and num_local_tokens >= config.max_local_length
+
+
 def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None:
-    """Refuse the token that would leave the base model's positions (only where rechunking is off)."""
-    taken = _first_place(model, request) + len(request.local_ids)
+    """Refuse one more token where it, or the chunks that it makes of the oldest ones, would leave the positions."""
+    max_positions, count = layout(model).max_positions, len(request.local_ids) + 1
+    if _is_full(count, config):
+        config.check_positions(max_positions)
+        num_new = count_chunks(count - config.local_length, config)
+        config.check_num_chunks(request.num_chunks + num_new, max_positions)
+        return
+    taken = _first_place(model, request) + count
     for block in request.blocks:
         taken = max(taken, block.length + len(request.row_ids) + 1)
-    max_positions = layout(model).max_positions
     if taken > max_positions:
-        request.local_ids.pop()
         raise ConfigError(
             f"the next token needs position {taken}, but the base model has {max_positions}; use a smaller "
             f"{'local_length' if config.rechunk else 'chunk_length, or set rechunk=True'}."
@@ -347,7 +351,7 @@ def _first_place(model: nn.Module, request: Request) -> int:
 
 def _dynamic_prompt(request: Request, config: FocusConfig) -> list[int]:
     """The tail of the local context that is read behind every chunk, never longer than a chunk."""
-    length = min(config.prompt_length, config.chunk_length, request.prompt_length or config.prompt_length)
+    length = min(config.most_prompt_tokens, request.prompt_length or config.prompt_length)
     local = request.local_ids
     if config.bos_token_id is not None:  # counted without the token that was put in front of the local context
         length = min(length, config.local_length)

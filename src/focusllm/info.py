@@ -14,7 +14,7 @@ from focusllm.adapter import AdapterConfig, inject
 from focusllm.adapter_files import read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
-from focusllm.embedded import resolve_model
+from focusllm.embedded import ADAPTERS, resolve_model
 from focusllm.modeling import cannot_load, computing_dtype, find_adapter, parse_dtype, saved_settings
 
 
@@ -62,8 +62,14 @@ def describe(
         "layers": len(found.layers),
         "positions": found.max_positions,
         "kv_bytes_per_token": found.kv_bytes_per_token * chosen.itemsize,
-        "adapter": "none (untrained)" if adapter_config is None else str(source),
+        "adapter": _origin(source),
         "adapter_rank": "" if adapter_config is None else adapter_config.rank or "full copies",
-        **{name: value for name, value in config.to_dict().items() if value is not None},
+        **{name: value for name, value in config.resolved().to_dict().items() if value is not None},
     }
     return facts, skeleton, config
+
+
+def _origin(source: str | Path | None) -> str:
+    if source is None:
+        return "none (untrained)"
+    return "in the package" if Path(source).parent == ADAPTERS else str(source)

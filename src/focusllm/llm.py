@@ -19,12 +19,13 @@ import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from focusllm.adapter_files import fingerprint
-from focusllm.answer import Answer, AnswerStream, Citation, TimedStreamer
+from focusllm.answer import Answer, AnswerStream, TimedStreamer
 from focusllm.base import layout
 from focusllm.chunking import cut, num_local_chunks, split
 from focusllm.chunks import ChunkBlock, Progress
 from focusllm.config import FocusConfig
 from focusllm.cost import peak_memory
+from focusllm.document import Chunk, Document, citations, divide
 from focusllm.embedded import resolve_model
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
 from focusllm.modeling import (
@@ -39,55 +40,6 @@ from focusllm.modeling import (
 from focusllm.packed import is_packed_by_default, pack
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Where a chunk lies in its document: characters and tokens, half-open."""
-
-    start: int
-    end: int
-    first_token: int
-    last_token: int
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Document:
-    """A text that was read once: its chunks' keys and values, and where each chunk is in the text.
-
-    It belongs to the model that read it, and is never changed: any number of questions may share it.
-    """
-
-    name: str
-    text: str
-    token_ids: list[int]
-    chunks: list[Chunk]
-    blocks: list[ChunkBlock]
-    chunk_length: int
-    read_seconds: float
-    reader: dict[str, Any]
-
-    @property
-    def num_tokens(self) -> int:
-        """Length in tokens."""
-        return len(self.token_ids)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values held in memory."""
-        return sum(block.kv.nbytes for block in self.blocks)
-
-    def first_blocks(self, num_chunks: int) -> list[ChunkBlock]:
-        """The first chunks, as blocks."""
-        blocks = []
-        for block in self.blocks:
-            if num_chunks > 0:
-                blocks.append(block.part(0, min(num_chunks, block.num_chunks)))
-            num_chunks -= block.num_chunks
-        return blocks
-
-    def __repr__(self) -> str:
-        return f"Document({self.name!r}, {self.num_tokens:,} tokens, {len(self.chunks)} chunks)"
 
 
 @dataclass
@@ -218,10 +170,7 @@ class FocusLLM:
             raise DocumentError(f"{name} gives no tokens; give a document with text.")
         start = time.perf_counter()
         blocks = self._encode(ids, progress, Path(store) if store is not None else None)
-        chunks = [
-            Chunk(spans[first][0], spans[stop - 1][1], first, stop)
-            for first, stop in cut(len(ids), self.config.chunk_length, self.config.chunk_overlap)
-        ]
+        chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in cut(len(ids), self.config)]
         seconds = time.perf_counter() - start
         return Document(name, text, ids, chunks, blocks, self.config.chunk_length, seconds, self._reader())
 
@@ -304,9 +253,9 @@ class FocusLLM:
             raise ConfigError("there are no documents; read at least one.")
         before, after = self.frame(question)
         num_own = len(before) + len(after)
-        lengths = [chunk.last_token - chunk.first_token for document in given for chunk in document.chunks]
-        num_far = len(lengths) - num_local_chunks(lengths, num_own, self.config)
-        blocks, tail, places = _divide(given, num_far)
+        chunk_steps = [step for document in given for step in document.chunk_steps]
+        num_far = len(chunk_steps) - num_local_chunks(chunk_steps, num_own, self.config)
+        blocks, tail, places = divide(given, num_far)
         state = FocusState(blocks, prompt_length=len(after))
         num_tokens = sum(document.num_tokens for document in given)
         return self._decoder([*before, *tail, *after], state, generate, num_tokens, given, places)
@@ -353,7 +302,7 @@ class FocusLLM:
             decoding = times[-1] - times[0]
             return Answer(
                 text=streamer.text.strip(),
-                citations=_citations(documents, places, state.requests[0].paid),
+                citations=citations(documents, places, state.requests[0].paid),
                 num_document_tokens=num_document_tokens,
                 num_prompt_tokens=len(input_ids),
                 num_generated_tokens=len(times),
@@ -404,36 +353,6 @@ class FocusLLM:
                 f"{document.chunk_length}), not by {self.name} ({self.model.dtype}, chunk_length "
                 f"{self.config.chunk_length}); read it again."
             )
-
-
-def _divide(documents: Sequence[Document], num_far: int) -> tuple[list[ChunkBlock], list[int], list[tuple[int, int]]]:
-    """The first `num_far` chunks of all documents as blocks, the tokens behind them, and (document, chunk) of each."""
-    blocks: list[ChunkBlock] = []
-    tail: list[int] = []
-    places: list[tuple[int, int]] = []
-    for number, document in enumerate(documents):
-        count = min(num_far - len(places), len(document.chunks))
-        blocks += document.first_blocks(count)
-        if count < len(document.chunks):
-            tail += document.token_ids[document.chunks[count].first_token :]
-        places += [(number, chunk) for chunk in range(count)]
-    return blocks, tail, places
-
-
-def _citations(
-    documents: Sequence[Document], places: Sequence[tuple[int, int]], paid: torch.Tensor | None
-) -> list[Citation]:
-    if paid is None or not places:
-        return []
-    paid = paid[: len(places)]  # chunks that generated text became come after
-    shares = (paid / paid.sum()).tolist()
-    found = []
-    for (number, index), share in zip(places, shares, strict=True):
-        document = documents[number]
-        chunk = document.chunks[index]
-        text = document.text[chunk.start : chunk.end]
-        found.append(Citation(document.name, index, chunk.start, chunk.end, share, text))
-    return sorted(found, key=lambda citation: -citation.weight)
 
 
 class _progress:

@@ -25,6 +25,13 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
+def computes_on_cpu(device: torch.device) -> bool:
+    """Whether a model on this device computes on the CPU; one on the meta device will, unless there is a GPU."""
+    import torch
+
+    return device.type == "cpu" or (device.type == "meta" and not torch.cuda.is_available())
+
+
 def peak_resident() -> int:
     """Most bytes that this process has held in memory so far."""
     try:  # the usage that the system reports begins, behind fork and exec, with the parent's

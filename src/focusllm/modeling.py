@@ -27,7 +27,7 @@ from focusllm.config import FocusConfig
 from focusllm.cost import check_read
 from focusllm.embedded import boxed_adapter, cache_folder
 from focusllm.engine import Request, decode, prefill, start_request
-from focusllm.errors import ConfigError, ModelError, first_line
+from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
 
 UNTRAINED = "none"
 ADAPTER_FOLDER = "candidate_projections"
@@ -193,15 +193,19 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             MemoryLimitError, ConfigError: it would not fit; raised before anything is computed.
-            DocumentError: the disk is full; what is written stays.
+            DocumentError: the disk is full (what is in `store` stays), or `store` cannot be used.
         """
         if not token_ids:
             return []
         folder = store or cache_folder() / "rows"
         config = self.focus_config if store is None else self.focus_config.replace(kv_place="disk")
         name = document_key(self.base, token_ids, config) if store else None
-        written = sum(path.stat().st_size for path in folder.glob(f"{name}-*.rows")) if name else 0
-        kind = check_read(self.base, config, len(token_ids), folder, written)
+        try:
+            written = sum(path.stat().st_size for path in folder.glob(f"{name}-*.rows")) if name else 0
+            kind = check_read(self.base, config, len(token_ids), folder, written)
+        except OSError as error:
+            reason = error.strerror or error
+            raise DocumentError(f"chunks cannot be kept in {folder} ({reason}); choose another folder.") from error
         return encode(self.base, token_ids, config, progress, Place(kind, folder, name), notify)
 
     @torch.no_grad()

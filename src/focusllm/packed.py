@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from focusllm.base import in_pass
+from focusllm.machine import computes_on_cpu
 
 DEFAULT_LIMIT = 2**30
 """Bytes that a second copy may take without being asked for."""
@@ -95,7 +96,7 @@ def _weights(module: nn.Module) -> Sequence[Tensor]:
 
 
 def _has_kernel(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" or (weight.device.type == "meta" and not torch.cuda.is_available())
+    on_cpu = computes_on_cpu(weight.device)
     is_known = platform.machine() in ("x86_64", "AMD64") and torch._C._has_mkldnn
     if not (on_cpu and is_known) or weight.is_inference():  # those do not tell when they change
         return False

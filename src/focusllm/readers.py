@@ -70,6 +70,8 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
             f"{name} is not {encoding}: byte 0x{data[error.start]:02x} at position {error.start:,}; name its encoding "
             f"(for example latin-1)."
         ) from error
+    except (LookupError, UnicodeError) as error:  # hex, undefined and others are codecs, but not of text
+        raise DocumentError(f"{encoding!r} is not an encoding of text; try utf-8 or latin-1.") from error
 
 
 def _from_html(markup: str) -> str:

@@ -208,7 +208,7 @@ class RowFile:
                 self._file.truncate(0)
                 self._write(0, wanted)
         except OSError as error:
-            raise _cannot_write(folder, error, num_rows * self.row_bytes) from error
+            raise _cannot_write(path, folder, error, num_rows * self.row_bytes) from error
 
     @staticmethod
     def _opened(path: Path | None, folder: Path) -> Any:
@@ -267,7 +267,7 @@ class RowFile:
                     self._file.write(checked)
         except OSError as error:
             left = (self.num_rows - row) * self.row_bytes
-            raise _cannot_write(self.path or self._folder, error, left) from error
+            raise _cannot_write(self.path, self._folder, error, left) from error
 
     def has(self, row: int, token_ids: Sequence[int]) -> bool:
         """Whether a record of these tokens is there (its contents are checked when they are read)."""
@@ -300,11 +300,11 @@ def _digest(token_ids: Sequence[int]) -> bytes:
     return xxhash.xxh3_64_digest(",".join(map(str, token_ids)).encode())
 
 
-def _cannot_write(place: Path, error: OSError, needed: int) -> DocumentError:
-    folder = place if place.is_dir() else place.parent
+def _cannot_write(path: Path | None, folder: Path, error: OSError, needed: int) -> DocumentError:
+    kept = "What is written is kept: make room and read again" if path else "Make room and read again"
     free = f", {shutil.disk_usage(folder).free / GIB:.1f} GiB are free" if folder.exists() else ""
     return DocumentError(
-        f"the chunks' keys and values cannot be written to {place} ({os.strerror(error.errno or 0)}); about "
-        f"{needed / GIB:.1f} GiB are still needed{free}. What is written is kept: make room and read again, or use "
+        f"the chunks' keys and values cannot be written to {path or folder} ({os.strerror(error.errno or 0)}); about "
+        f"{needed / GIB:.1f} GiB are still needed{free}. {kept}, or use "
         f"another folder or kv_dtype='int8'."
     )

@@ -9,6 +9,8 @@ from focusllm.errors import DocumentError
 
 PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 PLACE_OF_DOCUMENT = "[[document]]"
+TOKENS_OF_A_CHARACTER = 4
+"""At most, in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ def encode_text(tokenizer: Any, text: str) -> Encoded:
     """Tokenize a text that may hold anything: strings that look like control tokens stay plain text."""
     if not getattr(tokenizer, "is_fast", False):
         ids = encode_ids(tokenizer, text)
-        return Encoded(ids, _spans_by_decoding(tokenizer, ids))
+        return Encoded(ids, decode_ids(tokenizer, ids)[1])
     encoding = tokenizer(text, return_offsets_mapping=True, **PLAIN)
     return Encoded(list(encoding.input_ids), [tuple(span) for span in encoding.offset_mapping])
 
@@ -34,9 +36,27 @@ def encode_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def decode_ids(tokenizer: Any, token_ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
-    """A text from token ids, with the place of each."""
-    spans = _spans_by_decoding(tokenizer, token_ids)
-    return "".join(tokenizer.decode([token]) for token in token_ids), spans
+    """A text from token ids, with the place of each; the tokens of one character all have its place.
+
+    Each is decoded behind the ones before it, for what a token says of spaces depends on where it stands.
+    """
+
+    def decoded(start: int, stop: int) -> str:
+        text: str = tokenizer.decode(token_ids[start:stop], clean_up_tokenization_spaces=False)
+        return text
+
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    position = before = first = 0  # tokens from `first` have no place yet, those from `before` stand in front of them
+    for stop in range(1, len(token_ids) + 1):
+        piece = decoded(before, stop)[len(decoded(before, first)) :]
+        is_part = not piece or piece.endswith("\ufffd")
+        if is_part and stop - first < TOKENS_OF_A_CHARACTER and stop < len(token_ids):
+            continue
+        spans += [(position, position + len(piece))] * (stop - first)
+        pieces.append(piece)
+        position, before, first = position + len(piece), first, stop
+    return "".join(pieces), spans
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
@@ -84,12 +104,3 @@ def chat_frame(tokenizer: Any) -> tuple[str | None, str]:
     rendered: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     before, found, after = rendered.partition(PLACE_OF_DOCUMENT)
     return (before, after) if found else (None, "")
-
-
-def _spans_by_decoding(tokenizer: Any, token_ids: list[int]) -> list[tuple[int, int]]:
-    spans, position = [], 0
-    for token in token_ids:
-        stop = position + len(tokenizer.decode([token]))
-        spans.append((position, stop))
-        position = stop
-    return spans

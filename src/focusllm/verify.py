@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from focusllm.adapter import AdapterConfig, inject, injected, remove
 from focusllm.base import layout, run
+from focusllm.chunking import cut
 from focusllm.chunks import encode
 from focusllm.config import FocusConfig
 from focusllm.engine import decode, prefill, start_request
@@ -65,7 +66,7 @@ def verify(model: nn.Module, seed: int = 0) -> Iterator[Check]:
 
 def _checks(model: nn.Module, generator: torch.Generator) -> Iterator[Check]:
     device = next(model.parameters()).device
-    config = FocusConfig(chunk_length=24, local_length=16, prompt_length=6, chunks_per_batch=2)
+    config = FocusConfig(chunk_length=24, chunk_overlap=4, local_length=16, prompt_length=6, chunks_per_batch=2)
     vocab: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
     ids = torch.randint(0, vocab, (3 * 24 + 7 + 16,), generator=generator)
     forced = torch.randint(0, vocab, (2 * config.rechunk_length + 3,), generator=generator).tolist()
@@ -104,7 +105,7 @@ def _checks(model: nn.Module, generator: torch.Generator) -> Iterator[Check]:
     batched = _run(model, far, local, [], config)
     looped = _run(model, far, local, [], config.replace(chunks_per_batch=1))
     yield check("chunks in batches equal chunks one by one", [(batched, looped)])
-    chunks = [tensor(far[i : i + 24]) for i in range(0, len(far), 24)]
+    chunks = [tensor(far[first:stop]) for first, stop in cut(len(far), config)]
     steps = _run(model, far, local, forced[:8], config.replace(decoding="exact"))
     anew = [
         focus_logits(model, chunks, tensor(local[-6:] + new), tensor(local + new))[-1]
@@ -152,9 +153,8 @@ def _run(model: nn.Module, far: list[int], local: list[int], forced: list[int], 
 def _cached_steps(model: nn.Module, far: list[int], local: list[int], forced: list[int], config: FocusConfig) -> Pairs:
     """The engine's single pass a step, and candidate pass and local pass from nothing over kept local states."""
     device = next(model.parameters()).device
-    full = len(far) // 24 * 24
-    groups = [[far[i : i + 24] for i in range(0, full, 24)], [far[full:]]]
-    encoded = [encode_chunks(model, torch.tensor(group, device=device)) for group in groups]
+    *full, last = (far[first:stop] for first, stop in cut(len(far), config))
+    encoded = [encode_chunks(model, torch.tensor(group, device=device)) for group in (full, [last])]
     count = sum(kv.num_rows for kv in encoded)
     kept: list[KV] = []
     for step, actual in enumerate(_run(model, far, local, forced, config)):

@@ -81,7 +81,7 @@ class Focus:
         first = llm.ask(read, QUESTIONS[0], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         second = llm.ask(read, QUESTIONS[1], max_new_tokens=1)
         far = [read.chunks[citation.chunk] for citation in first.citations]  # every far chunk is there
-        prompt = min(config.prompt_length, config.chunk_length, len(llm.frame(QUESTIONS[0])[1]))
+        prompt = min(config.most_prompt_tokens, len(llm.frame(QUESTIONS[0])[1]))
         lengths = sorted((chunk.last_token - chunk.first_token for chunk in far), reverse=True)
         if config.decoding == "cached" and config.refresh_rows is not None:  # the others are not read
             lengths = lengths[: config.refresh_rows]

@@ -221,8 +221,8 @@ class _Bench:
             return None
         # Full attention reads the text as one chunk.
         cost = estimate(self.skeleton, FocusConfig(chunk_length=length, chunks_per_batch=1), length)
-        if cost.new > cost.free:
-            return f"it needs about {cost.new / GIB:.1f} GiB, and {cost.free / GIB:.1f} GiB are free"
+        if cost.needed > cost.free:
+            return f"it needs about {cost.needed / GIB:.1f} GiB, and {cost.free / GIB:.1f} GiB are free"
         return None
 
     def _row(self, spec: Spec, length: int, turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def _check(name: str, config: FocusConfig, plan: Plan, question: int, skeleton: 
     positions, longest = layout(skeleton).max_positions, max(plan.lengths)
     try:
         config.check_positions(positions)
-        config.check_num_chunks(count_chunks(longest, config.chunk_length, config.chunk_overlap), positions)
+        config.check_num_chunks(count_chunks(longest, config), positions)
     except ConfigError as error:
         raise ConfigError(f"{name} at {longest:,} tokens: {error}") from error
     if question > config.local_length:
@@ -353,7 +353,7 @@ def _about(spec: Spec, configs: dict[str, FocusConfig]) -> dict[str, Any]:
     """A contender, as the result keeps it."""
     about: dict[str, Any] = {"kind": spec.kind}
     if spec.name in configs:
-        about["config"] = configs[spec.name].to_dict()
+        about["config"] = configs[spec.name].resolved().to_dict()
     if spec.gguf is not None:
         about["file"] = spec.gguf.name
     return about

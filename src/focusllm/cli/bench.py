@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from focusllm.cli.options import Encoding, Json, ModelOptions, grouped
-from focusllm.cli.terminal import bench_progress, calm_libraries, notify, writing_to
+from focusllm.cli.terminal import bench_progress, calm_libraries, make_folder, notify, writing_to
 from focusllm.options import parse_lengths
 
 
@@ -61,12 +62,11 @@ def bench(
     name, document = "the Python language reference", ""
     if text is not None:
         name, document = Path(text).name, read_text(text, encoding)
-    with writing_to(output):
-        output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     with calm_libraries(), bench_progress(as_json) as report:
         from focusllm.bench.run import run
 
-        command = " ".join(["focusllm", *sys.argv[1:]])
+        command = shlex.join(["focusllm", *sys.argv[1:]])
 
         def keep(found: dict[str, Any]) -> list[Path]:  # what is measured is there even if the rest is not waited for
             with writing_to(output):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from focusllm.cli.options import FocusOptions, Json, ModelOptions, grouped
-from focusllm.cli.terminal import calm_libraries, evaluation_progress, load, notify
+from focusllm.cli.terminal import calm_libraries, evaluation_progress, load, make_folder, notify
 from focusllm.options import parse_lengths, parse_setting
 
 
@@ -63,7 +63,9 @@ def evaluate(
         text,
         hub,
     )
-    llm = load(model, {**focus.given(), **dict(map(parse_setting, settings or []))}, quiet=as_json)
+    chosen = {**focus.given(), **dict(map(parse_setting, settings or []))}
+    make_folder(output)
+    llm = load(model, chosen, quiet=as_json)
     with calm_libraries(), evaluation_progress(as_json) as report:
         from focusllm.evaluation.runner import evaluate as run_evaluation
 
@@ -104,6 +106,7 @@ def report_evaluation(
     from focusllm.evaluation.report import load as load_runs
     from focusllm.evaluation.report import write_report
 
+    make_folder(output)
     paths = write_report(runs, output)
     if as_json:
         rows = [vars(row) for row in load_runs(runs)]

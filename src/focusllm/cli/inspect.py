@@ -11,7 +11,7 @@ import typer
 from focusllm.chunking import count_chunks
 from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, Packed, grouped
 from focusllm.cli.terminal import calm_libraries, notify, status
-from focusllm.errors import FocusError
+from focusllm.errors import ConfigError, FocusError
 
 
 @grouped
@@ -28,17 +28,22 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show a model, its candidate projections, and what lengths will cost in memory; loads no weights."""
+    from focusllm.base import layout
     from focusllm.cost import GIB, estimate, find_place
     from focusllm.embedded import cache_folder
     from focusllm.info import describe
 
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
     found, skeleton, config = describe(model, adapter, dtype, focus.given(), notify)
-    places = [find_place(skeleton, config, length, cache_folder(), packed=packed) for length in lengths]
-    costs = [
-        (length, place, estimate(skeleton, config, length, place=place or "device", packed=packed))
-        for length, place in zip(lengths, places, strict=True)
-    ]
+    costs = []
+    for length in lengths:
+        place = find_place(skeleton, config, length, cache_folder(), packed=packed)
+        cost = estimate(skeleton, config, length, place=place or "device", packed=packed)
+        try:
+            config.check_num_chunks(count_chunks(length, config), layout(skeleton).max_positions)
+            costs.append((length, place or "too much", cost))
+        except ConfigError:
+            costs.append((length, "too many chunks", cost))
     if as_json:
         rows = [{"tokens": length, "place": place, **cost.to_dict()} for length, place, cost in costs]
         print(json.dumps({**found, "costs": rows}, indent=2))
@@ -49,18 +54,21 @@ def info(
     console = Console()
     about = Table(show_header=False, box=None)
     for name, value in found.items():
-        about.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        about.add_row(
+            name.replace("_", " "),
+            str(value) if isinstance(value, bool) or not isinstance(value, int) else f"{value:,}",
+        )
     console.print(about)
     table = Table(title=f"Memory in GiB, one question; {costs[0][2].free / GIB:.1f} are free")
     for title in ("tokens", "chunks", "kept", "weights, libraries", "chunk KV", "rows", "scratch", "total"):
         table.add_column(title, justify="right", no_wrap=title == "kept")
     for length, place, cost in costs:
         parts = (cost.runtime + cost.weights, cost.chunks, cost.rows, cost.scratch, cost.total)
-        num_chunks = count_chunks(length, config.chunk_length, config.chunk_overlap)
+        num_chunks = count_chunks(length, config)
         table.add_row(
             f"{length:,}",
             f"{num_chunks:,}",
-            place or "[red]too much[/red]",
+            f"[red]{place}[/red]" if place.startswith("too") else place,
             *(f"{part / GIB:.2f}" for part in parts),
         )
     console.print(table)

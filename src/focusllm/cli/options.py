@@ -40,7 +40,10 @@ class FocusOptions:
     chunk_length: Annotated[
         int | None, typer.Option(help="Tokens of a chunk: 256 looks up more precisely, 1024 is asked again sooner.")
     ] = None
-    chunk_overlap: Annotated[int | None, typer.Option(help="Tokens that neighbouring chunks share.")] = None
+    chunk_overlap: Annotated[
+        int | None,
+        typer.Option(help="Tokens that neighbouring chunks share; by default 64, or a quarter of a short one."),
+    ] = None
     local_length: Annotated[int | None, typer.Option(help="Tokens of the local context.")] = None
     prompt_length: Annotated[int | None, typer.Option(help="Most tokens of the dynamic prompt.")] = None
     chunks_per_batch: Annotated[

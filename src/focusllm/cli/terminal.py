@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,13 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FocusError(f"{folder} cannot be written ({error.strerror or error}); choose another folder.") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and see that files can be written into it, before anything is computed."""
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from focusllm.base import layout, run_plain
+from focusllm.chunk_cache import ChunkCache
 from focusllm.cost import GIB, peak_memory, total_memory
+from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.llm import FocusLLM
 from focusllm.text import encode_ids, frame_ids, start_tokens
@@ -59,21 +61,40 @@ class Prediction:
     """Most bytes that the process has held so far."""
 
 
+CHUNKS_SHARE = 4
+"""Encoded chunks that are kept may take one part in so many of the memory."""
+
+
+def shared_chunks(llm: FocusLLM) -> ChunkCache:
+    """Room for encoded chunks, for all methods on a model together."""
+    return ChunkCache(llm.model.base, total_memory(llm.model.base.device) // CHUNKS_SHARE)
+
+
 class Method(ABC):
     """A way to let a model read long text.
 
     Args:
         llm: model and tokenizer; `llm.config.local_length` is the local budget that all methods are held to.
+        chunks: encoded chunks of the model, which methods may share; None: this method's own.
         options: of this method, by name (`defaults` has them all).
     """
 
     name: ClassVar[str]
     """As the user types it."""
     defaults: ClassVar[dict[str, Any]] = {}
+    """Its options."""
+    least: ClassVar[dict[str, int]] = {}
+    """The least value of those that are numbers; whole ones where the default is whole."""
 
-    def __init__(self, llm: FocusLLM, **options: Any):
+    def __init__(self, llm: FocusLLM, chunks: ChunkCache | None = None, **options: Any):
+        self.chunks = shared_chunks(llm) if chunks is None else chunks
         self.llm, self.base, self.tokenizer = llm, llm.model.base, llm.tokenizer
         self.options = {**self.defaults, **options}
+        for name, least in self.least.items():
+            value, kind = self.options[name], int if isinstance(self.defaults[name], int) else int | float
+            if value != self.defaults[name] and (type(value) is bool or not isinstance(value, kind) or value < least):
+                number = "whole number" if kind is int else "number"
+                raise ConfigError(f"{self.name}: {name} is {value!r}; it must be a {number} of at least {least}.")
         self.window: int = layout(self.base).max_positions
         self.budget = llm.config.local_length
         self.encode = lru_cache(maxsize=8)(lambda text: encode_ids(self.tokenizer, text))

@@ -27,7 +27,7 @@ from focusllm import __version__
 from focusllm.adapter import injected, sink_token
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation.example import Example, LossExample
-from focusllm.evaluation.method import Method
+from focusllm.evaluation.method import Method, shared_chunks
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Cell, Plan
 from focusllm.files import whole_file
@@ -54,7 +54,8 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
     """
     folder.mkdir(parents=True, exist_ok=True)
     setting = plan.setting(llm.tokenizer)
-    methods = {spec: build(spec, llm) for spec in plan.methods}
+    chunks = shared_chunks(llm)
+    methods = {spec: build(spec, llm, chunks) for spec in plan.methods}
     plan.check_examples(setting)
     with _only_one(folder):
         config = _settled(folder / "config.json", _config(plan, llm), llm)
@@ -97,6 +98,13 @@ def _measure(task: Any, method: Method, example: Example | LossExample) -> Line:
     reason = method.fits(method.num_tokens(example))
     if reason is not None:
         return {"skipped": reason, "meta": example.meta}
+    try:
+        return _answered(task, method, example)
+    except ConfigError as error:  # found out when it was tried: no room beside the question, say
+        return {"skipped": str(error).rstrip("."), "meta": example.meta}
+
+
+def _answered(task: Any, method: Method, example: Example | LossExample) -> Line:
     if isinstance(example, LossExample):
         begin = time.perf_counter()
         nats, labels = method.loss(example)
@@ -145,7 +153,7 @@ def _config(plan: Plan, llm: FocusLLM) -> dict[str, Any]:
         "plan": plan.to_dict(),
         "model": llm.name,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
-        "settings": llm.config.to_dict(),
+        "settings": llm.config.resolved().to_dict(),
         "adapter": _digest(llm),
         "versions": {"focusllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

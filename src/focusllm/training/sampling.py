@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from focusllm.chunking import count_chunks
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.text import chat_frame, encode_ids
 from focusllm.training.config import TASK_OBJECTIVES, TrainConfig
@@ -229,7 +228,7 @@ class Sampler:
             int(rng.choice(x)) for x in (config.chunk_lengths, config.local_lengths, config.prompt_lengths)
         )
         local = max(1, min(local, answer - 1))
-        rows = count_chunks(answer - local, chunk)
+        rows = -(-(answer - local) // chunk)
         chunk = (answer - local) // rows  # evenly cut; what is left over goes to the local context
         ids = tokens[: answer + config.answer_length].tolist()
         order = rng.permutation(rows).tolist() if config.refresh_rows else []
@@ -316,7 +315,7 @@ def check_positions(config: TrainConfig, max_positions: int) -> None:
     """
     behind = max(*config.prompt_lengths, LONGEST_QUESTION) + config.answer_length
     row = max(config.chunk_lengths) + behind
-    chunks = count_chunks(max(config.memory_lengths), min(config.chunk_lengths)) + max(config.distractors)
+    chunks = -(-max(config.memory_lengths) // min(config.chunk_lengths)) + max(config.distractors)
     local = chunks + max(*config.local_lengths, LONGEST_QUESTION) + config.answer_length
     for name, length in (("row", row), ("local context behind its candidates", local)):
         if length > max_positions:

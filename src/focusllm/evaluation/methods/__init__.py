@@ -10,6 +10,7 @@ from focusllm.errors import ConfigError
 from focusllm.options import parse_setting, unknown
 
 if TYPE_CHECKING:
+    from focusllm.chunk_cache import ChunkCache
     from focusllm.evaluation.method import Method
     from focusllm.llm import FocusLLM
 
@@ -28,8 +29,11 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     return name, dict(parse_setting(part) for part in rest.split(",") if part)
 
 
-def build(spec: str, llm: FocusLLM) -> Method:
+def build(spec: str, llm: FocusLLM, chunks: ChunkCache | None = None) -> Method:
     """The method of a spec, on a model.
+
+    Args:
+        chunks: encoded ones, which methods share; None: the method's own.
 
     Raises:
         ConfigError: an unknown method or option, or a package that is not installed.
@@ -40,4 +44,4 @@ def build(spec: str, llm: FocusLLM) -> Method:
     if odd:
         known = ", ".join(method.defaults) or "none"
         raise ConfigError(f"{name} has no option {', '.join(odd)}; its options are: {known}.")
-    return method(llm, **options)
+    return method(llm, chunks=chunks, **options)

@@ -17,19 +17,16 @@ from transformers import DynamicCache
 
 from focusllm.base import run_plain
 from focusllm.chunk_cache import ChunkCache
-from focusllm.chunking import count_chunks, cut, num_local_chunks, split
+from focusllm.chunking import count_chunks, cut, num_local_chunks, split, steps
 from focusllm.chunks import ChunkBlock
 from focusllm.config import FocusConfig
-from focusllm.cost import GIB, estimate, total_memory
+from focusllm.cost import GIB, estimate, stored_bytes, total_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
 from focusllm.llm import FocusLLM
 from focusllm.training.dense import Sample, memory_logits
-
-CACHE_SHARE = 4
-"""Known chunks may take one part in so many of the memory."""
 
 
 class Focus(Method):
@@ -38,23 +35,26 @@ class Focus(Method):
     name = "focus"
     defaults = {field.name: None for field in dataclasses.fields(FocusConfig)}  # noqa: RUF012
 
-    def __init__(self, llm: FocusLLM, **options: Any):
-        super().__init__(llm, **options)
+    def __init__(self, llm: FocusLLM, chunks: ChunkCache | None = None, **options: Any):
+        super().__init__(llm, chunks, **options)
         self.config = llm.config.replace(**options)
         self.config.check_positions(self.window)
+        if self.config.kv_place not in ("auto", "device"):
+            raise ConfigError(
+                f"kv_place is {self.config.kv_place!r}, but what is measured is kept on the device; leave it out."
+            )
         self.budget = self.config.local_length
-        most_bytes = total_memory(self.base.device) // CACHE_SHARE
-        self.cache = ChunkCache(self.base, most_bytes)
 
     def fits(self, num_tokens: int) -> str | None:
         """As many chunks as the base model has positions for, and the memory room."""
         try:
-            self.config.check_num_chunks(
-                count_chunks(num_tokens, self.config.chunk_length, self.config.chunk_overlap), self.window
-            )
+            self.config.check_num_chunks(count_chunks(num_tokens, self.config), self.window)
         except ConfigError as error:
             return str(error).rstrip(".")
-        needed, there = estimate(self.base, self.config, num_tokens).total, total_memory(self.base.device)
+        whole = stored_bytes(self.base, self.config.replace(kv_dtype="same"), num_tokens)
+        needed = estimate(self.base, self.config, num_tokens).total + min(whole, self.chunks.most_bytes)
+        needed += 0 if self.config.kv_dtype == "same" else whole  # a loss takes all of them as they were computed
+        there = total_memory(self.base.device)
         if needed > there:
             return f"it needs about {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
         return None
@@ -72,8 +72,9 @@ class Focus(Method):
         own = len(head) + len(tail)
         if not prompt.chat or own > self.budget:
             return *split(prompt.ids, self.config), None
-        bounds = cut(len(prompt.context), self.config.chunk_length, self.config.chunk_overlap)
-        num_far = len(bounds) - num_local_chunks([stop - start for start, stop in bounds], own, self.config)
+        bounds = cut(len(prompt.context), self.config)
+        chunk_steps = steps([start for start, _ in bounds], len(prompt.context))
+        num_far = len(bounds) - num_local_chunks(chunk_steps, own, self.config)
         stop = bounds[num_far - 1][1] if num_far else 0
         place = bounds[num_far][0] if num_far < len(bounds) else len(prompt.context)
         return prompt.context[:stop], [*head, *prompt.context[place:], *tail], len(tail)
@@ -97,15 +98,15 @@ class Focus(Method):
         far, local = ids[: -self.budget], ids[-self.budget :]
         blocks = self._blocks(far)
         if self.config.decoding == "cached" and self.config.bos_token_id is None:
-            prompt_length = min(self.config.prompt_length, self.config.chunk_length)
-            return memory_logits(self.base, self._row_groups(blocks), Sample(local, num_labels, prompt_length))
+            sample = Sample(local, num_labels, self.config.most_prompt_tokens)
+            return memory_logits(self.base, self._row_groups(blocks), sample)
         request = start_request(self.base, blocks, local[:-num_labels], self.config)
         logits = [prefill(self.base, request, self.config)[-1]]
         logits += [decode(self.base, [request], [token], self.config)[0] for token in local[-num_labels:-1]]
         return torch.stack(logits)
 
     def _blocks(self, far: list[int]) -> list[ChunkBlock]:
-        return self.cache.blocks(far, self.config)
+        return self.chunks.blocks(far, self.config)
 
     def _row_groups(self, blocks: list[ChunkBlock]) -> list[Any]:
         size = self.config.chunks_per_batch

@@ -19,6 +19,7 @@ class PositionInterpolation(WindowMethod):
 
     name = "pi"
     defaults = {"factor": None}  # noqa: RUF012
+    least = {"factor": 1}  # noqa: RUF012
 
     def parameters(self, factor: float) -> dict[str, Any]:
         """Changes of the model configuration's `rope_parameters`."""

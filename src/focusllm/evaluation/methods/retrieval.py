@@ -21,6 +21,7 @@ class Retrieval(WindowMethod):
 
     name = "retrieval"
     defaults = {"passage": 128}  # noqa: RUF012
+    least = {"passage": 1}  # noqa: RUF012
 
     def __init__(self, llm: FocusLLM, **options: Any):
         super().__init__(llm, **options)
@@ -36,6 +37,10 @@ class Retrieval(WindowMethod):
     def choose(self, prompt: Prompt, room: int) -> list[int]:
         """The prompt with the best passages in the place of its long text."""
         own = len(prompt.ids) - len(prompt.context)
+        if own > room:
+            raise ConfigError(
+                f"question and template take {own} tokens, but {max(room, 0)} are left beside the answer."
+            )
         context = self._best(prompt.context, prompt.query, room - own)
         return [*prompt.start, *prompt.before, *context, *prompt.after, *prompt.end]
 

@@ -26,6 +26,7 @@ class Streaming(Method):
 
     name = "streaming"
     defaults = {"sinks": 4}  # noqa: RUF012
+    least = {"sinks": 0}  # noqa: RUF012
 
     def __init__(self, llm: FocusLLM, **options: Any):
         super().__init__(llm, **options)

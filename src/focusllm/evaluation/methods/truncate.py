@@ -40,6 +40,8 @@ class Truncate(WindowMethod):
 
     def choose_text(self, example: LossExample) -> Sequence[int]:
         """The end."""
+        if self.size < example.labels:
+            raise ConfigError(f"{example.labels} labels are more than the {self.size} tokens that are kept.")
         return example.text_ids[-self.size - 1 :]
 
 
