@@ -23,6 +23,7 @@ from common import finish
 from focusllm import FocusConfig, FocusLLM
 from focusllm.chunking import split
 from focusllm.engine import Request, decode, prefill, start_request
+from focusllm.evaluation.tasks.passkey import needle_line
 from focusllm.text import start_tokens
 
 
@@ -53,7 +54,7 @@ def cases(bench: Bench, length: int, count: int) -> list[tuple[str, list[int], l
     for _ in range(count):
         number = "".join(map(str, rng.integers(0, 10, size=5)))
         intro, garbage, lead = bench.encode(INTRO), bench.encode(GARBAGE), bench.encode(LEAD)
-        needle = bench.encode(f"The pass key is {number}. Remember it. {number} is the pass key.\n")
+        needle = bench.encode(needle_line(number))
         repeats = (length - len(intro) - len(needle) - len(lead) - 1) // len(garbage)
         before = int(rng.integers(0, repeats + 1))
         start = start_tokens(bench.llm.tokenizer)

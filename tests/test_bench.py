@@ -363,7 +363,7 @@ def test_sample_text_is_long() -> None:
         (["--contenders", ","], "there is nothing to measure"),
         (["--lengths", "many"], "the length 'many' is not a number"),
         (["--lengths", "1000000"], "focus at 1,000,000 tokens: 43479 chunks need 43479 positions"),
-        (["--lengths", "1000000"], "no chunk_length holds more than 147456 tokens beside this local_length"),
+        (["--lengths", "1000000"], "no chunk_length holds many more than 147072 tokens beside this local_length"),
         (["--set", "chunk=3"], "unknown setting chunk; known settings are: chunk_length"),
         (["--set", "chunk_length"], "is not name=value"),
         (["--set", "chunk_length=many"], "chunk_length is 'many'"),

@@ -234,7 +234,7 @@ def test_bad_methods_are_refused(spec: str, message: str, llm: FocusLLM) -> None
 @pytest.mark.parametrize("spec", ["truncate:to=local", "retrieval"])
 def test_no_room_for_the_prompt_is_said(spec: str, llm: FocusLLM) -> None:
     long_answer = dataclasses.replace(LONG, max_new_tokens=300)
-    with pytest.raises(ConfigError, match="are left (for the prompt|beside the answer)"):
+    with pytest.raises(ConfigError, match=r"are left (for the prompt|beside the answer)"):
         build_method(spec, llm).generate(long_answer)
 
 

@@ -179,7 +179,8 @@ def test_too_many_chunks(local_length: int, overlap: int | None) -> None:
 @pytest.mark.parametrize("sink", [None, 3])
 def test_the_last_position_is_used(sink: int | None) -> None:
     """As many chunks as there may be: the local context grows up to the last position, and then is refused."""
-    model, config = build(max_position_embeddings=64), FocusConfig(chunk_length=8, chunk_overlap=0, local_length=8, prompt_length=4)
+    model = build(max_position_embeddings=64)
+    config = FocusConfig(chunk_length=8, chunk_overlap=0, local_length=8, prompt_length=4)
     with_candidates(model, AdapterConfig(sink_token=sink))
     request = start_request(model, encode(model, random_ids(48 * 8), config), random_ids(8), config)
     prefill(model, request, config)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from focusllm.chunking import count_chunks
 from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, Packed, grouped
 from focusllm.cli.terminal import calm_libraries, notify, status
+from focusllm.config import KvPlace
 from focusllm.errors import ConfigError, FocusError
 
 
@@ -41,9 +42,9 @@ def info(
         cost = estimate(skeleton, config, length, place=place or "device", packed=packed)
         try:
             config.check_num_chunks(count_chunks(length, config), layout(skeleton).max_positions)
-            costs.append((length, place or "too much", cost))
         except ConfigError:
-            costs.append((length, "too many chunks", cost))
+            place = place and "too many chunks"
+        costs.append((length, place, cost))
     if as_json:
         rows = [{"tokens": length, "place": place, **cost.to_dict()} for length, place, cost in costs]
         print(json.dumps({**found, "costs": rows}, indent=2))
@@ -68,7 +69,7 @@ def info(
         table.add_row(
             f"{length:,}",
             f"{num_chunks:,}",
-            f"[red]{place}[/red]" if place.startswith("too") else place,
+            place if place in get_args(KvPlace) else f"[red]{place or 'too much'}[/red]",
             *(f"{part / GIB:.2f}" for part in parts),
         )
     console.print(table)
