@@ -131,7 +131,7 @@ def cached_logits(
 
     The given local tokens see the first candidate set; generated token t sees the set that was made with it.
     """
-    every = [[step] * len(chunks) for step in range(len(generated) + 1)]
+    every = [list(range(len(chunks)))] * (len(generated) + 1)
     return focused_logits(model, chunks, prompt, local, generated, every, sink)
 
 
@@ -141,25 +141,22 @@ def focused_logits(
     prompt: list[int],
     local: list[int],
     generated: list[int],
-    made: list[list[int]],
+    hot: list[list[int]],
     sink: int | None = None,
 ) -> Tensor:
-    """Cached decoding where some candidates are older than others, from scratch: logits [V] after the generated tokens.
+    """Cached decoding where only some candidates are seen, from scratch: logits [V] after the generated tokens.
 
     Args:
-        made: [G + 1, R], with how many generated tokens each candidate was made that generated token g sees
-            (g = 0: the given local tokens).
+        hot: [G + 1], the candidates that generated token g sees (g = 0: the given local tokens).
     """
-    fresh = [candidates_of(model, chunks, prompt + generated[:step]) for step in range(len(generated) + 1)]
-    sets = [
-        [tuple(torch.stack([fresh[made[step][r]][i][part][:, r] for r in range(len(chunks))], 1) for part in (0, 1))
-         for i in range(len(fresh[0]))]
-        for step in range(len(generated) + 1)
-    ]  # fmt: skip
+    sets = [candidates_of(model, chunks, prompt + generated[:step]) for step in range(len(generated) + 1)]
+    seen = torch.tensor([[slot in own for slot in range(len(chunks))] for own in hot]).flatten()
     count, length = len(chunks), len(local) + len(generated)
     of_token = (torch.arange(length) - (len(local) - 1)).clamp(min=0)
     of_key = torch.arange(len(sets)).repeat_interleave(count)
-    mask = torch.cat([of_token[:, None] == of_key[None], torch.ones(length, length, dtype=torch.bool).tril()], 1)
+    mask = torch.cat(
+        [(of_token[:, None] == of_key[None]) & seen, torch.ones(length, length, dtype=torch.bool).tril()], 1
+    )
     earlier = [tuple(torch.cat([one[i][part] for one in sets], 1) for part in (0, 1)) for i in range(len(sets[0]))]
     none = torch.zeros(length, dtype=torch.bool)
     earlier, slots = _behind_sink(model, earlier, torch.arange(count).repeat(len(sets)), sink)

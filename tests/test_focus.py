@@ -180,16 +180,20 @@ def test_gradients_equal_finite_differences() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_attention_over_segments_equals_attention_over_all(length: int, dtype: torch.dtype) -> None:
-    """Several segments of several blocks, few and many queries, against one softmax over everything in float64."""
+@pytest.mark.parametrize("some", [False, True])
+def test_attention_over_segments_equals_attention_over_all(length: int, dtype: torch.dtype, some: bool) -> None:
+    """Several segments of several blocks, few and many queries, against one softmax over everything in float64; and
+    with some of a block only scored."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(5, heads, length, 16) for heads in (6, 2, 2))
     rooms = [[(3, 40, 33), (2, 24, 17)], [(3, 64, 9), (2, 64, 0)]]  # rows, room, tokens that count
     segments = [
-        ([(*(torch.randn(rows, 2, room, 16) for _ in "kv"), count) for rows, room, count in blocks], None)
+        ([(*(torch.randn(rows, 2, room, 16) for _ in "kv"), count, None) for rows, room, count in blocks], None)
         for blocks in rooms
     ]
-    cast = [([(k.to(dtype), v.to(dtype), n) for k, v, n in blocks], mask) for blocks, mask in segments]
+    if some:
+        segments[0][0][1] = (*segments[0][0][1][:3], torch.rand(17) > 0.5)
+    cast = [([(k.to(dtype), v.to(dtype), n, seen) for k, v, n, seen in blocks], mask) for blocks, mask in segments]
     got, paid = attend(query.to(dtype), key.to(dtype), value.to(dtype), cast, None, 0.25, watch=True)
     naive = []
     for precise in (torch.float64, dtype):
@@ -205,10 +209,14 @@ def test_attention_over_segments_equals_attention_over_all(length: int, dtype: t
             v = torch.cat(values, 2).to(dtype).to(precise).repeat_interleave(3, 1)
             q = query[start : start + first[0].shape[0]].to(dtype).to(precise)
             hidden = torch.ones(length, k.shape[2], dtype=torch.bool).triu(k.shape[2] - length + 1)
-            weights = (q @ k.transpose(-1, -2) * 0.25).masked_fill(hidden, -torch.inf).softmax(-1)
-            rows.append(weights @ v)
+            if first[3] is not None:
+                hidden[:, : first[2]] |= ~first[3]
+            scores = q @ k.transpose(-1, -2) * 0.25
+            visible = scores.masked_fill(hidden, -torch.inf)
+            rows.append(visible.softmax(-1) @ v)
             if precise == torch.float64:
-                share = weights[:, :, -1, : first[2]].mean(1)
+                paying = scores[:, :, -1, : first[2]] - visible[:, :, -1:].logsumexp(-1)
+                share = paying.exp().mean(1)
                 torch.testing.assert_close(paid[len(rows) - 1].double(), share, rtol=0.05, atol=2e-3)
             start += first[0].shape[0]
         naive.append(torch.cat(rows))
@@ -220,10 +228,11 @@ def test_attention_over_segments_equals_attention_over_all(length: int, dtype: t
 def test_attention_masks() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 7, 16) for heads in (4, 2, 2))
-    past = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16), 9
+    shown = torch.arange(9) % 3 > 0
+    past = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16), 9, shown
     seen, own = torch.rand(2, 7, 9) > 0.5, torch.eye(7, dtype=torch.bool)
     got, _ = attend(query, key, value, [([past], seen)], own, 0.25)
-    joined = torch.cat([seen, own.expand(2, -1, -1)], -1)[:, None]
+    joined = torch.cat([seen & shown, own.expand(2, -1, -1)], -1)[:, None]
     keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
     want = nn.functional.scaled_dot_product_attention(query, keys, values, joined, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(got, want, **CLOSE)
@@ -233,7 +242,7 @@ def test_attention_masks() -> None:
 
 def test_rows_with_gradients_need_one_block() -> None:
     query = torch.randn(2, 2, 1, 8, requires_grad=True)
-    block = (torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), 3)
+    block = (torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), 3, None)
     with pytest.raises(ValueError, match="2 blocks"):
         attend(query, query, query, [([block, block], None)], None, 1.0)
 
@@ -279,14 +288,14 @@ def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> Non
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     query, key, value = (random(2, heads, 5, 8).requires_grad_() for heads in (4, 2, 2))
-    earlier = (random(2, 2, 9, 8), random(2, 2, 9, 8).requires_grad_(), 7)
+    earlier = (random(2, 2, 9, 8), random(2, 2, 9, 8).requires_grad_(), 7, None)
     mask = {
         "causal": None,
         "diagonal": torch.eye(5, dtype=torch.bool),
         "rows": torch.rand(2, 5, 5, generator=generator) > 0.3,
     }[own]
     segment_mask = torch.rand(5, 7, generator=generator) > 0.3 if masked else None
-    segments = [([earlier], segment_mask), ([(random(2, 2, 3, 8), random(2, 2, 3, 8), 3)], None)]
+    segments = [([earlier], segment_mask), ([(random(2, 2, 3, 8), random(2, 2, 3, 8), 3, None)], None)]
     results = []
     for function in (_attend_joined, by_products):
         out = function(query, _parts(key, value, segments, mask), 0.3)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from focusllm.differentiable import Part, bias_of, by_products, flash
 
-Block = tuple[Tensor, Tensor, int]
-"""Keys and values [rows, K, room, D], and how many of their tokens count; the room behind them holds finite numbers."""
+Block = tuple[Tensor, Tensor, int, Tensor | None]
+"""Keys and values [rows, K, room, D]; how many of their tokens count (the room behind them holds finite numbers); and
+which of these are seen [S], None: all."""
 LayerSegment = tuple[Sequence[Block], Tensor | None]
 """One layer of a `Segment`: blocks along the rows, and a mask [T, S] or [rows, T, S] (True: visible)."""
 
@@ -50,11 +51,11 @@ def attend(
         segments: earlier tokens; all segments are cut into blocks at the same rows.
         mask: [T, T] or [B, T, T], True where a new token sees a new token; None: causal.
         scale: factor of the scores.
-        watch: report what the newest token pays to the first segment.
+        watch: report what the newest token pays to the first segment, and would pay to what of it is not seen.
 
     Returns:
         The result [B, H, T, D]; and if watched, one [rows, S] a block of the first segment, a mean over heads
-        (the sum over S is the share of its attention that the segment got).
+        (the sum over what is seen is the share of its attention that the segment got).
     """
     earlier = [tensor for blocks, _ in segments for block in blocks for tensor in block[:2]]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, *earlier)):
@@ -75,7 +76,7 @@ def attend(
         rows = slice(start, start + first_block[0].shape[0])
         index = len(outs)
         past = [(*blocks[index], segment_mask) for blocks, segment_mask in segments]
-        past = [(k, v, n, m if m is None or m.dim() == 2 else m[rows]) for k, v, n, m in past]
+        past = [(k, v, n, seen, m if m is None or m.dim() == 2 else m[rows]) for k, v, n, seen, m in past]
         few = query.shape[1] // key.shape[1] * query.shape[2] <= FEW_QUERIES and all(m is None for *_, m in past)
         partly = _attend_few if few and mask is None else _attend_many
         own = mask if mask is None or mask.dim() == 2 else mask[rows]
@@ -86,8 +87,8 @@ def attend(
     return torch.cat(outs) if outs[1:] else outs[0], [share for share in paid if share is not None]
 
 
-Past = Sequence[tuple[Tensor, Tensor, int, Tensor | None]]
-"""Keys, values, length and mask of each segment, for one block of rows."""
+Past = Sequence[tuple[Tensor, Tensor, int, Tensor | None, Tensor | None]]
+"""Keys, values, length, what is seen and mask of each segment, for one block of rows."""
 
 
 def _attend_few(
@@ -98,7 +99,7 @@ def _attend_few(
     packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
     values = [v.flatten(0, 1) for _, v, *_ in past] + [value.flatten(0, 1)]
     scores = []
-    for past_key, _, count, _ in past:
+    for past_key, _, count, *_ in past:
         # Over the whole room, for a batched product would copy a part of it.
         scores.append(_scores(packed, past_key.flatten(0, 1)))
         if count < past_key.shape[2]:
@@ -106,8 +107,19 @@ def _attend_few(
     scores.append(torch.bmm(packed, key.flatten(0, 1).transpose(1, 2)))
     if length > 1:
         scores[-1].masked_fill_(_later_tokens(length, heads // key.shape[1], query.device), -torch.inf)
-    weights = torch.cat(scores, -1).softmax(-1)
-    share = weights.view(rows, heads, length, -1)[:, :, -1, : past[0][2]].float().mean(1) if watch else None
+    joined, every = torch.cat(scores, -1), scores[0][..., : past[0][2]]
+    start = 0
+    for past_key, _, count, seen, _ in past:
+        if seen is not None:
+            joined[..., start : start + count].masked_fill_(~seen, -torch.inf)
+        start += past_key.shape[2]
+    weights = joined.softmax(-1)
+    share = None
+    if watch and past[0][3] is None:
+        share = weights.view(rows, heads, length, -1)[:, :, -1, : past[0][2]].float().mean(1)
+    elif watch:
+        paid = (every.float() - joined.float().logsumexp(-1, keepdim=True)).exp()
+        share = paid.reshape(rows, heads, length, -1)[:, :, -1].mean(1)
     out, start = None, 0
     for part in values:
         product = torch.bmm(weights[..., start : start + part.shape[1]], part)
@@ -127,7 +139,12 @@ def _attend_many(
     query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A partial result a segment, merged by their softmax sums."""
-    parts = [_partial(query, k[:, :, :n], v[:, :, :n], m, False, scale) for k, v, n, m in past if n]
+    length = query.shape[2]
+    parts = [
+        _partial(query, k[:, :, :n], v[:, :, :n], _masked(m, seen, length), False, scale)
+        for k, v, n, seen, m in past
+        if n
+    ]
     parts.append(_partial(query, key, value, mask, mask is None, scale))
     lse = torch.logsumexp(torch.stack([part_lse for _, part_lse in parts]), 0)
     merged = parts[0][0] * (parts[0][1] - lse).exp()[..., None]
@@ -140,6 +157,13 @@ def _attend_many(
         weights = (newest @ first_key.to(lse.dtype).transpose(-1, -2) * scale).flatten(1, 2) - lse[:, :, -1:]
         share = weights.exp().mean(1)
     return merged.to(query.dtype), share
+
+
+def _masked(mask: Tensor | None, seen: Tensor | None, length: int) -> Tensor | None:
+    """What a query sees [T, S] or [rows, T, S] of what is seen [S] at all."""
+    if seen is None:
+        return mask
+    return seen.expand(length, -1) if mask is None else mask & seen
 
 
 def _causal_by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -240,8 +264,9 @@ def _parts(key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: T
     for blocks, segment_mask in segments:
         if len(blocks) != 1:
             raise ValueError(f"a segment has {len(blocks)} blocks; with gradients it must have one.")
-        past_key, past_value, count = blocks[0]
-        parts.append((past_key[:, :, :count], past_value[:, :, :count], segment_mask))
+        past_key, past_value, count, seen = blocks[0]
+        mask_of = _masked(segment_mask, seen, key.shape[2])
+        parts.append((past_key[:, :, :count], past_value[:, :, :count], mask_of))
     length = key.shape[2]
     causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()
     return [*parts, (key, value, causal if mask is None else mask)]

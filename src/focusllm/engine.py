@@ -137,10 +137,11 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
         tail.length = len(prompt) - 1
         request.tails.append(tail)
     request.candidates = concat(candidates, dim=2)
-    logits = _local_from_start(model, request, config, logits_to_keep)
-    if config.is_focused(request.num_chunks):
+    if config.is_focused(request.num_chunks):  # who gets attention among all decides who is seen
+        _local_from_start(model, request, config, 1)
         _choose_hot(model, request, RefreshPolicy(config.refresh_rows))
-    return logits
+        request.paid = None
+    return _local_from_start(model, request, config, logits_to_keep)
 
 
 @torch.no_grad()
@@ -185,8 +186,9 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
     local = Segment([request.local_kv for request in requests if request.local_kv is not None])
     candidates = [request.candidates for request in requests if request.candidates is not None]
     slots = [_tensor(model, _refreshed_slots(request)) for request in requests]
+    shown = [_shown(model, request) for request in requests]
     logits, ordinary, local_kv, paid = decode_pass(
-        model, pairs, start, row, newest, local_start, local, candidates, slots, _first_slot(model)
+        model, pairs, start, row, newest, local_start, local, candidates, slots, shown, _first_slot(model)
     )
     _keep_ordinary(requests, ordinary)
     for i, request in enumerate(requests):
@@ -266,6 +268,15 @@ def _refreshed_slots(request: Request) -> list[int]:
     return [slot for rows in request.hot for slot in rows.slots] if request.hot else list(range(request.num_chunks))
 
 
+def _shown(model: nn.Module, request: Request) -> Tensor | None:
+    """Which candidates [R] the local context sees; None: all. Many that have nothing to say would drown the others."""
+    if not request.hot:
+        return None
+    shown = torch.zeros(request.num_chunks, dtype=torch.bool, device=next(model.parameters()).device)
+    shown[_refreshed_slots(request)] = True
+    return shown
+
+
 def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy) -> None:
     """Choose the rows that are read at every token, by what the local context's last token paid."""
     rows: list[Row] = []
@@ -291,7 +302,8 @@ def _local_from_start(model: nn.Module, request: Request, config: FocusConfig, l
     """The local pass over the whole local context: logits [n, V]."""
     assert request.candidates is not None
     start = _tensor(model, [_first_place(model, request)])
-    local, segments = _tensor(model, [request.local_ids]), [Segment([request.candidates])]
+    local = _tensor(model, [request.local_ids])
+    segments = [Segment([request.candidates], shown=[_shown(model, request)])]
     logits, kv, paid = local_pass(model, local, start, segments, logits_to_keep, sink_token(model))
     _count_attention(request, paid[0])
     if config.decoding == "cached":

@@ -164,7 +164,7 @@ def _hidden_from_first(segment: Segment, num_tokens: int) -> Segment:
     (block,) = segment.blocks
     mask = torch.ones(num_tokens, block.length, dtype=torch.bool, device=block.keys[0].device)
     mask[0] = False
-    return Segment(segment.blocks, mask)
+    return Segment(segment.blocks, mask, segment.shown)
 
 
 def decode_pass(
@@ -177,6 +177,7 @@ def decode_pass(
     local: Segment,
     candidates: Sequence[KV],
     slots: Sequence[Tensor],
+    shown: Sequence[Tensor | None],
     first_slot: int = 0,
 ) -> tuple[Tensor, KV, KV, list[Tensor]]:
     """A cached decode step of B requests in one forward pass: `candidate_pass`, `to_slots` and `local_pass` at once.
@@ -190,6 +191,7 @@ def decode_pass(
         local: the local contexts' kept keys and values, a block a request.
         candidates: each request's candidate set [1, K, R_b, D] a layer, changed in place at `slots`.
         slots: which of its slots each request's rows belong to; the other slots keep what they hold.
+        shown: which of its slots [R_b] each newest token sees, None: all; the others are only scored.
         first_slot: position of the first slot.
 
     Returns:
@@ -213,7 +215,9 @@ def decode_pass(
             kv.values[layer].index_copy_(2, own_slots, own_values)
         local_kv.keys.append(k)
         local_kv.values.append(v)
-        out_local, paid = attend(q, k, v, [Segment(candidates).layer(layer), local.layer(layer)], None, scale, True)
+        out_local, paid = attend(
+            q, k, v, [Segment(candidates, shown=shown).layer(layer), local.layer(layer)], None, scale, True
+        )
         totals[:] = [a + b for a, b in zip(totals, paid, strict=True)] if totals else paid
         flat = [out_rows.transpose(0, 1).flatten(1, 2), out_local[:, :, 0].transpose(0, 1)]
         return torch.cat(flat, 1)[None]

@@ -139,11 +139,15 @@ class Segment:
 
     Block sizes along the batch add up to B; their lengths may differ, and a block may be empty (no tokens).
     `mask` ([T, S] or [B, T, S], True where a query sees a key) needs a single block; without it all is visible.
+    `shown` says of each block which of its tokens [S] are seen at all (None: all are); the others are only scored.
     """
 
     blocks: Sequence[KV | GrowingKV]
     mask: Tensor | None = None
+    shown: Sequence[Tensor | None] | None = None
 
-    def layer(self, index: int) -> tuple[list[tuple[Tensor, Tensor, int]], Tensor | None]:
-        """Keys, values and length of one layer, block by block, and the mask."""
-        return [(block.keys[index], block.values[index], block.length) for block in self.blocks], self.mask
+    def layer(self, index: int) -> tuple[list[tuple[Tensor, Tensor, int, Tensor | None]], Tensor | None]:
+        """Keys, values, length and what is shown of one layer, block by block, and the mask."""
+        shown = self.shown or [None] * len(self.blocks)
+        blocks = zip(self.blocks, shown, strict=True)
+        return [(kv.keys[index], kv.values[index], kv.length, seen) for kv, seen in blocks], self.mask
