@@ -43,9 +43,8 @@ from focusllm.chunks import ChunkBlock
 from focusllm.cost import total_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.evaluation.tasks.passkey import GARBAGE, INTRO, LEAD, needle_line
-from focusllm.kv import concat
 from focusllm.text import encode_text, frame_question, start_tokens
-from focusllm.training.dense import Sample, dense_loss
+from focusllm.training.dense import Sample, memory_logits
 from focusllm.training.tasks import read_stories
 
 BOOKS = (
@@ -190,10 +189,10 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
     blocks = bench.blocks(far[cut:])
     request = start_request(base, blocks, local[:-count], config)
     prefill(base, request, config)
-    rows = tuple(request.paid.topk(min(config.refresh_rows, len(request.paid))).indices.tolist())
-    kv = concat([block.rows(base, 0, block.num_chunks) for block in blocks], 0)
-    losses, _ = dense_loss(base, kv, [Sample(local, count, config.prompt_length, refreshed=rows)])
-    result = {"focus": float(losses.mean()), "local": _plain_loss(base, local, count)}
+    sample = Sample(local, count, config.prompt_length, refreshed=tuple(request.refreshed_slots))
+    groups = (block.rows(base, i, i + 8) for block in blocks for i in range(0, block.num_chunks, 8))
+    loss = F.cross_entropy(memory_logits(base, groups, sample).float(), torch.tensor(local[-count:]))
+    result = {"focus": float(loss), "local": _plain_loss(base, local, count)}
     result["sink"] = _plain_loss(base, [*window[:SINKS], *local[SINKS:]], count)  # positions as the cache has them
     if full:
         result["full"] = _plain_loss(base, window, count)

@@ -64,7 +64,7 @@ def test_equals_decoding_step_by_step(config: AdapterConfig) -> None:
 
 
 REFRESHED = [
-    replace(sample, refreshed=rows) for sample, rows in zip(SAMPLES, [(2,), (), (0,), (2,), (0, 2)], strict=True)
+    replace(sample, refreshed=rows) for sample, rows in zip(SAMPLES, [(2,), (1,), (0,), (2,), (0, 2)], strict=True)
 ]
 
 
@@ -77,11 +77,10 @@ def test_focused_refresh_equals_decoding_step_by_step(sink: int | None, monkeypa
         rows = {row for i in pack for row in REFRESHED[i].refreshed}
         for i in pack:
             ids, sample = list(SAMPLES[i].token_ids), SAMPLES[i]
-            made = [[step if row in rows else 0 for row in range(3)] for step in range(sample.num_answers)]
             prompt, local = ids[sample.start : sample.newest + 1], ids[: sample.newest + 1]
             given = [ids[sample.newest + 1 : sample.newest + 1 + step] for step in range(sample.num_answers)]
             found = [
-                reference.focused_logits(model, CHUNKS.tolist(), prompt, local, g, made[: len(g) + 1], sink)
+                reference.focused_logits(model, CHUNKS.tolist(), prompt, local, g, [sorted(rows)] * (len(g) + 1), sink)
                 for g in given
             ]
             expected.append((i, torch.stack(found)))

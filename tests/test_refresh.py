@@ -33,10 +33,6 @@ def begin(model: nn.Module, ids: list[int], config: FocusConfig) -> tuple[Reques
     return request, prefill(model, request, config)[-1]
 
 
-def hot_slots(request: Request) -> list[int]:
-    return sorted(slot for rows in request.hot for slot in rows.slots)
-
-
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize(("length", "sink"), [(LENGTH, None), (LENGTH + 7, None), (LENGTH + 7, 9)])
 def test_equals_its_definition_from_scratch(length: int, sink: int | None) -> None:
@@ -45,9 +41,9 @@ def test_equals_its_definition_from_scratch(length: int, sink: int | None) -> No
     far, local = split(ids, FOCUSED)
     chunks = [far[first:stop] for first, stop in cut(len(far), FOCUSED)]
     request, _ = begin(llama, ids, FOCUSED)
-    seen = [hot_slots(request)]
+    seen = [sorted(request.refreshed_slots)]
     for step, token in enumerate(generated, 1):
-        hot = hot_slots(request)
+        hot = sorted(request.refreshed_slots)
         assert len(hot) == 2 + (len(chunks) - 6)  # the short last chunk is a group of its own
         seen.append(hot)
         logits = decode(llama, [request], [token], FOCUSED)[0]

@@ -64,6 +64,11 @@ class Request:
         return sum(block.num_chunks for block in self.blocks)
 
     @property
+    def refreshed_slots(self) -> list[int]:
+        """The slots of the rows that are read at every token, in the order in which they are read."""
+        return [slot for rows in self.hot for slot in rows.slots] if self.hot else list(range(self.num_chunks))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are this request's own: the chunks are not counted."""
         own = [*self.tails, *self.hot, self.local_kv, self.candidates]
@@ -185,7 +190,7 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
     local_start = _tensor(model, [_first_place(model, request) + len(request.local_ids) - 1 for request in requests])
     local = Segment([request.local_kv for request in requests if request.local_kv is not None])
     candidates = [request.candidates for request in requests if request.candidates is not None]
-    slots = [_tensor(model, _refreshed_slots(request)) for request in requests]
+    slots = [_tensor(model, request.refreshed_slots) for request in requests]
     shown = [_shown(model, request) for request in requests]
     logits, ordinary, local_kv, paid = decode_pass(
         model, pairs, start, row, newest, local_start, local, candidates, slots, shown, _first_slot(model)
@@ -263,17 +268,12 @@ def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
     return whole if len(whole) == len(found) else None
 
 
-def _refreshed_slots(request: Request) -> list[int]:
-    """The slots of their candidates, in the same order."""
-    return [slot for rows in request.hot for slot in rows.slots] if request.hot else list(range(request.num_chunks))
-
-
 def _shown(model: nn.Module, request: Request) -> Tensor | None:
     """Which candidates [R] the local context sees; None: all. Many that have nothing to say would drown the others."""
     if not request.hot:
         return None
     shown = torch.zeros(request.num_chunks, dtype=torch.bool, device=next(model.parameters()).device)
-    shown[_refreshed_slots(request)] = True
+    shown[request.refreshed_slots] = True
     return shown
 
 

@@ -10,9 +10,8 @@ The paper's training supervises one token a sequence. Cached decoding, teacher-f
                                                                    there, earlier positions the first set
 
 Several samples share the chunks of one memory, which are encoded once. The result is exactly what `cached` decoding
-computes step by step (tested), so what is trained is what is used. With focused refresh too (`Sample.refreshed`): some
-rows make a candidate at every answer position, the others keep the one of the first and read the prompt alone, so
-memories may have many chunks.
+computes step by step (tested), so what is trained is what is used. With focused refresh too (`Sample.refreshed`): the
+other rows are not seen and not read, so memories may have many chunks.
 
 Letters: S samples, R chunks (rows), C tokens of a chunk, N candidates a row (all samples' answer positions), M the
 answer positions of a sample, T tokens, K key-value heads, D head dimension.
@@ -20,7 +19,7 @@ answer positions of a sample, T tokens, K key-value heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,7 +50,7 @@ class Sample:
     objective: str = "continuation"
     """What the loss is reported under."""
     refreshed: tuple[int, ...] | None = None
-    """Rows whose candidates are made anew at every answer position; the others keep that of the first one. None: all.
+    """Rows whose candidates are seen, at least one; the others only take their slots. None: all.
     Samples that are worked on together (`packs_of`) refresh each other's as well."""
     labels: Sequence[int] | None = None
     """The right tokens at the answer positions, where those that are read there differ. None: they are the same."""
@@ -70,10 +69,6 @@ class Sample:
     def answers(self) -> Sequence[int]:
         """The labels."""
         return self.token_ids[-self.num_answers :] if self.labels is None else self.labels
-
-    def first(self) -> Sample:
-        """The same sample with its first answer token alone."""
-        return replace(self, token_ids=self.token_ids[: self.newest + 2], num_answers=1, labels=self.answers[:1])
 
 
 def dense_loss(
@@ -130,7 +125,9 @@ def dense_logits(
         chosen = [samples[i] for i in pack]
         places = Places(chosen, chunk_kv.length, chunk_kv.keys[0].device)
         sets = _sets(model, chunk_kv, chosen, places, int(sink is not None), call)
-        (result,) = call(lambda *flat, at=places: (local_logits(model, _unflat(flat), at, sink),), *_flat(sets))
+        (result,) = call(
+            lambda *flat, at=places: (local_logits(model, _unflat(flat), at, chunk_kv.num_rows, sink),), *_flat(sets)
+        )
         if number < len(packs):
             logits |= dict(zip(pack, torch.split(result, [samples[i].num_answers for i in pack]), strict=True))
         else:
@@ -141,33 +138,22 @@ def dense_logits(
 
 
 def _sets(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], places: Places, first_slot: int, call: Call) -> KV:
-    """The candidate sets of samples that are worked on together: [R, K, N, D] a layer, keys at their slots."""
+    """The candidate sets of samples that are worked on together: [R, K, N, D] a layer, keys at their slots.
 
-    def made(kv: KV, at: Places, slots: Tensor) -> KV:
-        with torch.no_grad():
-            ordinary = ordinary_pass(model, kv, at)
-        return _unflat(call(lambda *flat: _flat(candidate_sets(model, kv, _unflat(flat), at, slots)), *_flat(ordinary)))
-
-    device, rows = places.local_tokens.device, range(chunk_kv.num_rows)
-    slots = first_slot + torch.arange(len(rows), device=device)
+    Of rows that none of them refreshes there is nothing.
+    """
+    rows = range(chunk_kv.num_rows)
     hot = sorted({row for sample in samples for row in (rows if sample.refreshed is None else sample.refreshed)})
-    cold = [row for row in rows if row not in set(hot)]
-    if not cold:
-        return made(chunk_kv, places, slots)
-    first = Places([sample.first() for sample in samples], chunk_kv.length, device)
-    parts = [made(_rows(chunk_kv, cold), first, slots[cold]).map(lambda t: t.index_select(2, places.of_candidate))]
-    if hot:
-        parts.append(made(_rows(chunk_kv, hot), places, slots[hot]))
-    return _rows(concat(parts, 0), torch.tensor(cold + hot).argsort().tolist())
-
-
-def _rows(kv: KV, chosen: list[int]) -> KV:
-    """Some rows, copied."""
-    return kv.map(lambda tensor: tensor[chosen])
+    kv = chunk_kv if len(hot) == len(rows) else chunk_kv.map(lambda tensor: tensor[hot])
+    slots = first_slot + torch.tensor(hot, dtype=torch.long, device=places.local_tokens.device)
+    with torch.no_grad():
+        ordinary = ordinary_pass(model, kv, places)
+    made = call(lambda *flat: _flat(candidate_sets(model, kv, _unflat(flat), places, slots)), *_flat(ordinary))
+    return _unflat(made)
 
 
 @torch.no_grad()
-def memory_logits(model: nn.Module, groups: Sequence[KV], sample: Sample) -> Tensor:
+def memory_logits(model: nn.Module, groups: Iterable[KV], sample: Sample) -> Tensor:
     """`dense_logits` of one sample, for measuring: a memory in groups of rows, whose chunk lengths may differ.
 
     Args:
@@ -176,14 +162,16 @@ def memory_logits(model: nn.Module, groups: Sequence[KV], sample: Sample) -> Ten
     Returns:
         Logits [labels, V] of the answer tokens.
     """
-    sink = _sink(model)
-    sets, first_slot = [], int(sink is not None)
+    sink, sets, num_chunks = _sink(model), [], 0
     for kv in groups:
+        seen = range(num_chunks, num_chunks + kv.num_rows)
+        own = None if sample.refreshed is None else tuple(row - num_chunks for row in sample.refreshed if row in seen)
         places = Places([sample], kv.length, kv.keys[0].device)
-        slots = first_slot + torch.arange(kv.num_rows, device=kv.keys[0].device)
-        sets.append(candidate_sets(model, kv, ordinary_pass(model, kv, places), places, slots))
-        first_slot += kv.num_rows
-    return local_logits(model, concat(sets, 0), places, sink)
+        if own is None or own:
+            first_slot = num_chunks + int(sink is not None)
+            sets.append(_sets(model, kv, [replace(sample, refreshed=own)], places, first_slot, _plainly))
+        num_chunks += kv.num_rows
+    return local_logits(model, concat(sets, 0), places, num_chunks, sink)
 
 
 def _sink(model: nn.Module) -> KV | None:
@@ -232,11 +220,15 @@ def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places,
     return KV([move(i, key) for i, key in enumerate(attention.kv.keys)], attention.kv.values)
 
 
-def local_logits(model: nn.Module, candidates: KV, places: Places, sink: KV | None = None) -> Tensor:
-    """The local passes of all samples as one batch, each over its own candidate sets: logits [labels, V]."""
+def local_logits(model: nn.Module, candidates: KV, places: Places, num_slots: int, sink: KV | None = None) -> Tensor:
+    """The local passes of all samples as one batch, each over its own candidate sets: logits [labels, V].
+
+    Args:
+        num_slots: of how many slots the candidates take some; local positions begin behind them.
+    """
     if sink is not None:  # one more row, the same in all sets
         candidates = concat([sink.map(lambda one: one.expand(-1, -1, candidates.length, -1)), candidates], 0)
-    rows, shape = candidates.num_rows, places.set_of.shape  # [S, most sets of a sample]
+    shape = places.set_of.shape  # [S, most sets of a sample]
 
     def by_sample(made: Tensor) -> Tensor:  # [R, K, N, D] -> [S, K, sets, R, D]
         chosen = made.permute(1, 2, 0, 3).index_select(1, places.set_of.flatten())  # [K, S * sets, R, D]
@@ -248,7 +240,7 @@ def local_logits(model: nn.Module, candidates: KV, places: Places, sink: KV | No
     def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return over_sets(query, key, value, sets.keys[layer], sets.values[layer], bias, scale)
 
-    positions = places.local_positions + rows
+    positions = places.local_positions + num_slots + int(sink is not None)
     last = torch.arange(positions.shape[1] - shape[1], positions.shape[1], device=positions.device)
     logits = run(model, places.local_tokens, positions, attention, logits_to_keep=last)
     assert logits is not None

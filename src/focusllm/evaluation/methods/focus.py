@@ -2,13 +2,14 @@
 
 The layout is that of `FocusLLM.ask`: the chunks are the long text's own, template and question stand in the local
 context. A prompt without a chat template, or with more beside the text than the local context holds, is cut as one
-text. For losses the local context ends with the labels, so that it never holds more than the budget, and every chunk is
-condensed anew for every label (`refresh_rows` is for generation).
+text. For losses the local context ends with the labels, so that it never holds more than the budget, and the chunks
+that are seen (`refresh_rows`) are those that get most attention before the first label.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
+from focusllm.kv import KV
 from focusllm.llm import FocusLLM
 from focusllm.training.dense import Sample, memory_logits
 
@@ -53,7 +55,6 @@ class Focus(Method):
             return str(error).rstrip(".")
         whole = stored_bytes(self.base, self.config.replace(kv_dtype="same"), num_tokens)
         needed = estimate(self.base, self.config, num_tokens).total + min(whole, self.chunks.most_bytes)
-        needed += 0 if self.config.kv_dtype == "same" else whole  # a loss takes all of them as they were computed
         there = total_memory(self.base.device)
         if needed > there:
             return f"it needs about {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
@@ -99,6 +100,10 @@ class Focus(Method):
         blocks = self._blocks(far)
         if self.config.decoding == "cached" and self.config.bos_token_id is None:
             sample = Sample(local, num_labels, self.config.most_prompt_tokens)
+            if self.config.is_focused(sum(block.num_chunks for block in blocks)):
+                request = start_request(self.base, blocks, local[:-num_labels], self.config)
+                prefill(self.base, request, self.config)
+                sample = dataclasses.replace(sample, refreshed=tuple(request.refreshed_slots))
             return memory_logits(self.base, self._row_groups(blocks), sample)
         request = start_request(self.base, blocks, local[:-num_labels], self.config)
         logits = [prefill(self.base, request, self.config)[-1]]
@@ -108,9 +113,9 @@ class Focus(Method):
     def _blocks(self, far: list[int]) -> list[ChunkBlock]:
         return self.chunks.blocks(far, self.config)
 
-    def _row_groups(self, blocks: list[ChunkBlock]) -> list[Any]:
+    def _row_groups(self, blocks: list[ChunkBlock]) -> Iterator[KV]:
         size = self.config.chunks_per_batch
-        return [block.rows(self.base, i, i + size) for block in blocks for i in range(0, block.num_chunks, size)]
+        return (block.rows(self.base, i, i + size) for block in blocks for i in range(0, block.num_chunks, size))
 
 
 METHOD = Focus
