@@ -1,12 +1,13 @@
-"""Focused refresh: rows that the local pass attends to are advanced at every token, the others when they matter.
+"""Focused refresh: few rows are advanced at every token and seen by the local pass, the others when they matter.
 
-    cold rows   chunk and prompt lie where they were read; the candidate of then stays in its slot, scored but not seen
+    cold rows   chunk and prompt lie where they were read; the candidate of then stays in its slot, only scored
     hot rows    at most `RefreshPolicy.rows` of each chunk length, side by side in a buffer of their own:
                 the ones that a decode step reads, and whose candidates, made anew, the local context sees
 
-When the local pass would pay more to a cold row's candidate than to a hot row's, they change places: the cold row is copied
-into the buffer and catches up with the tokens it has not seen, all at once. So the cost of a token does not grow with
-the text. With all rows hot (`rows=None`) this is plain cached decoding and nothing here is used.
+When the local pass would pay more to a cold row's candidate than to a hot row's, they change places: the cold row is
+copied into the buffer and catches up with the tokens it has not seen, all at once. So the cost of a token does not grow
+with the text, and many candidates that have nothing to say take no attention from the few that have. With all rows hot
+(`rows=None`) this is plain cached decoding and nothing here is used.
 
 Letters: R rows, k hot rows, C tokens of a chunk, K key-value heads, D head dimension.
 """
