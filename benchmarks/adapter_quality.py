@@ -185,12 +185,12 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
     window = text[:length]
     local = window[-config.local_length :]  # the last 256 are labels, what stands before them is given
     far = window[: -config.local_length]
-    cut = (len(far) - config.chunk_length) % config.stride  # whole chunks: the dense pass takes rows of one length
+    cut = (len(far) - config.chunk_length) % config.stride  # whole chunks, the same in all windows
     blocks = bench.blocks(far[cut:])
     request = start_request(base, blocks, local[:-count], config)
     prefill(base, request, config)
     sample = Sample(local, count, config.prompt_length, refreshed=tuple(request.refreshed_slots))
-    groups = (block.rows(base, i, i + 8) for block in blocks for i in range(0, block.num_chunks, 8))
+    groups = (kv for block in blocks for _, kv in block.batches(base, config.chunks_per_batch))
     loss = F.cross_entropy(memory_logits(base, groups, sample).float(), torch.tensor(local[-count:]))
     result = {"focus": float(loss), "local": _plain_loss(base, local, count)}
     result["sink"] = _plain_loss(base, [*window[:SINKS], *local[SINKS:]], count)  # positions as the cache has them

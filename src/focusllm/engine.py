@@ -23,7 +23,7 @@ from focusllm.chunking import count_chunks
 from focusllm.chunks import ChunkBlock, encode, tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
-from focusllm.focus import candidate_pass, decode_pass, local_pass, read_prompt, to_slots
+from focusllm.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
 from focusllm.kv import KV, GrowingKV, Segment, concat
 from focusllm.refresh import HotRows, RefreshPolicy, Row, hottest
 
@@ -191,9 +191,8 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
     local = Segment([request.local_kv for request in requests if request.local_kv is not None])
     candidates = [request.candidates for request in requests if request.candidates is not None]
     slots = [_tensor(model, request.refreshed_slots) for request in requests]
-    shown = [_shown(model, request) for request in requests]
     logits, ordinary, local_kv, paid = decode_pass(
-        model, pairs, start, row, newest, local_start, local, candidates, slots, shown, _first_slot(model)
+        model, pairs, start, row, newest, local_start, local, candidates, slots, _first_slot(model)
     )
     _keep_ordinary(requests, ordinary)
     for i, request in enumerate(requests):
@@ -268,15 +267,6 @@ def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
     return whole if len(whole) == len(found) else None
 
 
-def _shown(model: nn.Module, request: Request) -> Tensor | None:
-    """Which candidates [R] the local context sees; None: all. Many that have nothing to say would drown the others."""
-    if not request.hot:
-        return None
-    shown = torch.zeros(request.num_chunks, dtype=torch.bool, device=next(model.parameters()).device)
-    shown[request.refreshed_slots] = True
-    return shown
-
-
 def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy) -> None:
     """Choose the rows that are read at every token, by what the local context's last token paid."""
     rows: list[Row] = []
@@ -303,7 +293,8 @@ def _local_from_start(model: nn.Module, request: Request, config: FocusConfig, l
     assert request.candidates is not None
     start = _tensor(model, [_first_place(model, request)])
     local = _tensor(model, [request.local_ids])
-    segments = [Segment([request.candidates], shown=[_shown(model, request)])]
+    shown = shown_at(_tensor(model, request.refreshed_slots), request.num_chunks)
+    segments = [Segment([request.candidates], shown=[shown])]
     logits, kv, paid = local_pass(model, local, start, segments, logits_to_keep, sink_token(model))
     _count_attention(request, paid[0])
     if config.decoding == "cached":

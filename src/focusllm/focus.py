@@ -177,7 +177,6 @@ def decode_pass(
     local: Segment,
     candidates: Sequence[KV],
     slots: Sequence[Tensor],
-    shown: Sequence[Tensor | None],
     first_slot: int = 0,
 ) -> tuple[Tensor, KV, KV, list[Tensor]]:
     """A cached decode step of B requests in one forward pass: `candidate_pass`, `to_slots` and `local_pass` at once.
@@ -190,8 +189,8 @@ def decode_pass(
         newest: [B], the requests' newest tokens. local_start: [B], their positions in the local pass.
         local: the local contexts' kept keys and values, a block a request.
         candidates: each request's candidate set [1, K, R_b, D] a layer, changed in place at `slots`.
-        slots: which of its slots each request's rows belong to; the other slots keep what they hold.
-        shown: which of its slots [R_b] each newest token sees, None: all; the others are only scored.
+        slots: which of its slots each request's rows belong to. The newest token sees these; the others keep what they
+            hold and are only scored.
         first_slot: position of the first slot.
 
     Returns:
@@ -200,6 +199,7 @@ def decode_pass(
     """
     rows, counts = pairs.shape[0], [len(own) for own in slots]
     move = mover(model, (torch.cat(list(slots)) + first_slot - (start + 1))[None])
+    seen = Segment(candidates, shown=[shown_at(own, kv.length) for own, kv in zip(slots, candidates, strict=True)])
     over_rows, local_kv = Over(row), KV([], [])
     totals: list[Tensor] = []
 
@@ -215,9 +215,7 @@ def decode_pass(
             kv.values[layer].index_copy_(2, own_slots, own_values)
         local_kv.keys.append(k)
         local_kv.values.append(v)
-        out_local, paid = attend(
-            q, k, v, [Segment(candidates, shown=shown).layer(layer), local.layer(layer)], None, scale, True
-        )
+        out_local, paid = attend(q, k, v, [seen.layer(layer), local.layer(layer)], None, scale, True)
         totals[:] = [a + b for a, b in zip(totals, paid, strict=True)] if totals else paid
         flat = [out_rows.transpose(0, 1).flatten(1, 2), out_local[:, :, 0].transpose(0, 1)]
         return torch.cat(flat, 1)[None]
@@ -228,6 +226,13 @@ def decode_pass(
     logits = run(model, tokens, positions, attention, candidates=slice(1, 2 * rows, 2), logits_to_keep=keep)
     assert logits is not None
     return logits[0], over_rows.kv.tokens(0, 1), local_kv, totals
+
+
+def shown_at(slots: Tensor, num_slots: int) -> Tensor | None:
+    """Which of so many slots [R] are seen where only those at `slots` are; None: all of them."""
+    if len(slots) == num_slots:
+        return None
+    return torch.zeros(num_slots, dtype=torch.bool, device=slots.device).index_fill_(0, slots, True)
 
 
 def read_prompt(model: nn.Module, chunk_kv: KV, prompt: Tensor, first_slot: int = 0) -> tuple[KV, KV]:

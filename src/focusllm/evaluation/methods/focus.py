@@ -115,7 +115,7 @@ class Focus(Method):
 
     def _row_groups(self, blocks: list[ChunkBlock]) -> Iterator[KV]:
         size = self.config.chunks_per_batch
-        return (block.rows(self.base, i, i + size) for block in blocks for i in range(0, block.num_chunks, size))
+        return (kv for block in blocks for _, kv in block.batches(self.base, size))
 
 
 METHOD = Focus
