@@ -55,22 +55,22 @@ class FocusConfig:
     def __post_init__(self) -> None:
         for name in ("chunk_length", "local_length", "prompt_length", "chunks_per_batch"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value, 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         overlap = self.overlap
-        if not isinstance(overlap, int) or isinstance(overlap, bool) or not 0 <= overlap < self.chunk_length:
+        if not _is_whole(overlap, 0) or overlap >= self.chunk_length:
             raise ConfigError(
                 f"chunk_overlap is {overlap!r}; it must be a whole number from 0 to below chunk_length, which is "
                 f"{self.chunk_length}."
             )
         for name in ("plain_below", "bos_token_id"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            if value is not None and not _is_whole(value, 0):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 0, or None.")
         if not isinstance(self.rechunk, bool):
             raise ConfigError(f"rechunk is {self.rechunk!r}; it must be True or False.")
         rows = self.refresh_rows
-        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        if rows is not None and not _is_whole(rows, 1):
             raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or None for all.")
         for name, choices in CHOICES.items():
             known, value = get_args(choices), getattr(self, name)
@@ -197,3 +197,7 @@ class FocusConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
         return dataclasses.asdict(self)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
