@@ -221,7 +221,7 @@ def case_of(bench: Bench, task: str, length: int, number: int) -> dict[str, Any]
         question = questions[int(rng.integers(len(questions)))]
         book = bench.book(number // 20, length + bench.config.local_length)
         return {"task": name, **stories(bench, question, book, length, rng)}
-    end = max(bench.arguments.lengths) + (number % 10) * 3 * bench.config.stride  # windows share chunks
+    end = bench.arguments.longest + (number % 10) * 3 * bench.config.stride  # windows share chunks
     book = bench.book(number // 10, end)
     return perplexity(bench, book[end - length : end], length, length <= bench.arguments.full_to)
 
@@ -248,7 +248,8 @@ class Kept:
 
     def __init__(self, name: str, settings: dict[str, Any]):
         self.name, self.settings = name, settings
-        before = {"kv_dtype": "same", "chunk_overlap": 0, **earlier(name)}  # what older results do not say
+        older = {"kv_dtype": "same", "chunk_overlap": 0, "refresh_rows": None}  # what older results do not say
+        before = {**older, **earlier(name)}
         same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
         self.lengths: dict[str, dict[str, Any]] = before["lengths"] if same else {}
 
@@ -271,14 +272,17 @@ def main() -> None:
     parser.add_argument("--chunk-overlap", type=int, help="default: 64, or a quarter of a shorter chunk")
     parser.add_argument("--local-length", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=64)
+    parser.add_argument("--refresh-rows", type=int, default=8, help="how many chunks the local context sees")
     parser.add_argument("--kv-dtype", default="same", help="in how many bits chunks are kept: same, int8 or int4")
     parser.add_argument("--full", action="store_true", help="keys: full attention beside it")
     parser.add_argument("--full-to", type=int, default=8192, help="perplexity: full attention up to this length")
+    parser.add_argument("--longest", type=int, help="perplexity: windows end where those of this length would")
     parser.add_argument("--name", help="of the result file; default: adapter_TASK")
     arguments = parser.parse_args()
+    arguments.longest = arguments.longest or max(arguments.lengths)
     own = {
         name: getattr(arguments, name)
-        for name in ("chunk_length", "chunk_overlap", "local_length", "prompt_length", "kv_dtype")
+        for name in ("chunk_length", "chunk_overlap", "local_length", "prompt_length", "refresh_rows", "kv_dtype")
     }
     llm = FocusLLM.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype, **own)
     own["chunk_overlap"] = llm.config.overlap
@@ -290,7 +294,7 @@ def main() -> None:
     settings = {**own, "model": arguments.model, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
     settings |= {"task": arguments.task, "sink_token": sink_token(llm.model.base), "full": arguments.full}
     if arguments.task == "perplexity":  # the longest says where the windows are
-        settings |= {"full_to": arguments.full_to, "longest": max(arguments.lengths)}
+        settings |= {"full_to": arguments.full_to, "longest": arguments.longest}
     kept = Kept(arguments.name or f"adapter_{arguments.task}", settings)
     measured(bench, arguments.task, kept)
     kept.write(quiet=False)

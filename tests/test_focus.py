@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
-from focusllm import AdapterConfig
+from focusllm import AdapterConfig, attention
 from focusllm.adapter import injected, trainable_parameters
 from focusllm.attention import (
     QUERY_BLOCK,
@@ -178,12 +178,16 @@ def test_gradients_equal_finite_differences() -> None:
         torch.testing.assert_close((above - below) / (2 * step), parameter.grad[index], rtol=1e-2, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 40])
+@pytest.mark.parametrize("length", [1, 2, 5, 40, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("some", [False, True])
-def test_attention_over_segments_equals_attention_over_all(length: int, dtype: torch.dtype, some: bool) -> None:
-    """Several segments of several blocks, few and many queries, against one softmax over everything in float64; and
-    with some of a block only scored."""
+@pytest.mark.parametrize("scores_at_once", [attention.SCORES_AT_ONCE, 1])
+def test_attention_over_segments_equals_attention_over_all(
+    length: int, dtype: torch.dtype, some: bool, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several segments of several blocks, few and many queries, against one softmax over everything in float64; with
+    some of a block only scored, and with rows one by one."""
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores_at_once)
     torch.manual_seed(0)
     query, key, value = (torch.randn(5, heads, length, 16) for heads in (6, 2, 2))
     rooms = [[(3, 40, 33), (2, 24, 17)], [(3, 64, 9), (2, 64, 0)]]  # rows, room, tokens that count

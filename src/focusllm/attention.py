@@ -3,9 +3,9 @@
     query of new tokens  --->  [ segment 1 | segment 2 | ... | the new tokens themselves ]
 
 Keys and values are neither joined nor copied, and key-value heads are not repeated for the query heads that share them.
-Few queries (decoding): scores of all segments under one softmax, by batched matrix products that run at the speed of
-memory. Many queries (a prompt behind chunks): a flash kernel a segment, results merged exactly through the logarithms
-of their softmax sums (as flash attention joins its tiles, arXiv 2205.14135). Chunks alone: in bfloat16 on a CPU by
+Few queries (decoding; in 2-byte types on a CPU prompts behind chunks too): scores of all segments under one softmax, by
+batched matrix products. Many queries: a flash kernel a segment, results merged exactly through the logarithms of their
+softmax sums (as flash attention joins its tiles, arXiv 2205.14135). Chunks alone: in bfloat16 on a CPU by
 products, a block of queries at a time; on a GPU by torch's own kernel. With gradients: joined, one differentiable call;
 but 2-byte types on a CPU by products again (`differentiable`).
 
@@ -33,6 +33,10 @@ QUERY_BLOCK = 128
 """Queries of a product in `_causal_by_blocks`: its scores stay in the caches."""
 FEW_QUERIES = 16
 """Up to so many queries a key-value head, scores are computed by plain products."""
+FEW_QUERIES_2_BYTES = 256
+"""The same on a CPU for 2-byte types, whose products are faster there than the flash kernel's own."""
+SCORES_AT_ONCE = 2**21
+"""Most scores of a product with few queries, if rows can be taken apart: they stay in the caches."""
 
 
 def attend(
@@ -77,8 +81,8 @@ def attend(
         index = len(outs)
         past = [(*blocks[index], segment_mask) for blocks, segment_mask in segments]
         past = [(k, v, n, seen, m if m is None or m.dim() == 2 else m[rows]) for k, v, n, seen, m in past]
-        few = query.shape[1] // key.shape[1] * query.shape[2] <= FEW_QUERIES and all(m is None for *_, m in past)
-        partly = _attend_few if few and mask is None else _attend_many
+        few = _are_few(query, key.shape[1]) and mask is None and all(m is None for *_, m in past)
+        partly = _attend_few if few else _attend_many
         own = mask if mask is None or mask.dim() == 2 else mask[rows]
         out, share = partly(query[rows], key[rows], value[rows], past, own, scale, watch)
         outs.append(out)
@@ -91,10 +95,31 @@ Past = Sequence[tuple[Tensor, Tensor, int, Tensor | None, Tensor | None]]
 """Keys, values, length, what is seen and mask of each segment, for one block of rows."""
 
 
+def _are_few(query: Tensor, num_kv_heads: int) -> bool:
+    """Whether plain products are the faster way to the scores."""
+    fast = query.device.type == "cpu" and query.dtype.itemsize == 2
+    return query.shape[1] // num_kv_heads * query.shape[2] <= (FEW_QUERIES_2_BYTES if fast else FEW_QUERIES)
+
+
 def _attend_few(
     query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One softmax over the scores of all segments; causal among the new tokens."""
+    """One softmax over the scores of all segments, causal among the new tokens; so many rows at once as caches hold."""
+    num_scores = query.shape[1] * query.shape[2] * (key.shape[2] + sum(k.shape[2] for k, *_ in past))
+    at_once = max(1, SCORES_AT_ONCE // num_scores)
+    parts = []
+    for start in range(0, query.shape[0], at_once):
+        rows = slice(start, start + at_once)
+        past_rows = [(k[rows], v[rows], n, seen, m) for k, v, n, seen, m in past]
+        parts.append(_attend_few_rows(query[rows], key[rows], value[rows], past_rows, scale, watch))
+    out = torch.cat([one for one, _ in parts]) if parts[1:] else parts[0][0]
+    shares = [share for _, share in parts if share is not None]
+    return out, torch.cat(shares) if shares else None
+
+
+def _attend_few_rows(
+    query: Tensor, key: Tensor, value: Tensor, past: Past, scale: float, watch: bool
+) -> tuple[Tensor, Tensor | None]:
     rows, heads, length, _ = query.shape
     packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
     values = [v.flatten(0, 1) for _, v, *_ in past] + [value.flatten(0, 1)]
@@ -130,7 +155,7 @@ def _attend_few(
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """[N, n, D] and [N, S, D] to [N, n, S], the factors in the order that is faster for the type."""
-    if query.dtype.itemsize == 2:
+    if query.dtype.itemsize == 2 and query.shape[1] <= FEW_QUERIES:
         return torch.bmm(key, query.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(query, key.transpose(1, 2))
 

@@ -101,7 +101,10 @@ class FocusConfig:
     @property
     def overlap(self) -> int:
         """Tokens that neighbouring chunks share."""
-        return min(64, self.chunk_length // 4) if self.chunk_overlap is None else self.chunk_overlap
+        return self._overlap_of(self.chunk_length)
+
+    def _overlap_of(self, chunk_length: int) -> int:
+        return min(64, chunk_length // 4) if self.chunk_overlap is None else self.chunk_overlap
 
     @property
     def stride(self) -> int:
@@ -171,12 +174,16 @@ class FocusConfig:
         if num_chunks > max_positions - self.max_local_length:
             # Longer chunks leave room for two local lengths of local tokens, behind a chunk and behind the candidates.
             largest = max(max_positions - 2 * self.local_length, 1)
-            stride = -(-num_chunks * self.stride // largest)
-            needed = stride + (min(64, -(-stride // 3)) if self.chunk_overlap is None else self.chunk_overlap)
+            num_tokens = num_chunks * self.stride
+
+            def holds(chunk_length: int) -> int:
+                return largest * (chunk_length - self._overlap_of(chunk_length))
+
+            enough = (length for length in range(self.chunk_length, largest + 1) if holds(length) >= num_tokens)
+            needed = next(enough, None)
             remedy = f"use a chunk_length of at least {needed}"
-            if needed > largest:
-                most = largest * (largest - min(self.overlap, largest // 4))
-                remedy = f"no chunk_length holds many more than {most} tokens beside this local_length"
+            if needed is None:
+                remedy = f"no chunk_length holds many more than {holds(largest)} tokens beside this local_length"
             raise ConfigError(
                 f"{num_chunks} chunks need {num_chunks} positions beside {self.max_local_length} for the local "
                 f"context, but the base model has {max_positions}; {remedy}."
