@@ -1,6 +1,7 @@
-"""Reading chunks by blocks of queries against the flash kernel, in turns on one model: seconds a batch.
+"""Reading in 2-byte types on a CPU: attention by plain products against the flash kernel, in turns on one model.
 
-python benchmarks/reading_attention.py --chunks 8 --chunk-length 1024
+python benchmarks/reading_attention.py --chunks 8 --chunk-length 1024               # chunks, by blocks of queries
+python benchmarks/reading_attention.py --chunks 8 --chunk-length 1024 --prompt 64   # a prompt behind the chunks
 """
 
 from __future__ import annotations
@@ -13,35 +14,45 @@ import torch
 
 from common import finish, sample_text
 from focusllm import FocusLLM, attention
-from focusllm.focus import encode_chunks
+from focusllm.focus import encode_chunks, read_prompt
 from focusllm.text import encode_text
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
 parser.add_argument("--chunks", type=int, default=8)
 parser.add_argument("--chunk-length", type=int, default=1024)
+parser.add_argument("--prompt", type=int, help="read a prompt of so many tokens behind the chunks, not the chunks")
 parser.add_argument("--rounds", type=int, default=5)
 arguments = parser.parse_args()
 
 llm = FocusLLM.from_pretrained("smollm2-135m", dtype="bfloat16", packed=False)
 base, count = llm.model.base, arguments.chunks * arguments.chunk_length
-ids = torch.tensor(encode_text(llm.tokenizer, sample_text()).token_ids[:count]).view(arguments.chunks, -1)
-block, rounds = attention.QUERY_BLOCK, []
+ids = torch.tensor(encode_text(llm.tokenizer, sample_text()).token_ids[: count + (arguments.prompt or 0)])
+chunks, prompt = ids[:count].view(arguments.chunks, -1), ids[count:]
+if arguments.prompt:
+    chunk_kv, setting = encode_chunks(base, chunks), "FEW_QUERIES_2_BYTES"
+    ways = {"products": attention.FEW_QUERIES_2_BYTES, "kernel": 0}
+else:
+    setting, ways = "QUERY_BLOCK", {"products": attention.QUERY_BLOCK, "kernel": count}
+rounds = []
 for number in range(arguments.rounds + 1):
     taken = {}
-    for name, size in (("blocks", block), ("kernel", count)):  # no chunk is longer than a block of `count`
-        attention.QUERY_BLOCK = size
+    for name, value in ways.items():
+        setattr(attention, setting, value)
         start = time.perf_counter()
-        encode_chunks(base, ids)
+        with torch.no_grad():
+            _ = read_prompt(base, chunk_kv, prompt) if arguments.prompt else encode_chunks(base, chunks)
         taken[name] = time.perf_counter() - start
-    print(f"round {number}: blocks {taken['blocks']:.2f} s, kernel {taken['kernel']:.2f} s", flush=True)
+    print(f"round {number}: products {taken['products']:.2f} s, kernel {taken['kernel']:.2f} s", flush=True)
     rounds.append(taken)
 rounds = rounds[1:]  # the first warms up
 result = {
-    "tokens": count,
+    "tokens": arguments.chunks * arguments.prompt if arguments.prompt else count,
     "chunk_length": arguments.chunk_length,
-    "blocks_seconds": statistics.median(taken["blocks"] for taken in rounds),
+    "prompt": arguments.prompt,
+    "products_seconds": statistics.median(taken["products"] for taken in rounds),
     "kernel_seconds": statistics.median(taken["kernel"] for taken in rounds),
-    "blocks_take": statistics.median(taken["blocks"] / taken["kernel"] for taken in rounds),
-    "ratios": [taken["blocks"] / taken["kernel"] for taken in rounds],
+    "products_take": statistics.median(taken["products"] / taken["kernel"] for taken in rounds),
+    "ratios": [taken["products"] / taken["kernel"] for taken in rounds],
 }
-finish(f"reading_attention_{arguments.chunk_length}", result)
+name = f"prompt_{arguments.prompt}" if arguments.prompt else f"attention_{arguments.chunk_length}"
+finish(f"reading_{name}", result)
