@@ -41,6 +41,7 @@ def forward(
     mask: Tensor,
     earlier: list[tuple[Tensor, Tensor]] | None = None,
     earlier_positions: Tensor | None = None,
+    shares: list[Tensor] | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """One text through the layers.
 
@@ -48,6 +49,7 @@ def forward(
         ids: T tokens. candidates: [T], True where the candidate projections are used. positions: [T].
         mask: [T, S + T], what sees what; the S earlier tokens come first.
         earlier: per layer, unrotated keys and values [K, S, D] of earlier tokens; earlier_positions: [S].
+        shares: gets a layer's attention [H, T, S + T], also what would be paid to what is not seen.
 
     Returns:
         Unrotated keys and values [K, T, D] a layer, and logits [T, V].
@@ -71,7 +73,10 @@ def forward(
         groups = q.shape[0] // k.shape[0]
         keys, values = _rope(k, at, theta).repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
         scores = _rope(q, positions, theta) @ keys.transpose(1, 2) / width**0.5
-        out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+        visible = scores.masked_fill(~mask, -torch.inf)
+        out = visible.softmax(-1) @ values
+        if shares is not None:
+            shares.append((scores - visible.logsumexp(-1, keepdim=True)).exp())
         x = x + _project(attention.o_proj, out.transpose(0, 1).flatten(1), candidates)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return kept, model.lm_head(model.model.norm(x))
@@ -117,6 +122,20 @@ def exact_logits(
     none = torch.zeros(length, dtype=torch.bool)
     positions = torch.arange(count, count + length)
     return forward(model, local, none, positions, mask, made, slots)[1]
+
+
+def attention_to_candidates(
+    model: nn.Module, chunks: list[list[int]], prompt: list[int], local: list[int], sink: int | None = None
+) -> Tensor:
+    """What the prompt's tokens would pay to each candidate [R] in a local context that sees none of them."""
+    made, slots = _behind_sink(model, candidates_of(model, chunks, prompt), torch.arange(len(chunks)), sink)
+    count, length = len(slots), len(local)
+    seen = (torch.arange(count) < count - len(chunks)).expand(length, -1)  # the sink alone
+    mask = torch.cat([seen, torch.ones(length, length, dtype=torch.bool).tril()], 1)
+    none, shares = torch.zeros(length, dtype=torch.bool), []
+    forward(model, local, none, torch.arange(count, count + length), mask, made, slots, shares)
+    own = slice(count - len(chunks), count)
+    return sum(share[:, -len(prompt) :, own].mean((0, 1)) for share in shares)
 
 
 def cached_logits(

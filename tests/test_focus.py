@@ -181,9 +181,9 @@ def test_gradients_equal_finite_differences() -> None:
 @pytest.mark.parametrize("length", [1, 2, 5, 40, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize("scores_at_once", [attention.SCORES_AT_ONCE, 1])
+@pytest.mark.parametrize(("scores_at_once", "watch"), [(attention.SCORES_AT_ONCE, 1), (1, 3)])
 def test_attention_over_segments_equals_attention_over_all(
-    length: int, dtype: torch.dtype, some: bool, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+    length: int, dtype: torch.dtype, some: bool, scores_at_once: int, watch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several segments of several blocks, few and many queries, against one softmax over everything in float64; with
     some of a block only scored, and with rows one by one."""
@@ -198,7 +198,7 @@ def test_attention_over_segments_equals_attention_over_all(
     if some:
         segments[0][0][1] = (*segments[0][0][1][:3], torch.rand(17) > 0.5)
     cast = [([(k.to(dtype), v.to(dtype), n, seen) for k, v, n, seen in blocks], mask) for blocks, mask in segments]
-    got, paid = attend(query.to(dtype), key.to(dtype), value.to(dtype), cast, None, 0.25, watch=True)
+    got, paid = attend(query.to(dtype), key.to(dtype), value.to(dtype), cast, None, 0.25, watch)
     naive = []
     for precise in (torch.float64, dtype):
         rows, start = [], 0
@@ -219,8 +219,8 @@ def test_attention_over_segments_equals_attention_over_all(
             visible = scores.masked_fill(hidden, -torch.inf)
             rows.append(visible.softmax(-1) @ v)
             if precise == torch.float64:
-                paying = scores[:, :, -1, : first[2]] - visible[:, :, -1:].logsumexp(-1)
-                share = paying.exp().mean(1)
+                paying = scores[:, :, -watch:, : first[2]] - visible[:, :, -watch:].logsumexp(-1, keepdim=True)
+                share = paying.exp().mean((1, 2))
                 torch.testing.assert_close(paid[len(rows) - 1].double(), share, rtol=0.05, atol=2e-3)
             start += first[0].shape[0]
         naive.append(torch.cat(rows))

@@ -53,6 +53,20 @@ def test_equals_its_definition_from_scratch(length: int, sink: int | None) -> No
     assert any(rows.parked for rows in request.hot)
 
 
+@pytest.mark.parametrize("sink", [None, 9])
+def test_hot_rows_are_those_that_the_prompt_pays_most_to(sink: int | None) -> None:
+    llama = with_candidates(build(), AdapterConfig(sink_token=sink))
+    chosen = set()
+    for seed in range(6):
+        far, local = split(random_ids(LENGTH, seed), FOCUSED)
+        chunks = [far[first:stop] for first, stop in cut(len(far), FOCUSED)]
+        request, _ = begin(llama, [*far, *local], FOCUSED)
+        paid = reference.attention_to_candidates(llama, chunks, local[-6:], local, sink)
+        assert request.refreshed_slots == sorted(paid.topk(2).indices.tolist())
+        chosen |= set(request.refreshed_slots)
+    assert len(chosen) > 2  # not the same for every text
+
+
 def test_enough_rows_is_every_row(llama: nn.Module) -> None:
     ids, generated = random_ids(120), random_ids(10, seed=1)
     one, _ = begin(llama, ids, SMALL.replace(refresh_rows=None))

@@ -46,7 +46,7 @@ def attend(
     segments: Sequence[LayerSegment],
     mask: Tensor | None,
     scale: float,
-    watch: bool = False,
+    watch: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Attention of new tokens to segments of earlier ones and to themselves.
 
@@ -55,11 +55,11 @@ def attend(
         segments: earlier tokens; all segments are cut into blocks at the same rows.
         mask: [T, T] or [B, T, T], True where a new token sees a new token; None: causal.
         scale: factor of the scores.
-        watch: report what the newest token pays to the first segment, and would pay to what of it is not seen.
+        watch: report what so many of the newest tokens pay to the first segment, and would pay to what they do not see.
 
     Returns:
-        The result [B, H, T, D]; and if watched, one [rows, S] a block of the first segment, a mean over heads
-        (the sum over what is seen is the share of its attention that the segment got).
+        The result [B, H, T, D]; and if watched, one [rows, S] a block of the first segment, a mean over heads and
+        tokens (the sum over what is seen is the share of their attention that the segment got).
     """
     earlier = [tensor for blocks, _ in segments for block in blocks for tensor in block[:2]]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, *earlier)):
@@ -102,7 +102,7 @@ def _are_few(query: Tensor, num_kv_heads: int) -> bool:
 
 
 def _attend_few(
-    query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: bool
+    query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: int
 ) -> tuple[Tensor, Tensor | None]:
     """One softmax over the scores of all segments, causal among the new tokens; so many rows at once as caches hold."""
     num_scores = query.shape[1] * query.shape[2] * (key.shape[2] + sum(k.shape[2] for k, *_ in past))
@@ -118,7 +118,7 @@ def _attend_few(
 
 
 def _attend_few_rows(
-    query: Tensor, key: Tensor, value: Tensor, past: Past, scale: float, watch: bool
+    query: Tensor, key: Tensor, value: Tensor, past: Past, scale: float, watch: int
 ) -> tuple[Tensor, Tensor | None]:
     rows, heads, length, _ = query.shape
     packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
@@ -141,10 +141,10 @@ def _attend_few_rows(
     weights = joined.softmax(-1)
     share = None
     if watch and past[0][3] is None:
-        share = weights.view(rows, heads, length, -1)[:, :, -1, : past[0][2]].float().mean(1)
+        share = weights.view(rows, heads, length, -1)[:, :, -watch:, : past[0][2]].float().mean((1, 2))
     elif watch:
         paid = (every.float() - joined.float().logsumexp(-1, keepdim=True)).exp()
-        share = paid.reshape(rows, heads, length, -1)[:, :, -1].mean(1)
+        share = paid.reshape(rows, heads, length, -1)[:, :, -watch:].mean((1, 2))
     out, start = None, 0
     for part in values:
         product = torch.bmm(weights[..., start : start + part.shape[1]], part)
@@ -161,7 +161,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _attend_many(
-    query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: bool
+    query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: int
 ) -> tuple[Tensor, Tensor | None]:
     """A partial result a segment, merged by their softmax sums."""
     length = query.shape[2]
@@ -178,9 +178,9 @@ def _attend_many(
     share = None
     if watch:
         first_key = past[0][0][:, :, : past[0][2]]
-        newest = _packed(query[:, :, -1:].to(lse.dtype), key.shape[1])  # [B, K, G, D]
-        weights = (newest @ first_key.to(lse.dtype).transpose(-1, -2) * scale).flatten(1, 2) - lse[:, :, -1:]
-        share = weights.exp().mean(1)
+        newest = query[:, :, -watch:].to(lse.dtype)
+        scores = _packed(newest, key.shape[1]) @ first_key.to(lse.dtype).transpose(-1, -2) * scale  # [B, K, G * n, S]
+        share = (scores.reshape(*newest.shape[:3], -1) - lse[:, :, -watch:, None]).exp().mean((1, 2))
     return merged.to(query.dtype), share
 
 

@@ -142,10 +142,8 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
         tail.length = len(prompt) - 1
         request.tails.append(tail)
     request.candidates = concat(candidates, dim=2)
-    if config.is_focused(request.num_chunks):  # who gets attention among all decides who is seen
-        _local_from_start(model, request, config, 1)
-        _choose_hot(model, request, RefreshPolicy(config.refresh_rows))
-        request.paid = None
+    if config.is_focused(request.num_chunks):
+        _choose_hot(model, request, RefreshPolicy(config.refresh_rows), len(prompt_ids))
     return _local_from_start(model, request, config, logits_to_keep)
 
 
@@ -267,15 +265,23 @@ def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
     return whole if len(whole) == len(found) else None
 
 
-def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy) -> None:
-    """Choose the rows that are read at every token, by what the local context's last token paid."""
+def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy, prompt_length: int) -> None:
+    """Choose the rows that are read at every token, by what the dynamic prompt would pay to each.
+
+    The local context is read without any candidate for that: many that have nothing to say change what it asks for.
+    """
+    assert request.candidates is not None
+    start, local = _tensor(model, [_first_place(model, request)]), _tensor(model, [request.local_ids])
+    none = torch.zeros(request.num_chunks, dtype=torch.bool, device=local.device)
+    segments = [Segment([request.candidates], shown=[none])]
+    watch = min(prompt_length, len(request.local_ids))
+    _, _, paid = local_pass(model, local, start, segments, 1, sink_token(model), watch)
     rows: list[Row] = []
     for block, tail in zip(request.blocks, request.tails, strict=True):
         read = tail.filled()
         for i in range(block.num_chunks):
             rows.append(Row(block.part(i, i + 1), read.rows(i, i + 1), len(rows)))
-    assert request.paid is not None
-    request.hot = hottest(model, rows, request.paid, policy)
+    request.hot = hottest(model, rows, paid[0][0], policy)
 
 
 def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:

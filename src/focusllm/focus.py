@@ -54,7 +54,7 @@ from focusllm.rope import move_keys, rotation
 class Over:
     """Attention of a pass to segments of earlier tokens and to itself; keeps the new keys and values."""
 
-    def __init__(self, segments: Sequence[Segment] = (), watch: bool = False, own_mask: Tensor | None = None):
+    def __init__(self, segments: Sequence[Segment] = (), watch: int = 0, own_mask: Tensor | None = None):
         self.segments, self.watch, self.own_mask = segments, watch, own_mask
         self.kv = KV([], [])
         self.paid: list[Tensor] = []
@@ -134,6 +134,7 @@ def local_pass(
     segments: Sequence[Segment],
     logits_to_keep: int = 1,
     sink: int | None = None,
+    watch: int = 1,
 ) -> tuple[Tensor, KV, list[Tensor]]:
     """Decode from the candidates and the local context, by the base model (paper section 3.3).
 
@@ -144,17 +145,18 @@ def local_pass(
         logits_to_keep: how many of the last tokens get logits; 0: all.
         sink: a token to be read first, at position 0: it sees no candidates, the others see it. For whole local
             contexts; `start` counts it.
+        watch: how many of the newest tokens are watched.
 
     Returns:
-        Logits [B, n, V]; keys and values of these tokens (the sink's first); and what the newest paid to the
-        candidates, one [rows, R] a block, summed over layers (empty while gradients are recorded).
+        Logits [B, n, V]; keys and values of these tokens (the sink's first); and what the watched ones paid to the
+        candidates, a mean of them, one [rows, R] a block, summed over layers (empty while gradients are recorded).
     """
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     if sink is not None:
         logits_to_keep = logits_to_keep or tokens.shape[1]
         tokens, positions = F.pad(tokens, (1, 0), value=sink), F.pad(positions, (1, 0))
         segments = [_hidden_from_first(segment, tokens.shape[1]) for segment in segments]
-    attention = Over(segments, watch=bool(segments) and not torch.is_grad_enabled())
+    attention = Over(segments, watch=watch if segments and not torch.is_grad_enabled() else 0)
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None
     return logits, attention.kv, attention.paid
@@ -215,7 +217,7 @@ def decode_pass(
             kv.values[layer].index_copy_(2, own_slots, own_values)
         local_kv.keys.append(k)
         local_kv.values.append(v)
-        out_local, paid = attend(q, k, v, [seen.layer(layer), local.layer(layer)], None, scale, True)
+        out_local, paid = attend(q, k, v, [seen.layer(layer), local.layer(layer)], None, scale, 1)
         totals[:] = [a + b for a, b in zip(totals, paid, strict=True)] if totals else paid
         flat = [out_rows.transpose(0, 1).flatten(1, 2), out_local[:, :, 0].transpose(0, 1)]
         return torch.cat(flat, 1)[None]

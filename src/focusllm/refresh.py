@@ -133,7 +133,7 @@ class HotRows:
 
 
 def hottest(model: nn.Module, rows: list[Row], attention: Tensor, policy: RefreshPolicy) -> list[HotRows]:
-    """The rows that begin as hot ones, by what the last token of the local context paid: one group a chunk length."""
+    """The rows that begin as hot ones, by the attention [R] that each would get: one group a chunk length."""
     lengths = sorted({row.chunk.length for row in rows})
     found = []
     for length in lengths:
