@@ -53,18 +53,19 @@ def test_equals_its_definition_from_scratch(length: int, sink: int | None) -> No
     assert any(rows.parked for rows in request.hot)
 
 
-@pytest.mark.parametrize("sink", [None, 9])
-def test_hot_rows_are_those_that_the_prompt_pays_most_to(sink: int | None) -> None:
+@pytest.mark.parametrize(("rows", "sink"), [(2, None), (2, 9), (4, None)])
+def test_hot_rows_are_the_last_and_those_that_the_prompt_pays_most_to(rows: int, sink: int | None) -> None:
     llama = with_candidates(build(), AdapterConfig(sink_token=sink))
+    config, recent = FOCUSED.replace(refresh_rows=rows), rows // 4
     chosen = set()
     for seed in range(6):
         far, local = split(random_ids(LENGTH, seed), FOCUSED)
         chunks = [far[first:stop] for first, stop in cut(len(far), FOCUSED)]
-        request, _ = begin(llama, [*far, *local], FOCUSED)
-        paid = reference.attention_to_candidates(llama, chunks, local[-6:], local, sink)
-        assert request.refreshed_slots == sorted(paid.topk(2).indices.tolist())
+        request, _ = begin(llama, [*far, *local], config)
+        paid = reference.attention_to_candidates(llama, chunks, local[-6:], local, sink)[: 6 - recent]
+        assert request.refreshed_slots == sorted([*paid.topk(rows - recent).indices.tolist(), *range(6 - recent, 6)])
         chosen |= set(request.refreshed_slots)
-    assert len(chosen) > 2  # not the same for every text
+    assert len(chosen) > rows  # not the same for every text
 
 
 def test_enough_rows_is_every_row(llama: nn.Module) -> None:
@@ -124,6 +125,7 @@ def test_policy_wants_the_most_attended() -> None:
     assert policy.wanted([0.1, 0.9, 0.2, 0.0], hot=[1, 3]) == [(3, 2)]
     assert policy.wanted([0.1, 0.9, 0.2, 0.15], hot=[1, 3]) == []  # not by much
     assert policy.wanted([0.1, 0.9, 0.2, 0.9], hot=[0, 2]) == [(0, 1), (2, 3)]
+    assert RefreshPolicy(rows=4).wanted([0.9, 0.1, 0.2, 0.3, 0.0, 0.0], hot=[1, 2, 3, 5]) == [(1, 0)]  # the last stays
 
 
 def test_number_of_rows_is_checked() -> None:

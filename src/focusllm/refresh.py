@@ -36,6 +36,13 @@ class RefreshPolicy:
     """How many times the attention of the coldest hot row a cold one must get to take its place: avoids a to and fro
     between rows that hardly matter."""
 
+    @property
+    def recent(self) -> int:
+        """How many of the last rows are always hot: what stands right before the local context helps to continue it,
+        whatever gets more attention.
+        """
+        return 0 if self.rows is None else self.rows // 4
+
     def wanted(self, attention: Sequence[float], hot: Sequence[int]) -> list[tuple[int, int]]:
         """Which rows change places, as (hot row that leaves, cold row that enters).
 
@@ -43,7 +50,8 @@ class RefreshPolicy:
             attention: what the newest token paid to every row of the group.
             hot: indices of the hot rows.
         """
-        leaving = sorted(hot, key=lambda row: attention[row])
+        last = len(attention) - self.recent
+        leaving = sorted((row for row in hot if row < last), key=lambda row: attention[row])
         entering = sorted(set(range(len(attention))) - set(hot), key=lambda row: -attention[row])
         pairs = zip(leaving, entering, strict=False)
         return [(old, new) for old, new in pairs if attention[new] > self.margin * attention[old]]
@@ -133,12 +141,15 @@ class HotRows:
 
 
 def hottest(model: nn.Module, rows: list[Row], attention: Tensor, policy: RefreshPolicy) -> list[HotRows]:
-    """The rows that begin as hot ones, by the attention [R] that each would get: one group a chunk length."""
+    """The rows that begin as hot ones: the last few, and by the attention [R] that each would get. One group a chunk
+    length.
+    """
     lengths = sorted({row.chunk.length for row in rows})
     found = []
     for length in lengths:
         group = [row for row in rows if row.chunk.length == length]
         paid = attention[[row.slot for row in group]]
+        paid[len(group) - min(policy.recent, len(group)) :] = torch.inf
         count = len(group) if policy.rows is None else min(policy.rows, len(group))
         found.append(HotRows.load(model, group, sorted(paid.topk(count).indices.tolist())))
     return found
