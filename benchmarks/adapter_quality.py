@@ -43,6 +43,7 @@ from focusllm.chunks import ChunkBlock
 from focusllm.cost import total_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.evaluation.tasks.passkey import GARBAGE, INTRO, LEAD, needle_line
+from focusllm.refresh import RefreshPolicy
 from focusllm.text import encode_text, frame_question, start_tokens
 from focusllm.training.dense import Sample, memory_logits
 from focusllm.training.tasks import read_stories
@@ -292,7 +293,8 @@ def main() -> None:
         b"".join(x.detach().float().numpy().tobytes() for x in trainable_parameters(llm.model.base).values())
     )
     settings = {**own, "model": arguments.model, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
-    settings |= {"task": arguments.task, "sink_token": sink_token(llm.model.base), "full": arguments.full}
+    settings |= {"always_seen": RefreshPolicy(arguments.refresh_rows).recent, "sink_token": sink_token(llm.model.base)}
+    settings |= {"task": arguments.task, "full": arguments.full}
     if arguments.task == "perplexity":  # the longest says where the windows are
         settings |= {"full_to": arguments.full_to, "longest": arguments.longest}
     kept = Kept(arguments.name or f"adapter_{arguments.task}", settings)
