@@ -37,8 +37,9 @@ class FocusConfig:
     decoding: Decoding = "cached"
     """`cached` keeps the local context's keys and values; `exact` encodes it anew for every token (the paper)."""
     refresh_rows: int | None = 8
-    """Chunks of a length that the local context sees, condensed anew for every token: those that get most attention.
-    The others are only scored, and change places with them when they would get more. None: all. `exact` takes all."""
+    """Chunks of a length that the local context sees, condensed anew for every token: the last quarter of so many are
+    those right before the local context, the rest those that get most attention. The others are only scored, and change
+    places with them when they would get more. None: all. `exact` takes all."""
     kv_dtype: KvDtype = "same"
     """How the chunks' keys and values are kept: as computed, or in 8 or 4 bits a number (less memory, less exact)."""
     kv_place: KvPlace = "auto"

@@ -2,7 +2,8 @@
 
     cold rows   chunk and prompt lie where they were read; the candidate of then stays in its slot, only scored
     hot rows    at most `RefreshPolicy.rows` of each chunk length, side by side in a buffer of their own:
-                the ones that a decode step reads, and whose candidates, made anew, the local context sees
+                the ones that a decode step reads, and whose candidates, made anew, the local context sees;
+                the last rows before the local context, and those that get most attention
 
 When the local pass would pay more to a cold row's candidate than to a hot row's, they change places: the cold row is
 copied into the buffer and catches up with the tokens it has not seen, all at once. So the cost of a token does not grow
@@ -149,7 +150,7 @@ def hottest(model: nn.Module, rows: list[Row], attention: Tensor, policy: Refres
     for length in lengths:
         group = [row for row in rows if row.chunk.length == length]
         paid = attention[[row.slot for row in group]]
-        paid[len(group) - min(policy.recent, len(group)) :] = torch.inf
+        paid[max(len(group) - policy.recent, 0) :] = torch.inf
         count = len(group) if policy.rows is None else min(policy.rows, len(group))
         found.append(HotRows.load(model, group, sorted(paid.topk(count).indices.tolist())))
     return found
