@@ -51,7 +51,7 @@ class FocusOptions:
     ] = None
     decoding: Annotated[str | None, typer.Option(help="cached, or exact (the paper, slow).")] = None
     refresh_rows: Annotated[
-        int | None, typer.Option(min=0, help="Chunks condensed anew for every token, the most attended; 0: all.")
+        int | None, typer.Option(min=0, help="Chunks seen, and condensed anew for every token; 0: all.")
     ] = None
     kv_dtype: Annotated[str | None, typer.Option(help="How chunks are kept: same (as computed), int8 or int4.")] = None
     kv_place: Annotated[str | None, typer.Option(help="Where chunks are kept: auto, device, host or disk.")] = None
