@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,10 +30,12 @@ llm = FocusLLM.from_pretrained("smollm2-135m", dtype="bfloat16", packed=False)
 base, count = llm.model.base, arguments.chunks * arguments.chunk_length
 ids = torch.tensor(encode_text(llm.tokenizer, sample_text()).token_ids[: count + (arguments.prompt or 0)])
 chunks, prompt = ids[:count].view(arguments.chunks, -1), ids[count:]
+read: partial[Any]
 if arguments.prompt:
-    chunk_kv, setting = encode_chunks(base, chunks), "FEW_QUERIES_2_BYTES"
-    ways = {"products": attention.FEW_QUERIES_2_BYTES, "kernel": 0}
+    read = partial(read_prompt, base, encode_chunks(base, chunks), prompt)
+    setting, ways = "FEW_QUERIES_2_BYTES", {"products": attention.FEW_QUERIES_2_BYTES, "kernel": 0}
 else:
+    read = partial(encode_chunks, base, chunks)
     setting, ways = "QUERY_BLOCK", {"products": attention.QUERY_BLOCK, "kernel": count}
 rounds = []
 for number in range(arguments.rounds + 1):
@@ -40,7 +44,7 @@ for number in range(arguments.rounds + 1):
         setattr(attention, setting, value)
         start = time.perf_counter()
         with torch.no_grad():
-            _ = read_prompt(base, chunk_kv, prompt) if arguments.prompt else encode_chunks(base, chunks)
+            read()
         taken[name] = time.perf_counter() - start
     print(f"round {number}: products {taken['products']:.2f} s, kernel {taken['kernel']:.2f} s", flush=True)
     rounds.append(taken)

@@ -36,7 +36,7 @@ FEW_QUERIES = 16
 FEW_QUERIES_2_BYTES = 256
 """The same on a CPU for 2-byte types, whose products are faster there than the flash kernel's own."""
 SCORES_AT_ONCE = 2**21
-"""Most scores of a product with few queries, if rows can be taken apart: they stay in the caches."""
+"""Most scores of a product with few queries on a CPU, if rows can be taken apart: they stay in the caches."""
 
 
 def attend(
@@ -105,22 +105,16 @@ def _attend_few(
     query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: int
 ) -> tuple[Tensor, Tensor | None]:
     """One softmax over the scores of all segments, causal among the new tokens; so many rows at once as caches hold."""
-    num_scores = query.shape[1] * query.shape[2] * (key.shape[2] + sum(k.shape[2] for k, *_ in past))
-    at_once = max(1, SCORES_AT_ONCE // num_scores)
-    parts = []
-    for start in range(0, query.shape[0], at_once):
-        rows = slice(start, start + at_once)
-        past_rows = [(k[rows], v[rows], n, seen, m) for k, v, n, seen, m in past]
-        parts.append(_attend_few_rows(query[rows], key[rows], value[rows], past_rows, scale, watch))
-    out = torch.cat([one for one, _ in parts]) if parts[1:] else parts[0][0]
-    shares = [share for _, share in parts if share is not None]
-    return out, torch.cat(shares) if shares else None
-
-
-def _attend_few_rows(
-    query: Tensor, key: Tensor, value: Tensor, past: Past, scale: float, watch: int
-) -> tuple[Tensor, Tensor | None]:
     rows, heads, length, _ = query.shape
+    at_once = max(1, SCORES_AT_ONCE // (heads * length * (length + sum(k.shape[2] for k, *_ in past))))
+    if query.device.type == "cpu" and rows > at_once:
+        parts = []
+        for start in range(0, rows, at_once):
+            some = slice(start, start + at_once)
+            own = [(k[some], v[some], n, seen, m) for k, v, n, seen, m in past]
+            parts.append(_attend_few(query[some], key[some], value[some], own, mask, scale, watch))
+        shares = [share for _, share in parts if share is not None]
+        return torch.cat([out for out, _ in parts]), torch.cat(shares) if shares else None
     packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
     values = [v.flatten(0, 1) for _, v, *_ in past] + [value.flatten(0, 1)]
     scores = []

@@ -143,7 +143,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
         request.tails.append(tail)
     request.candidates = concat(candidates, dim=2)
     if config.is_focused(request.num_chunks):
-        _choose_hot(model, request, RefreshPolicy(config.refresh_rows), len(prompt_ids))
+        _choose_hot(model, request, RefreshPolicy(config.refresh_rows))
     return _local_from_start(model, request, config, logits_to_keep)
 
 
@@ -265,17 +265,12 @@ def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
     return whole if len(whole) == len(found) else None
 
 
-def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy, prompt_length: int) -> None:
+def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy) -> None:
     """Choose the rows that are read at every token, by what the dynamic prompt would pay to each.
 
     The local context is read without any candidate for that: many that have nothing to say change what it asks for.
     """
-    assert request.candidates is not None
-    start, local = _tensor(model, [_first_place(model, request)]), _tensor(model, [request.local_ids])
-    none = torch.zeros(request.num_chunks, dtype=torch.bool, device=local.device)
-    segments = [Segment([request.candidates], shown=[none])]
-    watch = min(prompt_length, len(request.local_ids))
-    _, _, paid = local_pass(model, local, start, segments, 1, sink_token(model), watch)
+    _, _, paid = _read_local(model, request, [], watch=len(request.row_ids))
     rows: list[Row] = []
     for block, tail in zip(request.blocks, request.tails, strict=True):
         read = tail.filled()
@@ -295,18 +290,24 @@ def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
 
 
 def _local_from_start(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int) -> Tensor:
-    """The local pass over the whole local context: logits [n, V]."""
-    assert request.candidates is not None
-    start = _tensor(model, [_first_place(model, request)])
-    local = _tensor(model, [request.local_ids])
-    shown = shown_at(_tensor(model, request.refreshed_slots), request.num_chunks)
-    segments = [Segment([request.candidates], shown=[shown])]
-    logits, kv, paid = local_pass(model, local, start, segments, logits_to_keep, sink_token(model))
+    """Decoding begins: the local context sees the refreshed rows' candidates. Logits [n, V]."""
+    logits, kv, paid = _read_local(model, request, request.refreshed_slots, logits_to_keep)
     _count_attention(request, paid[0])
     if config.decoding == "cached":
         request.local_kv = GrowingKV(kv, 1, kv.length)
         request.local_kv.append(kv)
     return logits[0]
+
+
+def _read_local(
+    model: nn.Module, request: Request, slots: Sequence[int], logits_to_keep: int = 1, watch: int = 1
+) -> tuple[Tensor, KV, list[Tensor]]:
+    """The local pass over the whole local context, which sees the candidates at `slots`; the others are scored."""
+    assert request.candidates is not None
+    start, local = _tensor(model, [_first_place(model, request)]), _tensor(model, [request.local_ids])
+    shown = shown_at(_tensor(model, slots), request.num_chunks)
+    segments = [Segment([request.candidates], shown=[shown])]
+    return local_pass(model, local, start, segments, logits_to_keep, sink_token(model), watch)
 
 
 def _plain(model: nn.Module, request: Request, token_ids: Sequence[int], logits_to_keep: int) -> Tensor:
@@ -377,4 +378,4 @@ def _count_attention(request: Request, paid: Tensor) -> None:
 
 
 def _tensor(model: nn.Module, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor(ids, device=next(model.parameters()).device)
+    return torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)
