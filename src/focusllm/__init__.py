@@ -1,4 +1,4 @@
-"""FocusLLM: let any decoder-only language model read very long text (arXiv 2408.11745)."""
+"""FocusLLM: let decoder-only language models read very long text (arXiv 2408.11745)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from focusllm.errors import FocusError
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
-    help="Let any decoder-only language model read very long text.",
+    help="Let decoder-only language models read very long text.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -92,9 +92,9 @@ class TrainConfig:
     memories_per_step: int = 1
     """Memories of one optimiser step, over all processes."""
     refresh_rows: int | None = None
-    """Chunks of a memory that make a candidate anew for every label of a sample: those with the answer, and others by
-    chance up to this number. The rest keep the candidate of its first label, as with focused refresh. Samples that are
-    worked on together refresh each other's. 0 in a file, None here: all. Dense supervision only, and not sharded."""
+    """Chunks of a memory whose candidates a sample sees: those with the answer, and others by chance up to this number.
+    The rest are neither seen nor read, as with focused refresh. Samples that are worked on together see each other's.
+    0 in a file, None here: all. Dense supervision only, and not sharded."""
     distractors: tuple[int, ...] = (0,)
     """Chunks of other documents around a memory's own, beside `memory_lengths`: each memory draws a number of them.
     Those from its own document are left out. Not for documents with an answer."""
