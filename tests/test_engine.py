@@ -76,6 +76,22 @@ def test_split_below_a_literal_limit() -> None:
     assert len(split(random_ids(50), config)[0]) == 30
 
 
+def test_a_text_below_a_literal_limit_stays_the_base_models(llama: nn.Module) -> None:
+    """Also a document below it, and while tokens are generated; from the limit on it is cut as a new text."""
+    config = SMALL.replace(plain_below=60)
+    assert num_local_chunks([24, 24], 11, config) == 2
+    assert num_local_chunks([24, 24], 12, config) == 0
+    ids = random_ids(62)
+    request, _ = begin(llama, ids[:45], config)
+    for token in ids[45:59]:
+        logits = decode(llama, [request], [token], config)[0]
+        assert not request.blocks
+    torch.testing.assert_close(logits, llama(torch.tensor([ids[:59]])).logits[0, -1], **CLOSE)
+    logits = decode(llama, [request], ids[59:60], config)[0]
+    torch.testing.assert_close(logits, begin(llama, ids[:60], config)[1], rtol=0, atol=0)
+    assert request.num_chunks == 2
+
+
 @pytest.mark.parametrize(
     ("chunk_steps", "others", "expected"), [([24, 24, 5], 10, 1), ([24, 24, 15], 10, 0), ([5, 5], 10, 2), ([], 10, 0)]
 )

@@ -98,6 +98,14 @@ def test_focus_loss_is_that_of_decoding(options: str, sink: int | None, llm: Foc
     assert method.loss(loss_example(300))[0] == pytest.approx(float(expected), abs=1e-3)
 
 
+def test_text_within_the_budget_is_the_base_models_whatever_the_limit(llm: FocusLLM) -> None:
+    example = loss_example(60)
+    expected = base_loss(llm, example.text_ids, 12)
+    assert build_method("focus:plain_below=0,local_length=64", llm).loss(example)[0] == pytest.approx(
+        expected, abs=1e-3
+    )
+
+
 def test_focus_takes_many_labels_a_piece_at_a_time(llm: FocusLLM) -> None:
     method = build_method("focus", llm)
     ids = loss_example(300).text_ids
@@ -312,6 +320,12 @@ def test_perplexity_has_the_same_labels_at_all_lengths(setting: Setting) -> None
         list(tasks.get("perplexity").examples(1_000_000, 1, setting))
 
 
+def test_documents_of_few_characters_may_have_many_tokens(setting: Setting, tmp_path: Path) -> None:
+    (tmp_path / "emoji.txt").write_text("🐳" * 150)
+    found = dataclasses.replace(setting, text=str(tmp_path / "emoji.txt")).documents(500)
+    assert [len(ids) for _, ids in found] == [600]
+
+
 def test_sliding_windows_label_every_token_once(setting: Setting) -> None:
     first, second = list(tasks.get("sliding-perplexity").examples(700, 2, setting))
     assert second.text_ids[: 700 - 256] == first.text_ids[256:]
@@ -322,7 +336,8 @@ def test_lost_in_the_middle_reads_the_original_files(setting: Setting, tmp_path:
     folder = tmp_path / "lost_in_the_middle"
     folder.mkdir()
     row = json.dumps({"ordered_kv_records": [[f"k{i}", f"v{i}"] for i in range(75)], "key": "k0", "value": "v0"})
-    (folder / "kv-retrieval-75_keys.jsonl").write_text(f"{row}\n" * 3)
+    damaged = '{"ordered_kv_records": []}\n\n{"ordered'
+    (folder / "kv-retrieval-75_keys.jsonl").write_text(f"{row}\n" * 2 + f"{damaged}\n{row}\n")
     examples = list(tasks.get("lost-in-the-middle").examples(None, 3, setting))
     assert [example.references for example in examples] == [("v0",), ("v37",), ("v74",)]
     assert examples[1].context.splitlines()[37] == ' "k37": "v37",'
@@ -334,6 +349,17 @@ def test_a_length_without_room_is_refused(setting: Setting) -> None:
     for name in MADE_UP:
         with pytest.raises(ConfigError, match="use a length above"):
             list(tasks.get(name).examples(60, 1, setting))
+    least = next(length for length in range(60, 400) if _has_room("math-find", length, setting))
+    with pytest.raises(ConfigError, match="has room for 0 numbers; use a length that has for 3"):
+        list(tasks.get("math-find").examples(least, 1, setting))
+
+
+def _has_room(name: str, length: int, setting: Setting) -> bool:
+    try:
+        list(tasks.get(name).examples(length, 1, setting))
+    except ConfigError as error:
+        return "use a length above" not in str(error)
+    return True
 
 
 def test_the_shortest_files_are_short() -> None:

@@ -221,3 +221,22 @@ def test_methods_of_two_runs_are_told_apart(small: FocusLLM, setting: Setting, t
         evaluate(plan_for(setting), small, tmp_path / name)
     methods = {row.method for row in load([tmp_path / "first", tmp_path / "second"])}
     assert methods == {"full (first)", "full (second)", "streaming (first)", "streaming (second)"}
+
+
+def test_runs_of_one_name_are_told_apart_too(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    folders = [tmp_path / parent / "run" for parent in "ab"]
+    for folder in folders:
+        evaluate(plan_for(setting, methods=("streaming",)), small, folder)
+    assert {row.method for row in load(folders)} == {f"streaming ({folder})" for folder in folders}
+
+
+def test_a_missing_package_is_named_before_anything_is_generated(
+    small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(self: object, prediction: str, example: object) -> float:
+        raise ConfigError("this task needs the package rouge: pip install 'focusllm[eval]'.")
+
+    monkeypatch.setattr(type(tasks.get("passkey")), "score", score)
+    with pytest.raises(ConfigError, match="needs the package rouge"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+    assert not (tmp_path / "run" / "examples.jsonl").exists()

@@ -282,6 +282,25 @@ def test_partial_attention_by_formula_equals_the_kernel(causal: bool, masked: bo
     torch.testing.assert_close(lse, want_lse, **CLOSE)
 
 
+@pytest.mark.parametrize("length", [7, 40])
+def test_many_queries_by_the_formula_some_rows_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices without the kernel, whose scores are bounded; masks of rows and what is seen go with their rows."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(5, heads, length, 16) for heads in (6, 2, 2))
+    past = torch.randn(5, 2, 9, 16), torch.randn(5, 2, 9, 16), 9, torch.arange(9) % 3 > 0
+    arguments = query, key, value, [([past], torch.rand(5, length, 9) > 0.5)], None, 0.25, 3
+    want, want_paid = attend(*arguments)
+    monkeypatch.setattr(attention, "_has_flash", lambda *_: False)
+    monkeypatch.setattr(attention, "SCORES_BY_FORMULA", 2 * 6 * length * (length + 9))
+    calls = []
+    formula = attention._partial_by_formula
+    monkeypatch.setattr(attention, "_partial_by_formula", lambda q, *rest: calls.append(len(q)) or formula(q, *rest))
+    got, paid = attend(*arguments)
+    torch.testing.assert_close(got, want, **CLOSE)
+    torch.testing.assert_close(paid[0], want_paid[0], **CLOSE)
+    assert calls == [2, 2, 2, 2, 1, 1]  # past and own tokens of two rows, of two, of one
+
+
 @pytest.mark.parametrize("own", ["causal", "diagonal", "rows"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> None:

@@ -183,6 +183,64 @@ def test_a_state_goes_on(model: FocusForCausalLM) -> None:
     assert second[0, 110:].tolist() == greedy(model, TEXT[0].tolist(), 20)
 
 
+def test_a_state_goes_on_from_new_tokens_alone(model: FocusForCausalLM) -> None:
+    """transformers' other form: the new tokens, and an attention mask that is as long as all of it."""
+    whole, parts = FocusState(), FocusState()
+    text = model.generate(TEXT, max_new_tokens=10, past_key_values=whole)
+    model.generate(TEXT, max_new_tokens=10, past_key_values=parts)
+    new = torch.tensor([random_ids(3, seed=5)])
+    text = torch.cat([text, new], 1)
+    expected = model.generate(text, max_new_tokens=8, past_key_values=whole)[0, text.shape[1] :]
+    unread = text[:, parts.get_seq_length() :]  # the last token of an answer has not been read
+    mask = torch.ones_like(text)
+    got = model.generate(unread, attention_mask=mask, max_new_tokens=8, past_key_values=parts)
+    assert torch.equal(got[0, unread.shape[1] :], expected)
+
+
+def test_a_state_that_has_read_everything_is_refused(model: FocusForCausalLM) -> None:
+    state = FocusState()
+    text = model.generate(TEXT, max_new_tokens=10, past_key_values=state)
+    with pytest.raises(ConfigError, match="the text has 110 tokens, and the state has read 119"):
+        model.generate(text[:, :110], max_new_tokens=2, past_key_values=state)
+    with pytest.raises(ConfigError, match="no tokens behind the 119"):
+        model(TEXT[:, :0], past_key_values=state)
+
+
+def test_a_refused_text_leaves_the_state_as_it_was(model: FocusForCausalLM) -> None:
+    state = FocusState()
+    texts, mask = torch.cat([TEXT, TEXT]), torch.ones(2, 110, dtype=torch.long)
+    mask[1] = 0
+    with pytest.raises(ConfigError, match="local context is empty"):
+        model(texts, attention_mask=mask, past_key_values=state)
+    assert (state.get_seq_length(), state.requests) == (0, [])
+    assert torch.equal(model(TEXT, past_key_values=state).logits, model(TEXT).logits)
+
+
+def test_settings_and_projections_come_from_the_hub_too(
+    tmp_path: Path, model: FocusForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name with an owner goes to the hub; here the hub's answer is a folder in its format."""
+    model.save_pretrained(tmp_path)
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **_: load(tmp_path))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **more: asked.append((name, more)) or str(tmp_path)
+    )
+    loaded = FocusForCausalLM.from_pretrained("owner/model", revision="v2")
+    assert asked == [
+        ("owner/model", {"revision": "v2", "allow_patterns": ["focus_settings.json", "candidate_projections/*"]})
+    ]
+    assert loaded.focus_config == SMALL
+    torch.testing.assert_close(loaded(TEXT).logits, model(TEXT).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_on_several_devices_are_refused() -> None:
+    base = build()
+    base.model.layers[1].to("meta")
+    with pytest.raises(ModelError, match="lie on cpu, meta, but a pass runs on one device"):
+        FocusForCausalLM(base)
+
+
 def test_memory_is_checked_before_a_long_text_is_read(model: FocusForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 1000)
     with pytest.raises(MemoryLimitError, match="reading 90 tokens"):

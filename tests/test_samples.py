@@ -40,8 +40,10 @@ def test_a_source_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         patched.setattr("focusllm.training.corpus._tokenise", None)
         assert np.array_equal(read(tmp_path / "a.txt", tmp_path / "cache").tokens, first.tokens)
+    (tmp_path / "cache" / ".part-killed").mkdir()  # what SIGKILL leaves
     (tmp_path / "a.txt").write_text("changed!")
     assert len(read(tmp_path / "a.txt", tmp_path / "cache").tokens) == 8
+    assert not (tmp_path / "cache" / ".part-killed").exists()
 
 
 def test_jsonl_with_text_messages_and_prompts(tmp_path: Path) -> None:

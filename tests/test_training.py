@@ -90,7 +90,7 @@ def test_begins_from_an_adapter(train_settings: Callable[..., TrainConfig], tmp_
     train(train_settings(steps=1, sink=True), tmp_path / "third", report=fresh.append)
     assert seen[0]["evaluation"]["loss"] != fresh[0]["evaluation"]["loss"]
     assert [read_adapter_config(folder).sink_token for folder in (first, second)] == [None, 1]
-    with pytest.raises(TrainingError, match="of rank 4, not qkvo of rank 8"):
+    with pytest.raises(TrainingError, match="k, o, q, v of rank 4 and scale 1, not k, o, q, v of rank 8 and scale 1"):
         train(train_settings(steps=1, init_adapter=str(first), rank=8), tmp_path / "fourth")
 
 

@@ -15,7 +15,9 @@ from transformers import StoppingCriteria, TextStreamer
 
 @dataclass(frozen=True)
 class Citation:
-    """A chunk and how much of the attention to chunks it got while the answer was decoded."""
+    """A chunk and its share of the attention to chunks while the answer was decoded; of a chunk whose candidate was not
+    seen (see `FocusConfig.refresh_rows`), of what it would have got.
+    """
 
     document: str
     chunk: int

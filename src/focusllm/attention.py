@@ -14,7 +14,7 @@ Pure functions over tensors. Letters: B rows, H query heads, K key-value heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -37,6 +37,8 @@ FEW_QUERIES_2_BYTES = 256
 """The same on a CPU for 2-byte types, whose products are faster there than the flash kernel's own."""
 SCORES_AT_ONCE = 2**21
 """Most scores of a product with few queries on a CPU, if rows can be taken apart: they stay in the caches."""
+SCORES_BY_FORMULA = 2**26
+"""Most scores of many queries without a flash kernel, if rows can be taken apart: 256 MiB in float32, three times."""
 
 
 def attend(
@@ -79,12 +81,10 @@ def attend(
     for first_block in segments[0][0]:
         rows = slice(start, start + first_block[0].shape[0])
         index = len(outs)
-        past = [(*blocks[index], segment_mask) for blocks, segment_mask in segments]
-        past = [(k, v, n, seen, m if m is None or m.dim() == 2 else m[rows]) for k, v, n, seen, m in past]
+        past = [(*blocks[index], _mask_of(segment_mask, rows)) for blocks, segment_mask in segments]
         few = _are_few(query, key.shape[1]) and mask is None and all(m is None for *_, m in past)
         partly = _attend_few if few else _attend_many
-        own = mask if mask is None or mask.dim() == 2 else mask[rows]
-        out, share = partly(query[rows], key[rows], value[rows], past, own, scale, watch)
+        out, share = partly(query[rows], key[rows], value[rows], past, _mask_of(mask, rows), scale, watch)
         outs.append(out)
         paid.append(share)
         start = rows.stop
@@ -108,13 +108,7 @@ def _attend_few(
     rows, heads, length, _ = query.shape
     at_once = max(1, SCORES_AT_ONCE // (heads * length * (length + sum(k.shape[2] for k, *_ in past))))
     if query.device.type == "cpu" and rows > at_once:
-        parts = []
-        for start in range(0, rows, at_once):
-            some = slice(start, start + at_once)
-            own = [(k[some], v[some], n, seen, m) for k, v, n, seen, m in past]
-            parts.append(_attend_few(query[some], key[some], value[some], own, mask, scale, watch))
-        shares = [share for _, share in parts if share is not None]
-        return torch.cat([out for out, _ in parts]), torch.cat(shares) if shares else None
+        return _some_rows_at_once(_attend_few, at_once, query, key, value, past, mask, scale, watch)
     packed = _packed(query * scale, key.shape[1]).flatten(0, 1)  # [B * K, G * T, D]
     values = [v.flatten(0, 1) for _, v, *_ in past] + [value.flatten(0, 1)]
     scores = []
@@ -157,8 +151,11 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 def _attend_many(
     query: Tensor, key: Tensor, value: Tensor, past: Past, mask: Tensor | None, scale: float, watch: int
 ) -> tuple[Tensor, Tensor | None]:
-    """A partial result a segment, merged by their softmax sums."""
-    length = query.shape[2]
+    """A partial result a segment, merged by their softmax sums; by the formula few rows at once, for its scores."""
+    rows, heads, length, _ = query.shape
+    at_once = max(1, SCORES_BY_FORMULA // (heads * length * (length + sum(k.shape[2] for k, *_ in past))))
+    if not _has_flash(query, value) and rows > at_once:
+        return _some_rows_at_once(_attend_many, at_once, query, key, value, past, mask, scale, watch)
     parts = [
         _partial(query, k[:, :, :n], v[:, :, :n], _masked(m, seen, length), False, scale)
         for k, v, n, seen, m in past
@@ -176,6 +173,32 @@ def _attend_many(
         scores = _packed(newest, key.shape[1]) @ first_key.to(lse.dtype).transpose(-1, -2) * scale  # [B, K, G * n, S]
         share = (scores.reshape(*newest.shape[:3], -1) - lse[:, :, -watch:, None]).exp().mean((1, 2))
     return merged.to(query.dtype), share
+
+
+def _some_rows_at_once(
+    partly: Callable[..., tuple[Tensor, Tensor | None]],
+    at_once: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: Past,
+    mask: Tensor | None,
+    scale: float,
+    watch: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`_attend_few` or `_attend_many`, a part of the rows after another."""
+    parts = []
+    for start in range(0, query.shape[0], at_once):
+        some = slice(start, start + at_once)
+        own = [(k[some], v[some], n, seen, _mask_of(m, some)) for k, v, n, seen, m in past]
+        parts.append(partly(query[some], key[some], value[some], own, _mask_of(mask, some), scale, watch))
+    shares = [share for _, share in parts if share is not None]
+    return torch.cat([out for out, _ in parts]), torch.cat(shares) if shares else None
+
+
+def _mask_of(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """A mask of some rows; one without rows [T, S] is that of all."""
+    return mask if mask is None or mask.dim() == 2 else mask[rows]
 
 
 def _masked(mask: Tensor | None, seen: Tensor | None, length: int) -> Tensor | None:
@@ -231,7 +254,7 @@ def _partial(
     rows, heads, length, _ = query.shape
     if not causal and mask is None:  # grouped heads share a pass over their keys
         query = _packed(query, key.shape[1])
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    if _has_flash(query, value):
         bias = None
         if mask is not None:
             bias = bias_of(mask, query.dtype)
@@ -240,6 +263,11 @@ def _partial(
     else:
         out, lse = _partial_by_formula(query, key, value, mask, causal, scale)
     return out.reshape(rows, heads, length, -1), lse.reshape(rows, heads, length)
+
+
+def _has_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether there is a kernel that returns the softmax sums."""
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
 
 
 def _partial_by_formula(

@@ -44,11 +44,14 @@ def steps(starts: Sequence[int], num_tokens: int) -> list[int]:
 def num_local_chunks(chunk_steps: Sequence[int], num_other_tokens: int, config: FocusConfig) -> int:
     """How many chunks at the end of a document fit into the local context beside `num_other_tokens` tokens.
 
-    They are decoded from directly, not condensed; a document that fits as a whole is the base model's alone.
+    They are decoded from directly, not condensed; a document that fits as a whole, or is the base model's by its length
+    (`plain_below`), is the base model's alone.
 
     Args:
         chunk_steps: as `steps` gives them; of several documents, one after the other.
     """
+    if config.plain_below is not None and config.is_plain(sum(chunk_steps) + num_other_tokens):
+        return len(chunk_steps)
     room, count = config.local_length - num_other_tokens, 0
     for step in reversed(chunk_steps):
         if step > room:

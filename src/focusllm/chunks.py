@@ -97,10 +97,13 @@ class ChunkBlock:
         if not isinstance(self.kv, RowFile):
             yield from ((first, self.rows(model, first, stop)) for first, stop in bounds)
             return
-        for (first, stop), raw in zip(bounds, _ahead(self._records, bounds), strict=True):
+        records = _ahead(self._records, bounds)
+        for first, stop in bounds:
+            raw = next(records)
             kv = self.rows(model, first, stop) if raw is None else self.kv.unpack(raw)
             del raw  # not needed while the batch is worked on
             yield first, kv
+            del kv
 
     def _records(self, bounds: tuple[int, int]) -> Tensor | None:
         """Chunks as they are in the file; None: something is damaged."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from focusllm.attention import SCORES_BY_FORMULA
 from focusllm.base import layout
 from focusllm.chunking import count_chunks
 from focusllm.chunks import tokens_at_once
@@ -101,11 +102,15 @@ def estimate(
     hidden: int = base_config.hidden_size  # type: ignore[union-attr,assignment]
     inner: int = getattr(base_config, "intermediate_size", 4 * hidden)
     widths = 6 * hidden + 3 * inner + 2 * found.num_heads * found.head_dim  # live at once in a layer
+    scores = 0
+    if not computes_on_cpu(next(model.parameters()).device):  # of a prompt behind chunks: scores, and two of their size
+        of_a_row = found.num_heads * prompt * (config.chunk_length + prompt)
+        scores = 3 * 4 * max(of_a_row, min(SCORES_BY_FORMULA, of_a_row * min(num_chunks, at_once // prompt)))
     return Cost(
         weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, packed),
         chunks=chunks if place == "device" else 0,
         rows=(rows + config.max_local_length) * per_token,
-        scratch=in_flight * (widths * dtype.itemsize + per_token) + bringing,
+        scratch=in_flight * (widths * dtype.itemsize + per_token) + bringing + scores,
         free=free_memory(next(model.parameters()).device),
         runtime=_runtime(next(model.parameters()).device),
         loaded=next(model.parameters()).device.type != "meta",
@@ -139,7 +144,7 @@ def _room(num_tokens: int) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device without swapping."""
-    if not computes_on_cpu(device):
+    if device.type == "cuda" or (device.type == "meta" and not computes_on_cpu(device)):
         place = None if device.type == "meta" else device
         idle = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)  # kept by torch, free to use
         return int(torch.cuda.mem_get_info(place)[0] + idle)
@@ -157,22 +162,29 @@ def total_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def check_read(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, written: int = 0) -> str:
+def check_read(
+    model: nn.Module,
+    config: FocusConfig,
+    num_tokens: int,
+    folder: Path,
+    written: int = 0,
+    packed: bool | None = None,
+) -> str:
     """Where the chunks of a text go (see `find_place`); refuses what fits nowhere, before anything is computed.
 
     Raises:
         MemoryLimitError: with what is needed, what is free, and the setting that would fit.
         ConfigError: more chunks than the base model has positions for.
     """
-    place = find_place(model, config, num_tokens, folder, written)
+    place = find_place(model, config, num_tokens, folder, written, packed)
     if place is not None:
         config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
         return place
-    cost = estimate(model, config, num_tokens, place=_places(model, config)[0])
+    cost = estimate(model, config, num_tokens, place=_places(model, config)[0], packed=packed)
     stored = stored_bytes(model, config, num_tokens)
     memory = f"needs about {cost.needed / GIB:.1f} GiB of memory, but {cost.free / GIB:.1f} GiB are free"
     disk = f"needs about {stored / GIB:.1f} GiB on disk, but {free_disk(folder) / GIB:.1f} GiB are free in {folder}"
-    remedies = _remedies(model, config, num_tokens, folder)
+    remedies = _remedies(model, config, num_tokens, folder, packed)
     raise MemoryLimitError(
         f"reading {num_tokens:,} tokens {disk if config.kv_place == 'disk' and cost.needed <= cost.free else memory}; "
         f"use {' or '.join(remedies)}."
@@ -219,12 +231,12 @@ def _fits(
     return cost.needed <= cost.free and (place == "device" or stored <= elsewhere)
 
 
-def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path) -> list[str]:
+def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, packed: bool | None) -> list[str]:
     def fits(tokens: int, **changes: Any) -> bool:
-        return find_place(model, config.replace(**changes), tokens, folder) is not None
+        return find_place(model, config.replace(**changes), tokens, folder, packed=packed) is not None
 
     remedies = [f"{name}={value!r}" for name, value in REMEDIES.items() if fits(num_tokens, **{name: value})]
-    cost = estimate(model, config, num_tokens)
+    cost = estimate(model, config, num_tokens, packed=packed)
     if next(model.parameters()).dtype == torch.float32 and config.kv_place != "disk" and cost.new / 2 <= cost.free:
         remedies.append("dtype='bfloat16'")
     fitting = num_tokens

@@ -56,7 +56,8 @@ class Request:
     """What rows that are up to date have read behind their chunk: dynamic prompt and generated tokens. The last one was
     the candidate; the next step makes it an ordinary token."""
     paid: Tensor | None = None
-    """Attention paid to each chunk's candidate [R], summed over the tokens decoded so far."""
+    """Attention paid to each chunk's candidate, or that it would have got if it were seen [R]: summed over the tokens
+    decoded so far."""
 
     @property
     def num_chunks(self) -> int:
@@ -166,7 +167,7 @@ def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int],
         _check_room(model, request, config)
     for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
         request.local_ids.append(token)
-        if _is_full(len(request.local_ids), config):
+        if _is_full(request, len(request.local_ids), config):
             logits[i] = _rechunk(model, request, config)
         elif request.blocks:
             together.append(i)
@@ -326,15 +327,17 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     return logits
 
 
-def _is_full(num_local_tokens: int, config: FocusConfig) -> bool:
-    """Whether the oldest of so many local tokens become chunks."""
+def _is_full(request: Request, num_local_tokens: int, config: FocusConfig) -> bool:
+    """Whether the oldest of so many local tokens become chunks; not where the base model alone reads such a text."""
+    if not request.blocks and config.plain_below is not None and config.is_plain(num_local_tokens):
+        return False
     return config.rechunk and num_local_tokens >= config.max_local_length
 
 
 def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None:
     """Refuse one more token where it, or the chunks that it makes of the oldest ones, would leave the positions."""
     max_positions, count = layout(model).max_positions, len(request.local_ids) + 1
-    if _is_full(count, config):
+    if _is_full(request, count, config):
         config.check_positions(max_positions)
         num_new = count_chunks(count - config.local_length, config)
         config.check_num_chunks(request.num_chunks + num_new, max_positions)

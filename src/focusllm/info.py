@@ -15,7 +15,7 @@ from focusllm.adapter_files import read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import ADAPTERS, resolve_model
-from focusllm.modeling import cannot_load, computing_dtype, find_adapter, parse_dtype, saved_settings
+from focusllm.modeling import cannot_load, computing_dtype, find_adapter, parse_dtype, saved_folder, saved_settings
 
 
 def describe(
@@ -31,7 +31,8 @@ def describe(
         ModelError, AdapterError, ConfigError: as loading the model would.
     """
     path = resolve_model(model, notify)
-    config = (saved_settings(path) or FocusConfig()).replace(**settings)
+    folder = saved_folder(path)
+    config = (saved_settings(folder) or FocusConfig()).replace(**settings)
     try:
         base_config = AutoConfig.from_pretrained(path)
     except Exception as error:  # as when loading the model
@@ -47,7 +48,7 @@ def describe(
         raise cannot_load(model, error) from error
     found = layout(skeleton)
     config.check_positions(found.max_positions)
-    source = find_adapter(model, path, adapter)
+    source = find_adapter(model, folder, adapter)
     adapter_config: AdapterConfig | None = None
     weights = sum(parameter.nbytes for parameter in skeleton.parameters())
     if source is not None:

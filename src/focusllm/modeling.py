@@ -99,6 +99,12 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, base: Any, focus_config: FocusConfig | None = None):
         layout(base)
+        devices = sorted({str(parameter.device) for parameter in base.parameters()})
+        if len(devices) > 1:
+            raise ModelError(
+                f"the model's weights lie on {', '.join(devices)}, but a pass runs on one device; load it without "
+                f"device_map, or with device_map={{'': 0}}."
+            )
         config: Any = base.config
         super().__init__(config)
         self.base = base
@@ -153,30 +159,38 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             past_key_values = None
         state = past_key_values if past_key_values is not None else FocusState()
-        state.num_tokens += input_ids.shape[1]
+        if not input_ids.shape[1]:
+            raise ConfigError(f"there are no tokens behind the {state.num_tokens} that were read; give at least one.")
         if not state.requests:
             logits = self._read(input_ids, attention_mask, state, logits_to_keep)
+            state.num_tokens += input_ids.shape[1]
         else:
             for column in input_ids.T.tolist():
                 logits = decode(self.base, state.requests, column, self.focus_config)[:, None]
+                state.num_tokens += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=state)
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor | None, state: FocusState, logits_to_keep: int) -> Tensor:
-        """Start a request for every sequence; equal ones (beams, return sequences) are read once."""
+        """Start a request for every sequence; equal ones (beams, return sequences) are read once.
+
+        The state is changed when all went well.
+        """
         config = self.focus_config
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
         texts = [tuple(row[mask].tolist()) for row, mask in zip(input_ids, seen.bool(), strict=True)]
         logits: dict[tuple[int, ...], Tensor] = {}
         first: dict[tuple[int, ...], Request] = {}
+        requests = []
         for text in texts:
             if text in first:
-                state.requests.append(first[text].fork())
+                requests.append(first[text].fork())
                 continue
             far, local = split(text, config) if state.blocks is None else ([], list(text))
             blocks = self.encode(far) if state.blocks is None else state.blocks
             first[text] = start_request(self.base, blocks, local, config, state.prompt_length)
             logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
-            state.requests.append(first[text])
+            requests.append(first[text])
+        state.requests = requests
         return torch.stack([logits[text] for text in texts])
 
     def encode(
@@ -217,12 +231,26 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs.setdefault("past_key_values", FocusState())
         return super().generate(inputs, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The newest token once the state has seen the rest."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What the state has not seen yet.
+
+        Args:
+            input_ids: the whole text so far, or the new tokens alone.
+            next_sequence_length: how many of them are new; None: all, but with `use_cache=False` it is the whole text.
+
+        Raises:
+            ConfigError: there is nothing new.
+        """
         state = kwargs.get("past_key_values")
-        seen = state.get_seq_length() if state is not None else 0
+        seen, length = state.get_seq_length() if state is not None else 0, input_ids.shape[1]
+        if next_sequence_length is None:
+            next_sequence_length = length - seen if kwargs.get("use_cache") is False else length
+        if next_sequence_length < 1:
+            raise ConfigError(f"the text has {length} tokens, and the state has read {seen}; append at least one.")
         return {
-            "input_ids": input_ids[:, seen:] if seen else input_ids,
+            "input_ids": input_ids[:, -next_sequence_length:],
             "attention_mask": kwargs.get("attention_mask"),
             "past_key_values": state,
         }
@@ -283,7 +311,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             ModelError: the model cannot be loaded, or the method cannot work with it.
             AdapterError: the candidate projections do not fit.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = saved_folder(pretrained_model_name_or_path, kwargs.get("revision"))
         adapter = find_adapter(pretrained_model_name_or_path, folder, adapter)
         focus_config = focus_config or saved_settings(folder)
         try:
@@ -338,6 +366,21 @@ def on_device(model: FocusForCausalLM, device: str | torch.device | None) -> Foc
         reason = first_line(error)
         raise ConfigError(f"device is {str(chosen)!r}, which cannot be used ({reason}); try cpu or cuda.") from error
     return moved
+
+
+def saved_folder(model: str | Path, revision: str | None = None) -> Path:
+    """Where settings and candidate projections may lie: the model's folder, or what a hub repository has of them."""
+    folder = Path(model)
+    if folder.is_dir() or folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(model), revision=revision, allow_patterns=[SETTINGS_NAME, f"{ADAPTER_FOLDER}/*"])
+        )
+    except Exception:  # no such repository, no hub: loading the model will say so
+        return folder
 
 
 def saved_settings(folder: str | Path) -> FocusConfig | None:

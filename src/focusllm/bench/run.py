@@ -90,7 +90,7 @@ def run(
     bench = _Bench(plan, skeleton, configs, frames, ids, report)
     bench.given_up |= absent
     about = {
-        "machine": {**machine(), "threads": bench.threads, "cores": torch.multiprocessing.cpu_count()},
+        "machine": {**machine(bench.device), "threads": bench.threads, "cores": torch.multiprocessing.cpu_count()},
         "model": facts,
         "plan": _as_json(plan),
         "contenders": {spec.name: _about(spec, configs) for spec in plan.specs},
@@ -215,12 +215,13 @@ class _Bench:
             return f"a turn would take about {expected / 60:.1f} minutes (--limit-minutes {self.plan.limit_minutes:g})"
         if spec.name in self.configs:
             try:
-                check_read(self.skeleton, self.configs[spec.name], length, cache_folder())
+                check_read(self.skeleton, self.configs[spec.name], length, cache_folder(), packed=self.plan.packed)
             except MemoryLimitError as error:
                 return str(error).rstrip(".")
             return None
         # Full attention reads the text as one chunk.
-        cost = estimate(self.skeleton, FocusConfig(chunk_length=length, chunks_per_batch=1), length)
+        whole = FocusConfig(chunk_length=length, chunks_per_batch=1)
+        cost = estimate(self.skeleton, whole, length, packed=False)
         if cost.needed > cost.free:
             return f"it needs about {cost.needed / GIB:.1f} GiB, and {cost.free / GIB:.1f} GiB are free"
         return None

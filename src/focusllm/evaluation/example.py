@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.text import encode_ids, encode_text, frame_ids
+from focusllm.text import TOKENS_OF_A_CHARACTER, encode_ids, encode_text, frame_ids
 from focusllm.training.config import Source
 from focusllm.training.corpus import documents
 
@@ -146,7 +146,7 @@ class Setting:
         """
         found = False
         for number, text in enumerate(self.texts()):
-            if len(text) < least_tokens:  # a token has a character at least
+            if len(text) * TOKENS_OF_A_CHARACTER < least_tokens:
                 continue
             if number not in self._token_ids:
                 self._token_ids[number] = np.asarray(encode_ids(self.tokenizer, text), dtype=np.int32)

@@ -9,7 +9,7 @@ from typing import Any
 
 from focusllm.errors import ConfigError
 from focusllm.evaluation import methods, tasks
-from focusllm.evaluation.example import Setting, Task
+from focusllm.evaluation.example import Example, Setting, Task
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,18 @@ class Plan:
         return Setting(tokenizer, self.seed, Path(self.data) if self.data else None, self.text, self.hub)
 
     def check_examples(self, setting: Setting) -> None:
-        """Make every task's first example at every length, so that missing files show at once.
+        """Make and score every task's first example at every length, so that missing files and packages show at once.
 
         Raises:
             ConfigError, DocumentError: by the task; or it has no examples.
         """
         for name, length in dict.fromkeys((cell.task, cell.length) for cell in self.cells):
             made: Iterator[Any] = iter(self.task(name).examples(length, 1, setting))
-            if next(made, None) is None:
+            example = next(made, None)
+            if example is None:
                 raise ConfigError(f"{name} has no examples{f' at {length} tokens' if length else ''}; leave it out.")
+            if isinstance(example, Example):
+                self.task(name).score("a prediction", example)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the tasks' versions, as JSON gives them back."""

@@ -70,6 +70,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
     if not folders:
         raise ConfigError("no runs are named; give the folders that `focusllm eval ... --output` has written.")
     rows = []
+    names = Counter(folder.name for folder in folders)
     for folder in folders:
         try:
             results = json.loads((folder / "results.json").read_text())
@@ -84,7 +85,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
             mine = [line for line in results["examples"] if (line["task"], line["length"], line["method"]) == key]
             rows.append(
                 Row(
-                    run=folder.name,
+                    run=folder.name if names[folder.name] == 1 else str(folder),
                     task=cell["task"],
                     length=cell["length"],
                     method=cell["method"],

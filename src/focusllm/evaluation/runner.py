@@ -99,17 +99,13 @@ def _measure(task: Any, method: Method, example: Example | LossExample) -> Line:
     if reason is not None:
         return {"skipped": reason, "meta": example.meta}
     try:
-        return _answered(task, method, example)
+        if isinstance(example, LossExample):
+            begin = time.perf_counter()
+            nats, labels = method.loss(example)
+            return {"nats": nats, "labels": labels, "meta": example.meta, "seconds": time.perf_counter() - begin}
+        prediction = asdict(method.generate(example))
     except ConfigError as error:  # found out when it was tried: no room beside the question, say
         return {"skipped": str(error).rstrip("."), "meta": example.meta}
-
-
-def _answered(task: Any, method: Method, example: Example | LossExample) -> Line:
-    if isinstance(example, LossExample):
-        begin = time.perf_counter()
-        nats, labels = method.loss(example)
-        return {"nats": nats, "labels": labels, "meta": example.meta, "seconds": time.perf_counter() - begin}
-    prediction = asdict(method.generate(example))
     found = {"prediction": prediction.pop("text"), "references": list(example.references)}
     return {**found, "score": task.score(found["prediction"], example), "meta": example.meta, **prediction}
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from focusllm.errors import ConfigError, DocumentError, first_line
-from focusllm.files import whole_folder
+from focusllm.files import remove_parts, whole_folder
 from focusllm.readers import DOCUMENT_SUFFIXES, read_text
 from focusllm.text import encode_ids
 from focusllm.training.config import Source
@@ -82,8 +83,12 @@ def load_corpus(source: Source, tokenizer: Any, folder: Path, report: Report = l
     target = folder / f"{_key(source, tokenizer)}"
     if not (target / "source.json").exists():
         try:
-            with whole_folder(target) as part:
-                _tokenise(source, tokenizer, part, report)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):  # another process may be at it
+                remove_parts(folder)
+                if not (target / "source.json").exists():
+                    with whole_folder(target) as part:
+                        _tokenise(source, tokenizer, part, report)
         except OSError as error:
             raise DocumentError(
                 f"the tokens of {source.path} cannot be kept in {folder} ({error.strerror or error}); make room, or "

@@ -105,10 +105,13 @@ class Training:
         if source:
             loaded = load_adapter(model, source, torch.float32)
             asked = self.adapter_config
-            if (loaded.projections, loaded.rank, loaded.scale) != (asked.projections, asked.rank, asked.scale):
+            theirs, ours = (
+                f"{', '.join(sorted(set(found.projections)))} of rank {found.rank} and scale {found.scale:g}"
+                for found in (loaded, asked)
+            )
+            if theirs != ours:
                 raise TrainingError(
-                    f"the projections in {source} are {loaded.projections} of rank {loaded.rank}, not "
-                    f"{config.projections} of rank {config.rank}; use the settings that they were trained with."
+                    f"the projections in {source} are {theirs}, not {ours}; use the settings they were trained with."
                 )
             for wrapper in injected(model).values():  # what it goes on with, not what it began with
                 wrapper.config = asked

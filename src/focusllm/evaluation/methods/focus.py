@@ -93,7 +93,7 @@ class Focus(Method):
 
     def _logits(self, ids: list[int], num_labels: int) -> Tensor:
         """Logits [labels, V] of the last tokens."""
-        if self.config.is_plain(len(ids)):
+        if self.config.is_plain(len(ids)) or len(ids) <= self.budget:
             given = self.tensor(ids[:-1])
             return run_plain(self.base, given, DynamicCache(config=self.base.config), num_labels)[0]
         far, local = ids[: -self.budget], ids[-self.budget :]

@@ -8,20 +8,22 @@ math-find            a number by its rank in a list (Math.Find)
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from focusllm.errors import DocumentError
+from focusllm.errors import ConfigError, DocumentError
+from focusllm.evaluation.benchmark import checked, entries, usable
 from focusllm.evaluation.example import Example, Setting, Task
 from focusllm.evaluation.tasks.passkey import GARBAGE, depth_of, must_have
 
 EXTRACT = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
+LEAST_NUMBERS = 3
 RANKS = {"largest": -1, "second largest": -2, "third largest": -3, "smallest": 0, "second smallest": 1, "median": None}
 
 
@@ -73,10 +75,9 @@ class LostInTheMiddle(Task):
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
         """From each file that is there `limit` rows, the asked key going from the first to the last."""
         for count, path in _files(setting):
-            with path.open(encoding="utf-8") as lines:
-                for i, line in zip(range(limit), lines, strict=False):
-                    pairs = [(key, value) for key, value in json.loads(line)["ordered_kv_records"]]
-                    yield pair_example(f"{count}-{i}", pairs, depth_of(i, limit), dataset=f"{count} keys")
+            rows = usable(entries(path), lambda _, row: [_pairs_of(row)])
+            for i, pairs in zip(range(limit), rows, strict=False):
+                yield pair_example(f"{count}-{i}", pairs, depth_of(i, limit), dataset=f"{count} keys")
 
 
 class MathFind(Task):
@@ -94,6 +95,11 @@ class MathFind(Task):
             room = setting.room(self.name, length, before, after, max_new_tokens=8)
             numbers = rng.integers(0, 10_000, size=max(room, 32))
             numbers = numbers[: setting.count_fitting(partial(_number, numbers), room)]
+            if len(numbers) < LEAST_NUMBERS:
+                raise ConfigError(
+                    f"{self.name} at {length} tokens has room for {len(numbers)} numbers; use a length that has for "
+                    f"{LEAST_NUMBERS}."
+                )
             rank = RANKS[kind]
             answer = np.sort(numbers)[len(numbers) // 2 if rank is None else rank]
             text = f"[{', '.join(map(str, numbers))}]"
@@ -131,6 +137,18 @@ def pair_example(name: str, pairs: list[tuple[str, str]], depth: float, **meta: 
 
 def _pair_line(pairs: _Pairs, index: int) -> str:
     return '"{}": "{}",\n '.format(*pairs[index])
+
+
+def _pairs_of(row: Any) -> list[tuple[str, str]]:
+    """Keys and values of a line of the original's file.
+
+    Raises:
+        ValueError: it has none.
+    """
+    pairs = [(str(key), str(value)) for key, value in checked(row, {"ordered_kv_records": list})["ordered_kv_records"]]
+    if not pairs:
+        raise ValueError("it has no pairs")
+    return pairs
 
 
 def _number(numbers: np.ndarray, index: int) -> str:
