@@ -23,8 +23,8 @@ LENGTH = 24 + 5 * SMALL.stride + 20  # six chunks and the local context
 
 @pytest.fixture
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows change places at the least difference, as random models never show a clear one."""
-    monkeypatch.setattr(engine, "RefreshPolicy", partial(RefreshPolicy, margin=1.0))
+    """Rows change places at the least difference at a token, as random models never show a clear one."""
+    monkeypatch.setattr(engine, "RefreshPolicy", partial(RefreshPolicy, margin=1.0, memory=0.0))
 
 
 def begin(model: nn.Module, ids: list[int], config: FocusConfig) -> tuple[Request, torch.Tensor]:
@@ -118,6 +118,15 @@ def test_cold_rows_stay_as_they_are(llama: nn.Module) -> None:
 def test_exact_decoding_takes_all_rows(llama: nn.Module) -> None:
     request, _ = begin(llama, random_ids(170), FOCUSED.replace(decoding="exact"))
     assert not request.hot
+
+
+def test_attention_is_a_running_mean(llama: nn.Module) -> None:
+    """Over the prompt's mean, with which rows were chosen, and every token's own."""
+    request, _ = begin(llama, random_ids(LENGTH), FOCUSED)
+    for token in random_ids(5, seed=4):
+        before, total = request.hot[0].attention, request.paid
+        decode(llama, [request], [token], FOCUSED)
+        torch.testing.assert_close(request.hot[0].attention, 0.95 * before + 0.05 * (request.paid - total))
 
 
 def test_policy_wants_the_most_attended() -> None:

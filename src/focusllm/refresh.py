@@ -5,10 +5,10 @@
                 the ones that a decode step reads, and whose candidates, made anew, the local context sees;
                 the last rows before the local context, and those that get most attention
 
-When the local pass would pay more to a cold row's candidate than to a hot row's, they change places: the cold row is
-copied into the buffer and catches up with the tokens it has not seen, all at once. So the cost of a token does not grow
-with the text, and many candidates that have nothing to say take no attention from the few that have. With all rows hot
-(`rows=None`) this is plain cached decoding and nothing here is used.
+When the local pass would pay more to a cold row's candidate than to a hot row's, in a running mean over tokens, they
+change places: the cold row is copied into the buffer and catches up with the tokens it has not seen, all at once. So
+the cost of a token does not grow with the text, and many candidates that have nothing to say take no attention from the
+few that have. With all rows hot (`rows=None`) this is plain cached decoding and nothing here is used.
 
 Letters: R rows, k hot rows, C tokens of a chunk, K key-value heads, D head dimension.
 """
@@ -36,6 +36,9 @@ class RefreshPolicy:
     margin: float = 1.5
     """How many times the attention of the coldest hot row a cold one must get to take its place: avoids a to and fro
     between rows that hardly matter."""
+    memory: float = 0.95
+    """How much of the running mean of attention stays when a token is counted. By single tokens rows would change
+    places at every token, the more often the more rows there are, and each change costs about as much as a token."""
 
     @property
     def recent(self) -> int:
@@ -48,7 +51,7 @@ class RefreshPolicy:
         """Which rows change places, as (hot row that leaves, cold row that enters).
 
         Args:
-            attention: what the newest token paid to every row of the group.
+            attention: paid to every row of the group.
             hot: indices of the hot rows.
         """
         last = len(attention) - self.recent
@@ -82,17 +85,19 @@ class HotRows:
     """[k, K, C, D] a layer."""
     tail: GrowingKV
     """[k, K, T, D] a layer: ordinary prompt and generated tokens."""
+    attention: Tensor
+    """Running mean over tokens of what was paid, or would have been, to each of `rows`."""
     parked: dict[int, KV] = field(default_factory=dict)
     """What rows that were hot before have read behind their prompt."""
 
     @classmethod
-    def load(cls, model: nn.Module, rows: list[Row], hot: list[int]) -> HotRows:
+    def load(cls, model: nn.Module, rows: list[Row], hot: list[int], attention: Tensor) -> HotRows:
         """Bring rows into a new buffer."""
         chunks = [rows[i].chunk.rows(model, 0, 1) for i in hot]
         prompts = concat([rows[i].tail for i in hot], 0)
         tail = GrowingKV(prompts, len(hot), prompts.length)
         tail.append(prompts)
-        return cls(rows, hot, concat(chunks, 0), tail)
+        return cls(rows, hot, concat(chunks, 0), tail, attention)
 
     @property
     def slots(self) -> list[int]:
@@ -106,7 +111,8 @@ class HotRows:
 
     def copy(self) -> HotRows:
         """An independent copy."""
-        return HotRows(self.rows, list(self.hot), self.kv.map(torch.clone), self.tail.copy(), dict(self.parked))
+        kv, tail = self.kv.map(torch.clone), self.tail.copy()
+        return HotRows(self.rows, list(self.hot), kv, tail, self.attention, dict(self.parked))
 
     def update(self, model: nn.Module, policy: RefreshPolicy, attention: Tensor, row_ids: Sequence[int]) -> None:
         """Let rows change places after a token.
@@ -117,9 +123,10 @@ class HotRows:
         """
         if len(self.hot) == len(self.rows):
             return
-        paid = attention[[row.slot for row in self.rows]].tolist()
+        paid = attention[[row.slot for row in self.rows]]
+        self.attention = policy.memory * self.attention + (1 - policy.memory) * paid
         alike: dict[int, list[tuple[int, int, KV]]] = defaultdict(list)
-        for old, new in policy.wanted(paid, self.hot):
+        for old, new in policy.wanted(self.attention.tolist(), self.hot):
             row, place = self.rows[new], self.hot.index(old)
             self.parked[old] = self.tail.rows(place, place + 1).tokens(row.tail.length).map(torch.clone)
             seen = concat([row.tail, self.parked.pop(new)], 2) if new in self.parked else row.tail
@@ -150,7 +157,8 @@ def hottest(model: nn.Module, rows: list[Row], attention: Tensor, policy: Refres
     for length in lengths:
         group = [row for row in rows if row.chunk.length == length]
         paid = attention[[row.slot for row in group]]
-        paid[max(len(group) - policy.recent, 0) :] = torch.inf
+        first = paid.clone()
+        first[max(len(group) - policy.recent, 0) :] = torch.inf
         count = len(group) if policy.rows is None else min(policy.rows, len(group))
-        found.append(HotRows.load(model, group, sorted(paid.topk(count).indices.tolist())))
+        found.append(HotRows.load(model, group, sorted(first.topk(count).indices.tolist()), paid))
     return found
