@@ -9,7 +9,7 @@
 # DATA: the folder with books/test and bench. RUNS: where runs go. NAME: only these runs. Two shells that share the names
 # between them, each with OMP_NUM_THREADS=1, use two cores well.
 set -eu
-data=$1 runs=$2
+data=$1 runs=$2 books=$1/books/test
 shift 2
 names=${*:-perplexity perplexity-full perplexity-scaled passkey passkey-full passkey-scaled made-up made-up-16k ruler
     ruler-16k babilong published}
@@ -26,7 +26,7 @@ made_up="needle number-string key-value math-find document"
 long=$runs/long-books
 mkdir -p "$long"
 for book in herman_melville__moby_dick king_james_bible leo_tolstoy__war_and_peace victor_hugo__les_miserables; do
-    ln -sf "$(cd "$data" && pwd)/books/test/$book.txt" "$long/"
+    ln -sf "$(cd "$books" && pwd)/$book.txt" "$long/"
 done
 
 run() {
@@ -36,7 +36,6 @@ run() {
 }
 
 for name in $names; do
-    books=$data/books/test
     case $name in
     # shellcheck disable=SC2086  # the lists above are meant to be split
     perplexity) run $name "$long" perplexity $lengths --limit 8 --method focus --method streaming --method truncate:to=local ;;

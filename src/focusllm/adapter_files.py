@@ -188,12 +188,19 @@ def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple
     return shapes
 
 
+def may_be_on_hub(source: str | Path) -> bool:
+    """Whether this is no folder, and can be a hub repository by its name (owner/name)."""
+    path = Path(source)
+    is_path = path.is_dir() or path.is_absolute() or str(source).startswith((".", "~"))
+    return not is_path and str(source).count("/") == 1
+
+
 def _find(source: str | Path) -> Path:
     """A folder as it is, anything else as a hub repository."""
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+    if not may_be_on_hub(source):
         raise AdapterError(f"there is no adapter folder {source}; give a folder or a hub repository (owner/name).")
     from huggingface_hub import snapshot_download
 

@@ -50,7 +50,7 @@ def num_local_chunks(chunk_steps: Sequence[int], num_other_tokens: int, config: 
     Args:
         chunk_steps: as `steps` gives them; of several documents, one after the other.
     """
-    if config.plain_below is not None and config.is_plain(sum(chunk_steps) + num_other_tokens):
+    if config.is_plain(sum(chunk_steps) + num_other_tokens):
         return len(chunk_steps)
     room, count = config.local_length - num_other_tokens, 0
     for step in reversed(chunk_steps):

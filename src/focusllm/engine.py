@@ -329,9 +329,8 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
 
 def _is_full(request: Request, num_local_tokens: int, config: FocusConfig) -> bool:
     """Whether the oldest of so many local tokens become chunks; not where the base model alone reads such a text."""
-    if not request.blocks and config.plain_below is not None and config.is_plain(num_local_tokens):
-        return False
-    return config.rechunk and num_local_tokens >= config.max_local_length
+    is_plain = not request.blocks and config.is_plain(num_local_tokens)
+    return config.rechunk and num_local_tokens >= config.max_local_length and not is_plain
 
 
 def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None:

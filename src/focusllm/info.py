@@ -15,7 +15,7 @@ from focusllm.adapter_files import read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import ADAPTERS, resolve_model
-from focusllm.modeling import cannot_load, computing_dtype, find_adapter, parse_dtype, saved_folder, saved_settings
+from focusllm.modeling import cannot_load, computing_dtype, find_saved, parse_dtype
 
 
 def describe(
@@ -31,8 +31,8 @@ def describe(
         ModelError, AdapterError, ConfigError: as loading the model would.
     """
     path = resolve_model(model, notify)
-    folder = saved_folder(path)
-    config = (saved_settings(folder) or FocusConfig()).replace(**settings)
+    source, config = find_saved(model, path, adapter, None)
+    config = config.replace(**settings)
     try:
         base_config = AutoConfig.from_pretrained(path)
     except Exception as error:  # as when loading the model
@@ -48,7 +48,6 @@ def describe(
         raise cannot_load(model, error) from error
     found = layout(skeleton)
     config.check_positions(found.max_positions)
-    source = find_adapter(model, folder, adapter)
     adapter_config: AdapterConfig | None = None
     weights = sum(parameter.nbytes for parameter in skeleton.parameters())
     if source is not None:

@@ -33,11 +33,9 @@ from focusllm.modeling import (
     FocusForCausalLM,
     FocusState,
     computing_dtype,
-    find_adapter,
+    find_saved,
     on_device,
     parse_dtype,
-    saved_folder,
-    saved_settings,
 )
 from focusllm.packed import is_packed_by_default, pack
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
@@ -92,10 +90,8 @@ class FocusLLM:
         """
         path = resolve_model(model, notify)
         dtype = parse_dtype(dtype)
-        folder = saved_folder(path)
-        chosen = find_adapter(model, folder, adapter) or UNTRAINED
-        config = config or saved_settings(folder) or FocusConfig()
-        loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=chosen, dtype=dtype)
+        found, config = find_saved(model, path, adapter, config)
+        loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
         loaded.focus_config = loaded.focus_config.replace(**settings)
         loaded.focus_config.check_positions(layout(loaded.base).max_positions)
         try:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Generati
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from focusllm.adapter import AdapterConfig, injected, injected_config, remove
-from focusllm.adapter_files import load_adapter, save_adapter
+from focusllm.adapter_files import load_adapter, may_be_on_hub, save_adapter
 from focusllm.base import layout
 from focusllm.chunking import split
 from focusllm.chunks import ChunkBlock, Place, Progress, document_key, encode
@@ -311,9 +311,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             ModelError: the model cannot be loaded, or the method cannot work with it.
             AdapterError: the candidate projections do not fit.
         """
-        folder = saved_folder(pretrained_model_name_or_path, kwargs.get("revision"))
-        adapter = find_adapter(pretrained_model_name_or_path, folder, adapter)
-        focus_config = focus_config or saved_settings(folder)
+        name, revision = pretrained_model_name_or_path, kwargs.get("revision")
+        adapter, focus_config = find_saved(name, name, adapter, focus_config, revision)
         try:
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:  # a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
@@ -368,11 +367,33 @@ def on_device(model: FocusForCausalLM, device: str | torch.device | None) -> Foc
     return moved
 
 
-def saved_folder(model: str | Path, revision: str | None = None) -> Path:
+def find_saved(
+    name: str | Path,
+    path: str | Path,
+    adapter: str | Path | None,
+    config: FocusConfig | None,
+    revision: str | None = None,
+) -> tuple[str | Path | None, FocusConfig]:
+    """Candidate projections (None: untrained ones) and settings that a model is loaded with.
+
+    Args:
+        name: the model, as it was asked for. path: where it lies, a folder or a hub repository of this revision.
+        adapter: as it was asked for: a folder or hub repository, "none", or None for what there is.
+        config: as it was asked for; None: what was saved with the model, else the defaults.
+
+    Raises:
+        ModelError: the saved settings are damaged.
+    """
+    looks = adapter is None or config is None
+    folder = _saved_folder(path, revision) if looks else Path(path)
+    found = None if adapter == UNTRAINED else adapter or saved_adapter(folder) or boxed_adapter(name)
+    return found, config or saved_settings(folder) or FocusConfig()
+
+
+def _saved_folder(model: str | Path, revision: str | None) -> Path:
     """Where settings and candidate projections may lie: the model's folder, or what a hub repository has of them."""
-    folder = Path(model)
-    if folder.is_dir() or folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
-        return folder
+    if not may_be_on_hub(model):
+        return Path(model)
     from huggingface_hub import snapshot_download
 
     try:
@@ -380,7 +401,7 @@ def saved_folder(model: str | Path, revision: str | None = None) -> Path:
             snapshot_download(str(model), revision=revision, allow_patterns=[SETTINGS_NAME, f"{ADAPTER_FOLDER}/*"])
         )
     except Exception:  # no such repository, no hub: loading the model will say so
-        return folder
+        return Path(model)
 
 
 def saved_settings(folder: str | Path) -> FocusConfig | None:
@@ -396,18 +417,6 @@ def saved_settings(folder: str | Path) -> FocusConfig | None:
         return FocusConfig().replace(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}); save the model again.") from error
-
-
-def find_adapter(name: str | Path, folder: str | Path, adapter: str | Path | None) -> str | Path | None:
-    """Which candidate projections a model is loaded with; None: untrained ones.
-
-    Args:
-        name: the model, as it was asked for. folder: where it lies.
-        adapter: as it was asked for: a folder or hub repository, "none", or None for what there is.
-    """
-    if adapter == UNTRAINED:
-        return None
-    return adapter or saved_adapter(folder) or boxed_adapter(name)
 
 
 def saved_adapter(folder: str | Path) -> Path | None:

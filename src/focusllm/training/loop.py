@@ -106,12 +106,13 @@ class Training:
             loaded = load_adapter(model, source, torch.float32)
             asked = self.adapter_config
             theirs, ours = (
-                f"{', '.join(sorted(set(found.projections)))} of rank {found.rank} and scale {found.scale:g}"
-                for found in (loaded, asked)
+                (", ".join(sorted(set(found.projections))), found.rank, found.scale) for found in (loaded, asked)
             )
             if theirs != ours:
+                kind = "{} of rank {} and scale {:g}".format
                 raise TrainingError(
-                    f"the projections in {source} are {theirs}, not {ours}; use the settings they were trained with."
+                    f"the projections in {source} are {kind(*theirs)}, not {kind(*ours)}; use the settings that they "
+                    f"were trained with."
                 )
             for wrapper in injected(model).values():  # what it goes on with, not what it began with
                 wrapper.config = asked

@@ -93,10 +93,10 @@ class Focus(Method):
 
     def _logits(self, ids: list[int], num_labels: int) -> Tensor:
         """Logits [labels, V] of the last tokens."""
-        if self.config.is_plain(len(ids)) or len(ids) <= self.budget:
+        far, local = split(ids, self.config)
+        if not far:
             given = self.tensor(ids[:-1])
             return run_plain(self.base, given, DynamicCache(config=self.base.config), num_labels)[0]
-        far, local = ids[: -self.budget], ids[-self.budget :]
         blocks = self._blocks(far)
         if self.config.decoding == "cached" and self.config.bos_token_id is None:
             sample = Sample(local, num_labels, self.config.most_prompt_tokens)
