@@ -150,6 +150,20 @@ def test_bad_typed_question_keeps_the_session(
     assert [answer["question"] for answer in json.loads(out)["answers"]] == ["What?"]
 
 
+@pytest.mark.parametrize("store", [True, False])
+def test_a_read_that_is_cancelled(
+    focusllm, model_folder: Path, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: bool
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("focusllm.chunks.encode_chunks", stop)
+    given = ("--store", tmp_path / "kept") if store else ()
+    code, _, err = focusllm("ask", story, "-q", "What?", "-m", model_folder, *given)
+    assert code == 130
+    assert f"Stopped. The same command would go on with {f'what is in {tmp_path}' if store else 'what was read'}" in err
+
+
 def test_generate(focusllm, model_folder: Path, story: Path) -> None:
     code, out, _ = focusllm("generate", story, "-m", model_folder, "--max-new-tokens", 5)
     assert code == 0

@@ -9,26 +9,31 @@ import torch
 from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
-from focusllm import MemoryLimitError
+from focusllm import ConfigError, MemoryLimitError
 from focusllm.chunks import encode, tokens_at_once
-from focusllm.cost import check_read, estimate, find_place, free_memory, peak_memory
+from focusllm.cost import check_read, estimate, find_place, free_memory, peak_memory, total_memory
 from focusllm.engine import decode, prefill, start_request
+from focusllm.machine import memory_limits
 from focusllm.packed import pack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [100, 24 * 8])
 @pytest.mark.parametrize("overlap", [0, 6])
-def test_estimate_equals_what_is_held(dtype: torch.dtype, length: int, overlap: int) -> None:
-    model, config = with_candidates(build(dtype=dtype)), SMALL.replace(chunk_overlap=overlap)
+@pytest.mark.parametrize(("kv_dtype", "refresh_rows"), [("same", 8), ("same", 3), ("int8", 12)])
+def test_estimate_equals_what_is_held(
+    dtype: torch.dtype, length: int, overlap: int, kv_dtype: str, refresh_rows: int
+) -> None:
+    model = with_candidates(build(dtype=dtype))
+    config = SMALL.replace(chunk_overlap=overlap, kv_dtype=kv_dtype, refresh_rows=refresh_rows)
     cost = estimate(model, config, length, num_new_tokens=10)
     blocks = encode(model, random_ids(length), config)
     assert cost.chunks == sum(block.kv.nbytes for block in blocks)
     assert cost.weights == sum(parameter.nbytes for parameter in model.parameters())
-    request = start_request(model, blocks, random_ids(20), SMALL)
-    prefill(model, request, SMALL)
+    request = start_request(model, blocks, random_ids(20), config)
+    prefill(model, request, config)
     for token in random_ids(10):
-        decode(model, [request], [token], SMALL)
+        decode(model, [request], [token], config)
     assert cost.rows == pytest.approx(request.nbytes, rel=0.1)
     assert cost.total == cost.weights + cost.chunks + cost.rows + cost.scratch
     assert cost.to_dict()["total"] == cost.total
@@ -107,6 +112,43 @@ def test_a_pass_on_a_cpu_has_few_tokens() -> None:
     assert few == many == 4 * one
     long = SMALL.replace(chunk_length=4096, chunks_per_batch=2)  # read all the same
     assert estimate(model, long, 100_000).scratch == 2 * many
+
+
+@pytest.mark.parametrize("hierarchy", ["", "memory"])
+def test_limits_of_control_groups(tmp_path: Path, hierarchy: str) -> None:
+    names = ["memory.limit_in_bytes", "memory.usage_in_bytes"] if hierarchy else ["memory.max", "memory.current"]
+    droppable = "total_inactive_file" if hierarchy else "inactive_file"
+
+    def group(path: str, most: object, used: int) -> None:
+        folder = tmp_path / "sys/fs/cgroup" / hierarchy / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (most, used), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{droppable} 100\n")
+
+    assert memory_limits(tmp_path) == []  # no control groups at all
+    (tmp_path / "proc/self").mkdir(parents=True)
+    lines = f"9:name=systemd:/\n4:cpu,{hierarchy}:/jobs/one\n" if hierarchy else "0::/jobs/one\n"
+    (tmp_path / "proc/self/cgroup").write_text(lines)
+    group("jobs", 5000, 700)
+    group("jobs/one", 2**63 if hierarchy else "max", 300)
+    limits = memory_limits(tmp_path)
+    assert limits[-1] == (5000, 600)
+    assert all(most == 2**63 for most, _ in limits[:-1])
+
+
+def test_a_container_has_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focusllm.cost.memory_limits", lambda: [(10**6, 10**5)])
+    assert free_memory(torch.device("cpu")) == 900_000
+    assert total_memory(torch.device("cpu")) == 10**6
+
+
+def test_too_many_chunks_are_said_before_too_little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 0)
+    with pytest.raises(ConfigError, match="chunks need"):
+        check_read(build(), SMALL, 10**6, tmp_path)
+    with pytest.raises(MemoryLimitError, match="use a machine with more room"):
+        check_read(build(), SMALL, 1000, tmp_path)
 
 
 def test_machine_figures() -> None:

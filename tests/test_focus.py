@@ -229,6 +229,17 @@ def test_attention_over_segments_equals_attention_over_all(
     assert error <= 2 * budget + 1e-5
 
 
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_is_not_seen_would_get_a_finite_share(length: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, length, 16) for heads in (6, 2, 2))
+    loud = 1000 * query[:, ::3, -1:].repeat(1, 1, 4, 1)  # scores far beyond what an exponential holds
+    out, paid = attend(query, key, value, [([(loud, loud, 4, torch.tensor([False] * 4))], None)], None, 0.25, 1)
+    assert paid[0].isfinite().all()
+    assert paid[0].min() > 1
+    torch.testing.assert_close(out, attend(query, key, value, [], None, 0.25)[0])
+
+
 def test_attention_masks() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 7, 16) for heads in (4, 2, 2))

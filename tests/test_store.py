@@ -65,7 +65,7 @@ def begin(model: nn.Module, config: FocusConfig, place: Place) -> tuple[Request,
     return request, prefill(model, request, config)[-1]
 
 
-@pytest.mark.parametrize("refresh_rows", [None, 2])
+@pytest.mark.parametrize("refresh_rows", [None, 2, 12])
 @pytest.mark.parametrize("decoding", ["cached", "exact"])
 @pytest.mark.parametrize("kind", ["host", "disk"])
 def test_decoding_does_not_care_where_rows_lie(
@@ -79,6 +79,20 @@ def test_decoding_does_not_care_where_rows_lie(
         expected = decode(llama, [here], [token], config)
         torch.testing.assert_close(decode(llama, [there], [token], config), expected, rtol=1e-4, atol=2e-5)
     assert here.num_chunks == there.num_chunks > 7
+
+
+@pytest.mark.parametrize("kv_dtype", ["same", "int8"])
+def test_few_chunks_are_brought_once_for_a_question(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+) -> None:
+    config = SMALL.replace(kv_dtype=kv_dtype, refresh_rows=12, rechunk=False)
+    request, _ = begin(llama, config, Place("disk" if kv_dtype == "same" else "device", tmp_path))
+    for store in (RowFile, Packed):
+        monkeypatch.setattr(store, "rows", lambda *_: pytest.fail("it was brought again"))
+    monkeypatch.setattr(RowFile, "read", lambda *_: pytest.fail("it was read again"))
+    for token in random_ids(4, seed=1):
+        decode(llama, [request], [token], config)
+    assert sorted(request.refreshed_slots) == list(range(request.num_chunks))
 
 
 def test_what_is_in_a_named_file_is_not_read_again(
@@ -167,6 +181,32 @@ def test_the_next_batch_is_read_from_disk_meanwhile(
     assert next(iter(block.batches(llama, 2)))[0] == 0  # one that is left early does not hang
 
 
+class Broken:
+    """A file on a disk that fails."""
+
+    def __init__(self, file: object):
+        self.file = file
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+    def readinto(self, view: memoryview) -> int:
+        raise OSError(5, "Input/output error")
+
+    def write(self, content: bytes) -> int:
+        raise OSError(30, "Read-only file system")
+
+
+def test_rows_of_a_failing_disk_are_read_again_though_they_cannot_be_mended(llama: nn.Module, tmp_path: Path) -> None:
+    said: list[str] = []
+    block, _ = encode(llama, IDS, SMALL, place=Place("disk", tmp_path, "book"), notify=said.append)
+    block.kv._file = Broken(block.kv._file)
+    expected = encode(llama, IDS, SMALL)[0]
+    assert difference([block.rows(llama, 1, 2)], [expected.rows(llama, 1, 2)]) == 0
+    assert "Input/output error" in said[0]
+    assert "Read-only file system" in said[1]
+
+
 def test_a_damaged_file_is_found_when_it_is_opened_again(llama: nn.Module, tmp_path: Path) -> None:
     place, said = Place("disk", tmp_path, "book"), []
     encode(llama, IDS, SMALL, place=place)
@@ -192,6 +232,12 @@ def changed_in_the_middle() -> nn.Module:
     return model
 
 
+def changed_in_one_number() -> nn.Module:
+    model = build()
+    model.model.embed_tokens.weight[200, 7] += 0.01
+    return model
+
+
 def test_names_tell_models_types_and_texts_apart() -> None:
     model = build()
     names = {
@@ -203,8 +249,10 @@ def test_names_tell_models_types_and_texts_apart() -> None:
         document_key(build("qwen3"), IDS, SMALL),
         document_key(build(rope_parameters={"rope_theta": 5e4, "rope_type": "default"}), IDS, SMALL),
         document_key(changed_in_the_middle(), IDS, SMALL),
+        document_key(changed_in_one_number(), IDS, SMALL),
+        document_key(build(rms_norm_eps=1e-4), IDS, SMALL),
     }
-    assert len(names) == 8
+    assert len(names) == 10
     assert document_key(build(), IDS, SMALL.replace(chunk_overlap=1)) in names
     assert document_key(with_candidates(build()), IDS, SMALL) in names  # rows do not depend on the adapter
 

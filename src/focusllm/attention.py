@@ -131,7 +131,7 @@ def _attend_few(
     if watch and past[0][3] is None:
         share = weights.view(rows, heads, length, -1)[:, :, -watch:, : past[0][2]].float().mean((1, 2))
     elif watch:
-        paid = (every.float() - joined.float().logsumexp(-1, keepdim=True)).exp()
+        paid = _paid(every.float(), joined.float().logsumexp(-1, keepdim=True))
         share = paid.reshape(rows, heads, length, -1)[:, :, -watch:].mean((1, 2))
     out, start = None, 0
     for part in values:
@@ -171,8 +171,15 @@ def _attend_many(
         first_key = past[0][0][:, :, : past[0][2]]
         newest = query[:, :, -watch:].to(lse.dtype)
         scores = _packed(newest, key.shape[1]) @ first_key.to(lse.dtype).transpose(-1, -2) * scale  # [B, K, G * n, S]
-        share = (scores.reshape(*newest.shape[:3], -1) - lse[:, :, -watch:, None]).exp().mean((1, 2))
+        share = _paid(scores.reshape(*newest.shape[:3], -1), lse[:, :, -watch:, None]).mean((1, 2))
     return merged.to(query.dtype), share
+
+
+def _paid(scores: Tensor, lse: Tensor) -> Tensor:
+    """What keys get of the attention to all that is seen, or would get beside it: that has no bound, so it gets one, far
+    beyond what matters, which sums and means of it stay finite with.
+    """
+    return (scores - lse).clamp(max=20).exp()
 
 
 def _some_rows_at_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from focusllm.adapter import injected
 from focusllm.base import layout
 from focusllm.chunking import cut
 from focusllm.config import FocusConfig
+from focusllm.errors import DocumentError
 from focusllm.focus import encode_chunks
 from focusllm.kv import KV
 from focusllm.machine import computes_on_cpu
@@ -25,6 +27,9 @@ from focusllm.store import DamagedRow, Packed, Packing, RowFile, RowStore
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
 1024 at once take 0.89 of the time of eight (benchmarks/reading_batches.py)."""
+
+UNIMPORTANT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Settings of a model that its keys and values do not depend on."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -86,7 +91,10 @@ class ChunkBlock:
             assert isinstance(self.kv, RowFile)
             self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
             encoded = encode_chunks(model, self.token_ids[start:stop])
-            self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
+            try:
+                self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
+            except DocumentError as full:  # what was asked for is there all the same
+                self.notify(str(full))
             return self.kv.packing.unpack(self.kv.packing.pack(encoded))  # as if from the file, whatever it holds
 
     def batches(self, model: nn.Module, at_once: int) -> Iterator[tuple[int, KV]]:
@@ -184,16 +192,22 @@ def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
 
 
 def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
-    """A name for a text as a model reads it: other weights, another type, length of chunks or token give another."""
+    """A name for a text as a model reads it: other weights or settings of the model, another type, length of chunks or
+    token give another.
+    """
     digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
+    settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in UNIMPORTANT}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     rotary = layout(model).rotary
     digest.update(f" {getattr(rotary, 'attention_scaling', 1.0)}".encode())
     ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}
     theirs = (p for p in model.parameters() if id(p) not in ours)
-    for tensor in (layout(model).inv_freq, *theirs):  # of each its beginning: enough to tell trained models apart
-        sample = tensor.detach().flatten()[:1024].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    for tensor in (layout(model).inv_freq, *theirs):  # its beginning, and the sum of its bits, in which any edit shows
+        flat = tensor.detach().flatten()
+        digest.update(flat[:1024].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize])
+        digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
     return digest.hexdigest()
 
 

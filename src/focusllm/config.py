@@ -137,9 +137,9 @@ class FocusConfig:
         limit = self.local_length + 1 if self.plain_below is None else self.plain_below
         return num_tokens < limit
 
-    def is_focused(self, num_chunks: int) -> bool:
-        """Whether some of `num_chunks` chunks are condensed anew for a token and others are not."""
-        return self.decoding == "cached" and self.refresh_rows is not None and self.refresh_rows < num_chunks
+    def is_focused(self, num_alike: int) -> bool:
+        """Whether some of `num_alike` chunks of one length are condensed anew for a token and others are not."""
+        return self.decoding == "cached" and self.refresh_rows is not None and self.refresh_rows < num_alike
 
     def check_positions(self, max_positions: int) -> None:
         """Check that rows and local context stay inside a base model's positions.

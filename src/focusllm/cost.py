@@ -17,7 +17,7 @@ from focusllm.chunks import tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
-from focusllm.machine import computes_on_cpu, peak_resident
+from focusllm.machine import computes_on_cpu, memory_limits, peak_resident
 from focusllm.packed import is_packed_by_default, packable_bytes, packed_bytes
 from focusllm.store import Packing
 
@@ -87,14 +87,17 @@ def estimate(
     num_chunks = count_chunks(num_tokens, config)
     chunks = stored_bytes(model, config, num_tokens)
     brought = min(num_chunks, config.chunks_per_batch) * config.chunk_length
-    bringing = 0 if place == "device" and config.kv_dtype == "same" else brought * per_token
+    in_place = place == "device" and config.kv_dtype == "same"
+    bringing = 0 if in_place else brought * per_token
     if place == "disk":  # as they are in the file: these rows, and the next ones
         bringing += 2 * Packing.of(model, config.kv_dtype).row_bytes(brought)
     prompt = config.most_prompt_tokens
     grown = _room(prompt + num_new_tokens)
-    if config.is_focused(num_chunks):
-        hot = min(config.refresh_rows or num_chunks, num_chunks)
-        rows = num_chunks * (_room(prompt - 1) + 1) + hot * (config.chunk_length + grown)
+    num_full = max(0, num_tokens - config.overlap) // config.stride  # the last chunk may be shorter
+    if config.decoding == "cached" and config.refresh_rows and (config.is_focused(num_full) or not in_place):
+        rows = num_chunks * (_room(prompt - 1) + 1) + min(config.refresh_rows, num_full) * (config.chunk_length + grown)
+        if num_chunks > num_full:
+            rows += num_tokens - num_full * config.stride + grown
     else:
         rows = num_chunks * (grown + 1)
     at_once = tokens_at_once(config, next(model.parameters()).device)
@@ -143,14 +146,14 @@ def _room(num_tokens: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device without swapping."""
+    """Bytes that can be allocated on a device without swapping, or without being killed in a container."""
     if device.type == "cuda" or (device.type == "meta" and not computes_on_cpu(device)):
         place = None if device.type == "meta" else device
         idle = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)  # kept by torch, free to use
         return int(torch.cuda.mem_get_info(place)[0] + idle)
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *(limit - used for limit, used in memory_limits())])
 
 
 def total_memory(device: torch.device) -> int:
@@ -159,7 +162,7 @@ def total_memory(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in memory_limits())])
 
 
 def check_read(
@@ -176,9 +179,9 @@ def check_read(
         MemoryLimitError: with what is needed, what is free, and the setting that would fit.
         ConfigError: more chunks than the base model has positions for.
     """
+    config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
     place = find_place(model, config, num_tokens, folder, written, packed)
     if place is not None:
-        config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
         return place
     cost = estimate(model, config, num_tokens, place=_places(model, config)[0], packed=packed)
     stored = stored_bytes(model, config, num_tokens)
@@ -242,7 +245,7 @@ def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Pa
     fitting = num_tokens
     while fitting and not fits(fitting):
         fitting = fitting * 99 // 100
-    return [*remedies, f"a text of at most {fitting:,} tokens"]
+    return [*remedies, f"a text of at most {fitting:,} tokens" if fitting else "a machine with more room"]
 
 
 def free_disk(folder: Path) -> int:

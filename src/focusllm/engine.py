@@ -10,6 +10,7 @@ chunks are addressed as blocks that any number of requests share, and are never 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -45,7 +46,7 @@ class Request:
     tails: list[GrowingKV] = field(default_factory=list)
     """Per block, what its rows hold behind the chunk: ordinary prompt and generated tokens."""
     hot: list[HotRows] = field(default_factory=list)
-    """The rows that are read at every token, where those are not all of them."""
+    """The rows that are read at every token, where those are not all of them, or were brought from elsewhere."""
     candidates: KV | None = None
     """The present candidate set [1, K, R, D] a layer, keys at their slots; changed in place."""
     local_kv: GrowingKV | None = None
@@ -143,8 +144,8 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
         tail.length = len(prompt) - 1
         request.tails.append(tail)
     request.candidates = concat(candidates, dim=2)
-    if config.is_focused(request.num_chunks):
-        _choose_hot(model, request, RefreshPolicy(config.refresh_rows))
+    if config.decoding == "cached" and config.refresh_rows is not None:
+        _choose_hot(model, request, config)
     return _local_from_start(model, request, config, logits_to_keep)
 
 
@@ -266,18 +267,27 @@ def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
     return whole if len(whole) == len(found) else None
 
 
-def _choose_hot(model: nn.Module, request: Request, policy: RefreshPolicy) -> None:
+def _choose_hot(model: nn.Module, request: Request, config: FocusConfig) -> None:
     """Choose the rows that are read at every token, by what the dynamic prompt would pay to each.
 
     The local context is read without any candidate for that: many that have nothing to say change what it asks for.
+    Where no rows need to be chosen, all are hot if some lie elsewhere, so as to be brought once and not for every token.
     """
-    _, _, paid = _read_local(model, request, [], watch=len(request.row_ids))
+    alike: Counter[int] = Counter()
+    for block in request.blocks:
+        alike[block.length] += block.num_chunks
+    is_focused = config.is_focused(max(alike.values()))
+    if not is_focused and all(block.resident is not None for block in request.blocks):
+        return
+    attention = torch.zeros(request.num_chunks, device=next(model.parameters()).device)
+    if is_focused:
+        attention = _read_local(model, request, [], watch=len(request.row_ids))[2][0][0]
     rows: list[Row] = []
     for block, tail in zip(request.blocks, request.tails, strict=True):
         read = tail.filled()
         for i in range(block.num_chunks):
             rows.append(Row(block.part(i, i + 1), read.rows(i, i + 1), len(rows)))
-    request.hot = hottest(model, rows, paid[0][0], policy)
+    request.hot = hottest(model, rows, attention, RefreshPolicy(config.refresh_rows))
 
 
 def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:

@@ -44,6 +44,46 @@ def peak_resident() -> int:
         return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
+def memory_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """Limits on the memory of this process's groups (a container's, a batch job's), and what is in use of each.
+
+    Pages of files that the kernel can drop at once do not count as used. Linux control groups, both versions
+    (https://docs.kernel.org/admin-guide/cgroup-v2.html); elsewhere none.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, names, droppable = root / "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            droppable = "total_inactive_file"
+        else:
+            continue
+        group = base / path.strip("/")
+        for folder in (group, *group.parents):  # a limit above holds as well
+            if folder.is_relative_to(base):
+                found += _limit_of(folder, *names, droppable)
+    return found
+
+
+def _limit_of(folder: Path, limit: str, usage: str, droppable: str) -> list[tuple[int, int]]:
+    """Of one group; none: it has no limit, or this process cannot see it."""
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [] if most == "max" else [(int(most), max(0, used - int(files.get(droppable, 0))))]
+    except (OSError, ValueError):
+        return []
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

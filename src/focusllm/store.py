@@ -233,12 +233,16 @@ class RowFile:
         """Records as they are [n, bytes], checked. Computes nothing, so that another thread may do it meanwhile.
 
         Raises:
-            DamagedRow: a record is cut off, not what was written, or of other tokens than were written or found here.
+            DamagedRow: a record cannot be read, is cut off, not what was written, or of other tokens than were written
+                or found here.
         """
         raw = torch.empty(stop - start, self.row_bytes + TRAILER, dtype=torch.uint8)
         with self._turn:
-            self._file.seek(self._place(start))
-            got = _read_into(self._file, memoryview(raw.numpy().data).cast("B"))
+            try:
+                self._file.seek(self._place(start))
+                got = _read_into(self._file, memoryview(raw.numpy().data).cast("B"))
+            except OSError as error:
+                raise DamagedRow(f"{self.path or 'a temporary file'}: {os.strerror(error.errno or 0)}") from error
         for i, record in enumerate(raw.numpy()):
             checks = xxhash.xxh3_64_digest(record[: self.row_bytes]) + self._digests.get(start + i, b"")
             if (i + 1) * raw.shape[1] > got or record[self.row_bytes :].tobytes() != checks:

@@ -45,9 +45,14 @@ def ask(
     for text in question or []:
         llm.frame(text)  # a bad question is refused before the long read
     read = []
-    for name, text in texts:
-        with reading_progress(name, quiet=as_json) as progress:
-            read.append(llm.read_text(text, name=name, progress=progress, store=store))
+    try:
+        for name, text in texts:
+            with reading_progress(name, quiet=as_json) as progress:
+                read.append(llm.read_text(text, name=name, progress=progress, store=store))
+    except KeyboardInterrupt:
+        kept = f"what is in {store}" if store else "what was read, had it been kept (--store FOLDER)"
+        notify(f"Stopped. The same command would go on with {kept}.")
+        sys.exit(130)
     arguments = sampling.arguments()
     answers = []
     for number, text in enumerate(question if question is not None else _typed_questions()):

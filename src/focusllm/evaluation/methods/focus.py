@@ -100,7 +100,7 @@ class Focus(Method):
         blocks = self._blocks(far)
         if self.config.decoding == "cached" and self.config.bos_token_id is None:
             sample = Sample(local, num_labels, self.config.most_prompt_tokens)
-            if self.config.is_focused(sum(block.num_chunks for block in blocks)):
+            if self.config.is_focused(max(block.num_chunks for block in blocks)):
                 request = start_request(self.base, blocks, local[:-num_labels], self.config)
                 prefill(self.base, request, self.config)
                 sample = dataclasses.replace(sample, refreshed=tuple(request.refreshed_slots))
