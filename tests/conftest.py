@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, TrainConfig, inject
+from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, TrainConfig, cli, inject
 from focusllm.adapter import injected
 from focusllm.evaluation.example import Setting
 from training import TEXT, tiny
@@ -152,6 +153,22 @@ def model_folder(tmp_path: Path, tiny_llm: FocusLLM) -> Path:
     """A saved tiny model."""
     tiny_llm.save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
+
+
+@pytest.fixture
+def focusllm(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, standard output and standard error of `focusllm ARGUMENTS`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["focusllm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -156,8 +156,8 @@ def test_leval_asks_every_question_of_a_document(setting: Setting) -> None:
     found = examples("leval-coursera", setting, limit=3)
     assert [(example.id, example.references) for example in found] == [
         ("1.1", ("A",)),
-        ("1.2", ("BD",)),
         ("2.1", ("A",)),
+        ("1.2", ("BD",)),
     ]
     assert scored("leval-coursera", "B and D.", "BD") == scored("leval-coursera", "B.", "BD") * 4 == 1
 
@@ -186,6 +186,18 @@ def test_bad_rows_are_named_left_out_and_counted(setting: Setting) -> None:
     assert last.startswith("4 of 6 rows")
 
 
+def test_answers_that_cannot_be_scored_are_bad_rows(setting: Setting) -> None:
+    write(setting.data, "musique.jsonl", [{**LONGBENCH, "answers": []}, LONGBENCH])
+    write(setting.data, "trec.jsonl", [LONGBENCH, {**LONGBENCH, "all_classes": ["Ada"]}])
+    number = {"context": "[3, 5]", "input": "The largest number of the list is:"}
+    write(setting.data, "math_find.jsonl", [{**number, "answer": "many"}, {**number, "answer": 5}])
+    for name in ("longbench-musique", "longbench-trec", "infinitebench-math_find"):
+        said: list[str] = []
+        found = list(registry()[name].examples(None, 9, setting, said.append))  # type: ignore[call-arg]
+        assert [example.id for example in found] == ["2"], said
+        assert "line 1 is left out" in said[0]
+
+
 def test_files_without_anything_to_use(setting: Setting) -> None:
     write(setting.data, "musique.jsonl", ["{}", "x"])
     with pytest.raises(DocumentError, match=r"no row can be used, up to .*musique.jsonl, line 2"):
@@ -209,6 +221,24 @@ def test_hub_rows_are_read_where_there_is_no_file(setting: Setting, monkeypatch:
     (example,) = examples("longbench-2wikimqa", setting)
     assert "Question: Who?" in example.after
     assert asked == [("hf:Xnhyacinth/LongBench", "2wikimqa", "test")]
+
+
+def test_babilong_from_the_hub(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def rows(source: Any) -> Any:
+        asked.append((source.path, source.subset, source.split))
+        yield {"input": "Too long. " * 900, "question": "Where is Mary?", "target": "office"}
+        yield {"input": "Mary went to the garden.", "question": "Where is Mary?", "target": "garden"}
+
+    monkeypatch.setattr("focusllm.evaluation.tasks.babilong.dataset_rows", rows)
+    setting.hub, setting.data = True, None
+    for length in (5000, 8191, 9000):
+        (example,) = examples("babilong-qa1", setting, length=length)
+        assert (example.id, example.context, example.references) == ("2", "Mary went to the garden.", ("garden",))
+        assert "Where is Mary?" in example.after
+    assert [subset for _, subset, _ in asked] == ["4k", "4k", "8k"]
+    assert asked[0][::2] == ("hf:RMT-team/babilong", "qa1")
 
 
 @pytest.mark.parametrize("name", RULER)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from conftest import GOLDEN
-from focusllm import cli
 
 TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
 
@@ -21,22 +20,6 @@ def story(tmp_path: Path) -> Path:
     path = tmp_path / "story.txt"
     path.write_text(TEXT)
     return path
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `focusllm ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["focusllm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(left.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture
-def focusllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
 
 
 def test_ask(focusllm, model_folder: Path, story: Path) -> None:

@@ -11,7 +11,15 @@ from torch import nn
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, MemoryLimitError
 from focusllm.chunks import encode, tokens_at_once
-from focusllm.cost import check_read, estimate, find_place, free_memory, peak_memory, total_memory
+from focusllm.cost import (
+    check_read,
+    estimate,
+    find_place,
+    forget_peak_memory,
+    free_memory,
+    peak_memory,
+    total_memory,
+)
 from focusllm.engine import decode, prefill, start_request
 from focusllm.machine import memory_limits
 from focusllm.packed import pack
@@ -154,3 +162,14 @@ def test_too_many_chunks_are_said_before_too_little_memory(monkeypatch: pytest.M
 def test_machine_figures() -> None:
     assert free_memory(torch.device("cpu")) > 0
     assert peak_memory(torch.device("cpu")) > 10_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets")
+def test_the_peak_is_that_since_it_was_forgotten() -> None:
+    device = torch.device("cpu")
+    torch.ones(2**26)  # 256 MiB, gone at once
+    before = peak_memory(device)
+    forget_peak_memory(device)
+    assert peak_memory(device) < before - 2**27
+    torch.ones(2**26)
+    assert peak_memory(device) > before - 2**27

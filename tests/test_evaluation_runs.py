@@ -19,6 +19,7 @@ from focusllm import FocusLLM, cli
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation import tasks
 from focusllm.evaluation.example import Setting
+from focusllm.evaluation.method import Method
 from focusllm.evaluation.plan import Plan
 from focusllm.evaluation.report import load, write_report
 from focusllm.evaluation.runner import evaluate
@@ -151,6 +152,42 @@ def test_what_a_method_has_no_room_for_is_left_out(small: FocusLLM, setting: Set
     assert found["focus"]["skipped"] == 0
 
 
+@pytest.mark.parametrize("error", [ConfigError("no room here."), torch.OutOfMemoryError("CUDA out of memory")])
+def test_one_example_that_cannot_be_done_does_not_end_the_others(
+    error: Exception, small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, count = Method.generate, iter(range(9))
+
+    def failing(self: Method, example: Any) -> Any:
+        if next(count) == 1:
+            raise error
+        return generate(self, example)
+
+    monkeypatch.setattr(Method, "generate", failing)
+    plan = plan_for(setting, methods=("streaming",), lengths=(200,), limit=3)
+    (cell,) = evaluate(plan, small, tmp_path / "run")["results"]
+    assert (cell["examples"], cell["skipped"]) == (2, 1)
+    assert cell["reason"] in ("no room here", "it ran out of memory")
+
+
+def test_an_error_of_another_kind_is_not_hidden(
+    small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Method, "generate", failing)
+    with pytest.raises(RuntimeError, match="a defect"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+
+
+def test_other_files_under_the_same_name_are_refused(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    Path(setting.text, "more.txt").write_text("More.")
+    with pytest.raises(ConfigError, match=r"a run with inputs.text '[0-9a-f]{16}'"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+
+
 def test_lengths_are_read() -> None:
     assert parse_lengths("1M, 4096,8k") == [4096, 8192, 2**20]
 
@@ -161,6 +198,7 @@ def test_lengths_are_read() -> None:
         (["paskey", "--lengths", "1k"], "no task 'paskey'; did you mean passkey"),
         (["passkey", "--lengths", "1k", "--method", "ful"], "no method 'ful'; did you mean full"),
         (["passkey"], "no lengths are given for passkey"),
+        (["math", "--lengths", "1k"], "no task 'math'; did you mean math-find"),
         (["passkey", "--lengths", "0"], "the length '0' is not a number of at least 1"),
         (["passkey", "--lengths", "1k", "--limit", "0"], "the limit is 0"),
         (["passkey", "--lengths", "1k", "--set", "chunk_length"], "name=value"),
@@ -207,13 +245,18 @@ def test_a_report_is_one_page_with_plots(small: FocusLLM, setting: Setting, tmp_
         "perplexity-by-seconds.png",
         "passkey-by-depth.png",
         "passkey-by-seconds.png",
+        "passkey-by-memory.png",
     }
-    for path in paths[1:]:
+    pictures = [path for path in paths if path.suffix == ".png"]
+    for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG")
+    overview = (tmp_path / "report" / "overview.md").read_text()
+    assert overview.startswith("| task | tokens | score | full | streaming |\n|---|---|---|---|---|\n")
+    assert re.search(r"\| passkey \| 520 \| accuracy \| - \| [\d.]+ ± [\d.]+ \|", overview)
     page = paths[0].read_text()
     assert "the base model has 256 positions" in page
     assert not re.search(r"(src|href)=.?https?:|<script", page)
-    assert page.count("data:image/svg+xml") == len(paths) - 1
+    assert page.count("data:image/svg+xml") == len(pictures)
 
 
 def test_methods_of_two_runs_are_told_apart(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
@@ -221,6 +264,31 @@ def test_methods_of_two_runs_are_told_apart(small: FocusLLM, setting: Setting, t
         evaluate(plan_for(setting), small, tmp_path / name)
     methods = {row.method for row in load([tmp_path / "first", tmp_path / "second"])}
     assert methods == {"full (first)", "full (second)", "streaming (first)", "streaming (second)"}
+
+
+def test_other_ways_of_one_method_are_told_apart(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting, methods=("focus", "streaming"), lengths=(200,)), small, tmp_path / "first")
+    evaluate(plan_for(setting, methods=("focus",), lengths=(300,)), small, tmp_path / "second")
+    assert {row.method for row in load([tmp_path / "first", tmp_path / "second"])} == {"focus", "streaming"}
+    small.model.focus_config = small.config.replace(chunk_length=20)
+    evaluate(plan_for(setting, methods=("focus",), lengths=(520,)), small, tmp_path / "third")
+    rows = load([tmp_path / name for name in ("first", "second", "third")])
+    assert {row.method for row in rows} == {"focus (first)", "focus (second)", "focus (third)", "streaming"}
+
+
+def test_a_part_of_the_examples_is_said_to_be_one(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting, methods=("streaming",), lengths=(200,)), small, tmp_path / "run")
+    (row,) = load([tmp_path / "run"])
+    assert "(" not in row.shown
+    assert dataclasses.replace(row, skipped=1, reason="it was long").shown == f"{row.shown} (2 of 3)"
+
+
+def test_a_run_writes_its_report(model_folder: Path, setting: Setting, tmp_path: Path, focusllm: Any) -> None:
+    selection = ["passkey", "--lengths", "400", "--limit", 1, "--text", setting.text, "--method", "streaming"]
+    code, _, err = focusllm("eval", *selection, "-m", model_folder, "-o", tmp_path / "run")
+    assert code == 0
+    assert f"The report is {tmp_path / 'run' / 'report' / 'report.html'}." in err
+    assert (tmp_path / "run" / "report" / "passkey-by-seconds.png").exists()
 
 
 def test_runs_of_one_name_are_told_apart_too(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from conftest import byte_tokenizer
 from focusllm import DocumentError, TrainConfig, train
 from focusllm.errors import ConfigError
 from focusllm.training.config import Source
-from focusllm.training.corpus import Corpus, load_corpus
+from focusllm.training.corpus import Corpus, dataset_rows, load_corpus
 from focusllm.training.sampling import Sampler
 from focusllm.training.tasks import Questions, Task, fact, read_multihop, read_stories, table
 from training import TEXT
@@ -75,6 +75,18 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [byte_tokenizer().decode(corpus.document(i)) for i in range(2)] == ["alpha", "beta"]
     with pytest.raises(ConfigError, match="has no text in a column 'text'"):
         load_corpus(Source(source), byte_tokenizer(), tmp_path / "cache")
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda **selection: asked.append(selection) or iter([{"text": "x"}]))
+    assert list(dataset_rows(Source("hf:owner/name/part/file.jsonl.gz"))) == [{"text": "x"}]
+    assert asked == [
+        {
+            "path": "json",
+            "data_files": "hf://datasets/owner/name/part/file.jsonl.gz",
+            "split": "train",
+            "streaming": True,
+        }
+    ]
 
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("no such host")

@@ -17,7 +17,7 @@ from focusllm.chunks import ChunkBlock, Place, document_key, encode
 from focusllm.cost import check_read
 from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.kv import KV, concat
-from focusllm.store import Packing, RowFile
+from focusllm.store import Packed, Packing, RowFile
 
 IDS = random_ids(24 + 5 * SMALL.stride + 6)  # six full chunks and one of 7, the first of them shared
 BITS = {"same": 0.0, "int8": 1 / 127, "int4": 1 / 15}

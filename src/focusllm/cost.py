@@ -17,7 +17,7 @@ from focusllm.chunks import tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
-from focusllm.machine import computes_on_cpu, memory_limits, peak_resident
+from focusllm.machine import computes_on_cpu, forget_peak_resident, memory_limits, peak_resident
 from focusllm.packed import is_packed_by_default, packable_bytes, packed_bytes
 from focusllm.store import Packing
 
@@ -255,8 +255,16 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak_resident()
+
+
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held on a device so far."""
+    """Most bytes that this process has held on a device so far, or since they were last forgotten."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return peak_resident()

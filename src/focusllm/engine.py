@@ -271,7 +271,7 @@ def _choose_hot(model: nn.Module, request: Request, config: FocusConfig) -> None
     """Choose the rows that are read at every token, by what the dynamic prompt would pay to each.
 
     The local context is read without any candidate for that: many that have nothing to say change what it asks for.
-    Where no rows need to be chosen, all are hot if some lie elsewhere, so as to be brought once and not for every token.
+    Where none need to be chosen, all are hot if some lie elsewhere, so as to be brought once and not for every token.
     """
     alike: Counter[int] = Counter()
     for block in request.blocks:

@@ -11,6 +11,7 @@ import typer
 
 from focusllm.cli.options import FocusOptions, Json, ModelOptions, grouped
 from focusllm.cli.terminal import calm_libraries, evaluation_progress, load, make_folder, notify
+from focusllm.errors import ConfigError
 from focusllm.options import parse_lengths, parse_setting
 
 
@@ -74,10 +75,18 @@ def evaluate(
         except KeyboardInterrupt:
             notify(f"Stopped. Run the same command again to go on with what is in {output}.")
             sys.exit(130)
+    from focusllm.evaluation.report import write_report
+
     if as_json:
         print(json.dumps(results, indent=1))
     else:
         _show_results([output])
+    try:
+        page = write_report([output], output / "report")[0]
+    except ConfigError as error:  # the results are there all the same
+        notify(f"No report is made: {error}")
+    else:
+        notify(f"The report is {page}.")
 
 
 @evaluation.command("list")
@@ -86,7 +95,12 @@ def list_evaluation(as_json: Json = False) -> None:
     from focusllm.evaluation.methods import NAMES
     from focusllm.evaluation.tasks import registry
 
-    needs = {"": "made up", "text": "needs --text", "files": "needs --data or --hub"}
+    needs = {
+        "": "made up",
+        "text": "needs --text",
+        "files": "needs --data or --hub",
+        "text and files": "needs --data and --text, or --hub",
+    }
     if as_json:
         tasks = [{"name": task.name, "needs": task.needs, "metric": task.metric} for task in registry().values()]
         print(json.dumps({"tasks": tasks, "methods": NAMES}, indent=1))
@@ -113,7 +127,7 @@ def report_evaluation(
         print(json.dumps({"files": [str(path) for path in paths], "rows": rows}, indent=1))
         return
     _show_results(runs)
-    print(f"The report is {paths[0]}, with {len(paths) - 1} plots beside it.")
+    print(f"The report is {paths[0]}, with its plots and overview.md beside it.")
 
 
 def _show_results(folders: list[Path]) -> None:

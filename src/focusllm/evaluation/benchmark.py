@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from focusllm.errors import DocumentError, first_line
+from focusllm.errors import DocumentError, FocusError, first_line
 from focusllm.evaluation import metrics
 from focusllm.evaluation.example import Example, Setting, Task
 from focusllm.training.config import Source
@@ -51,6 +51,7 @@ class Prompted(Task):
 
     def __init__(self, name: str, about: dict[str, Any], needs: str = "files"):
         self.name, self.about, self.needs = name, about, needs
+        self.version = about.get("version", self.version)
         self.metric = about["metric"]
         self._score: metrics.Metric = getattr(metrics, self.metric)
 
@@ -65,6 +66,7 @@ class Prompted(Task):
             references=tuple(map(str, references)),
             max_new_tokens=self.about["max_new_tokens"],
             stop=tuple(self.about.get("stop", ())),
+            never_empty=self.about.get("never_empty", False),
             chat=self.about.get("chat", True),
             answer_prefix=fill(self.about.get("answer_prefix", ""), values),
             **more,
@@ -105,8 +107,14 @@ class Benchmark(Prompted):
         self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
     ) -> Iterator[Example]:
         """As in the file, in its order."""
-        rows = self.rows(setting)
-        yield from islice(usable(rows, lambda key, row: self.read(key, checked(row, self.fields)), warn), limit)
+        yield from islice(usable(self.rows(setting), self._scorable, warn), limit)
+
+    def _scorable(self, key: str, row: Any) -> list[Example]:
+        """The examples of a row, whose answers the metric can take."""
+        found = list(self.read(key, checked(row, self.fields)))
+        for example in found:
+            self.score("A 1", example)
+        return found
 
     def rows(self, setting: Setting) -> Iterator[tuple[str, str, Any]]:
         """(key, place, row), from the file if it is there, else from the hub if that may be asked."""
@@ -135,7 +143,9 @@ def usable(
         for key, place, row in rows:
             try:
                 found = list(read(key, row))
-            except (LookupError, TypeError, ValueError) as error:
+            except FocusError:  # a package that is missing, say: not the row's fault
+                raise
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 left_out += 1
                 warn(f"{place} is left out: {first_line(error)}.")
             else:

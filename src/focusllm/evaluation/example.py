@@ -18,10 +18,12 @@ from focusllm.training.corpus import documents
 
 PRESETS = {
     "pg19": Source("hf:emozilla/pg19-test", split="test"),
-    "proof-pile": Source("hf:hoskinson-center/proof-pile", split="test"),
+    "proof-pile": Source("hf:hoskinson-center/proof-pile/test/proofpile_test.jsonl.gz"),
     "codeparrot": Source("hf:codeparrot/codeparrot-clean-valid", column="content"),
 }
 """Texts of the paper's perplexity tables (section 4.2), as data sets on the hub."""
+HAYSTACK_CHARACTERS = 2**25
+"""Made-up tasks need no more text than a few times the greatest length."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Example:
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
     """Strings at which the answer ends (what comes before the first of them counts)."""
+    never_empty: bool = False
+    """Whether the first token may neither end the answer nor be a stop string."""
     chat: bool = True
     """Whether the prompt goes into the model's chat template."""
     answer_prefix: str = ""
@@ -102,12 +106,18 @@ class Setting:
 
     @cached_property
     def haystack(self) -> Haystack:
-        """The plain text, tokenised once.
+        """The plain text, its first `HAYSTACK_CHARACTERS` if it is longer, tokenised once.
 
         Raises:
             DocumentError: no text is given or found.
         """
-        return Haystack(self.tokenizer, "\n\n".join(self.texts()))
+        parts, length = [], 0
+        for text in self.texts():
+            parts.append(text[: HAYSTACK_CHARACTERS - length])
+            length += len(parts[-1])
+            if length == HAYSTACK_CHARACTERS:
+                break
+        return Haystack(self.tokenizer, "\n\n".join(parts))
 
     def texts(self) -> Iterator[str]:
         """The documents of the plain text, in order; read from the source as far as they are asked for, and kept.
@@ -196,8 +206,13 @@ class Haystack:
             return ""
         start %= self.num_tokens
         stop = start + length
-        if stop > self.num_tokens:
-            return self.cut(start, self.num_tokens - start) + "\n\n" + self.cut(0, stop - self.num_tokens)
+        parts = []
+        while stop > self.num_tokens:
+            parts.append(self._between(start, self.num_tokens))
+            start, stop = 0, stop - self.num_tokens
+        return "\n\n".join([*parts, self._between(start, stop)])
+
+    def _between(self, start: int, stop: int) -> str:
         return self.text[self._ends[start - 1] if start else 0 : self._ends[stop - 1]]
 
     def with_inserts(self, start: int, length: int, inserts: Sequence[tuple[float, str]]) -> str:
@@ -218,7 +233,8 @@ class Task(ABC):
     version: int = 1
     """Raised when prompts, data or scoring change: results of different versions are not compared."""
     needs: str = ""
-    """"" (made up), "text" (plain text under --text) or "files" (benchmark files under --data, or the hub)."""
+    """"" (made up), "text" (plain text under --text), "files" (benchmark files under --data, or the hub), or "text and
+    files"."""
     has_own_lengths: bool = False
     """Whether the examples are as long as they are; --lengths does not apply then."""
     metric: str = "accuracy"

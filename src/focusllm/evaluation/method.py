@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from focusllm.base import layout, run_plain
 from focusllm.chunk_cache import ChunkCache
-from focusllm.cost import GIB, peak_memory, total_memory
+from focusllm.cost import GIB, total_memory
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.llm import FocusLLM
@@ -37,7 +37,7 @@ class Prompt:
     end: list[int]
     chat: bool
     query: str
-    """The question as text, for methods that search with it."""
+    """The question as text, for methods that search with it: what stands behind the long text, if anything does."""
 
     @property
     def body(self) -> list[int]:
@@ -52,22 +52,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer and its cost. Seconds count from the token ids of the prompt, its reading included."""
+    """An answer, and the seconds from the token ids of the prompt, its reading included."""
 
     text: str
     seconds: float
     first_token_seconds: float
-    peak_memory: int
-    """Most bytes that the process has held so far."""
 
 
 CHUNKS_SHARE = 4
-"""Encoded chunks that are kept may take one part in so many of the memory."""
+"""Encoded chunks that are kept beside the packed ones in use may take one part in so many of the memory."""
 
 
 def shared_chunks(llm: FocusLLM) -> ChunkCache:
-    """Room for encoded chunks, for all methods on a model together."""
-    return ChunkCache(llm.model.base, total_memory(llm.model.base.device) // CHUNKS_SHARE)
+    """The encoded chunks of the last text, for all methods on a model together."""
+    return ChunkCache(llm.model.base, total_memory(llm.model.base.device) // CHUNKS_SHARE, last_only=True)
 
 
 class Method(ABC):
@@ -108,7 +106,8 @@ class Method(ABC):
         before, context, after = (self.encode(text) for text in (example.before, example.context, behind))
         if end and example.answer_prefix:
             end = [*end, *self.encode(example.answer_prefix.lstrip())]
-        return Prompt(start, before, context, after, end, example.chat, f"{example.before}\n{example.after}")
+        query = example.after if example.after.strip() else example.before
+        return Prompt(start, before, context, after, end, example.chat, query)
 
     def num_tokens(self, example: Example | LossExample) -> int:
         """What a window must hold: the prompt and the longest answer, or the text without its last token."""
@@ -119,9 +118,12 @@ class Method(ABC):
     def fits(self, num_tokens: int) -> str | None:
         """None, or the reason why so long a text cannot be read. By default the whole of it is attended to."""
         per_token = layout(self.base).kv_bytes_per_token * self.base.dtype.itemsize
-        needed, there = per_token * num_tokens, total_memory(self.base.device)
+        weights = sum(parameter.nbytes for parameter in self.base.parameters())
+        needed, there = weights + per_token * num_tokens, total_memory(self.base.device)
         if needed > there:
-            return f"its keys and values take {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
+            return (
+                f"weights, keys and values take {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
+            )
         return None
 
     @abstractmethod
@@ -138,6 +140,8 @@ class Method(ABC):
         prompt, made = self.prompt(example), list[int]()
         begin = time.perf_counter()
         logits, step = self.start(prompt, example.max_new_tokens)
+        if example.never_empty:
+            logits = logits.index_fill(0, self.tensor(sorted(self.ends | self._stops(example)))[0], -torch.inf)
         token = int(logits.argmax())
         first = time.perf_counter() - begin
         while token not in self.ends:
@@ -148,7 +152,12 @@ class Method(ABC):
         text = self.decode(made)
         for stop in example.stop:
             text = text.partition(stop)[0]
-        return Prediction(text, time.perf_counter() - begin, first, peak_memory(self.base.device))
+        return Prediction(text, time.perf_counter() - begin, first)
+
+    def _stops(self, example: Example) -> set[int]:
+        """The tokens that are stop strings."""
+        encoded = [encode_ids(self.tokenizer, stop) for stop in example.stop]
+        return {ids[0] for ids in encoded if len(ids) == 1}
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens."""

@@ -1,7 +1,8 @@
 """Runs as one page to look at: tables and plots in one HTML file that needs no other, the plots as PNG. No torch.
 
-A table a task (methods by lengths); perplexity or score against length; a heat map of depth by length where examples
-have a depth; score against seconds. Several runs are joined; a method that two of them have is told apart by run.
+All tasks by all methods in one table, also as Markdown; a table a task (methods by lengths); plots of score against
+length, seconds and memory; a heat map of depth by length where examples have a depth. Several runs are
+joined; methods that two of them have, or that were run otherwise, are told apart by run.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Row:
     reason: str
     seconds: float | None
     """Mean of an example's, from reading to the last token or label."""
+    memory: float | None
+    """Mean of the most bytes that the process held during an example, or GPU memory; the model is among them."""
+    known: float | None
+    """Mean share of an example's chunks that needed no reading: they repeat, or the example before has them."""
     by_depth: dict[float, float]
     """Mean score by depth."""
 
@@ -55,10 +60,11 @@ class Row:
         """The value as people read it: perplexity as it is, a score in percent."""
         if self.value is None:
             return "-"
+        some = f" ({self.examples} of {self.examples + self.skipped})" if self.skipped else ""
         if self.is_loss:
-            return f"{self.value:,.2f}"
+            return f"{self.value:,.2f}{some}"
         error = "" if self.standard_error is None else f" ± {100 * self.standard_error:.1f}"
-        return f"{100 * self.value:.1f}{error}"
+        return f"{100 * self.value:.1f}{error}{some}"
 
 
 def load(folders: Sequence[Path]) -> list[Row]:
@@ -69,7 +75,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
     """
     if not folders:
         raise ConfigError("no runs are named; give the folders that `focusllm eval ... --output` has written.")
-    rows = []
+    rows, ways = [], []
     names = Counter(folder.name for folder in folders)
     for folder in folders:
         try:
@@ -81,6 +87,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
             raise DocumentError(f"the results in {folder} are damaged ({error}); repeat the run's command.") from error
         seconds = {(cell["task"], cell["length"], cell["method"]): cell for cell in timings}
         for cell in results["results"]:
+            ways.append(_way(results, cell["task"]))
             key = (cell["task"], cell["length"], cell["method"])
             mine = [line for line in results["examples"] if (line["task"], line["length"], line["method"]) == key]
             rows.append(
@@ -96,21 +103,23 @@ def load(folders: Sequence[Path]) -> list[Row]:
                     skipped=cell["skipped"],
                     reason=cell.get("reason", ""),
                     seconds=seconds[key]["seconds"],
+                    memory=seconds[key].get("peak_memory"),
+                    known=seconds[key].get("known_chunks"),
                     by_depth=_by_depth(mine),
                 )
             )
-    return _told_apart(rows)
+    return _told_apart(rows, ways)
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Write report.html and the plots: their paths, the page first.
+    """Write report.html, overview.md and the plots: their paths, the page first.
 
     Raises:
         ConfigError, DocumentError: as `load`; or matplotlib is not installed.
     """
     rows = load(folders)
     output.mkdir(parents=True, exist_ok=True)
-    paths, parts = [output / "report.html"], []
+    paths, parts = [output / "report.html"], [_as_html(overview(rows))]
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
         parts.append(f"<h2>{html.escape(task)}</h2>\n{table(mine)}")
@@ -119,6 +128,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
             figure.savefig(paths[-1], dpi=150)
             parts.append(_inline(figure, f"{task}: {name.replace('-', ' ')}"))
     runs = "".join(f"<h3>{html.escape(folder.name)}</h3>\n{_about(folder)}" for folder in folders)
+    (output / "overview.md").write_text(_as_markdown(overview(rows)), encoding="utf-8")
+    paths.append(output / "overview.md")
     body = "\n".join([*parts, "<h2>Runs</h2>", runs])
     paths[0].write_text(
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>FocusLLM evaluation</title>\n'
@@ -126,6 +137,29 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         encoding="utf-8",
     )
     return paths
+
+
+def overview(rows: Sequence[Row]) -> list[list[str]]:
+    """All results as a table, its first line the head: a line a task and length, a column a method."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    lines = [["task", "tokens", "score", *methods]]
+    for task, length in dict.fromkeys((row.task, row.length) for row in rows):
+        cells = {row.method: row for row in rows if (row.task, row.length) == (task, length)}
+        first = next(iter(cells.values()))
+        shown = [cells[method].shown if method in cells else "" for method in methods]
+        lines.append([task, f"{length:,}" if length else "its own", first.metric, *shown])
+    return lines
+
+
+def _as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *others = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *others]) + "\n"
+
+
+def _as_html(lines: Sequence[Sequence[str]]) -> str:
+    head, *others = [[html.escape(cell) for cell in line] for line in lines]
+    rows = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in others)
+    return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{rows}</table>"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -141,6 +175,9 @@ def table(rows: Sequence[Row]) -> str:
             if row.skipped:
                 which = f"at {row.length:,} tokens" if row.length else f"{row.skipped} examples"
                 notes.append(f"{method}, {which}: left out, for {row.reason}.")
+            if row.known:
+                where = f"at {row.length:,} tokens" if row.length else "at its own lengths"
+                notes.append(f"{method}, {where}: {row.known:.0%} of the chunks needed no reading.")
     counts = sorted({row.examples for row in rows if row.examples})
     notes.append(f"Examples a cell: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}." if counts else "")
     below = "<br>".join(map(html.escape, notes))
@@ -160,6 +197,9 @@ def figures(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     if any(row.seconds for row in measured):
         timed = [row for row in measured if row.seconds]
         made.append(("by-seconds", _lines(timed, lambda row: row.seconds, "seconds an example")))
+    if any(row.memory for row in measured):
+        held = [row for row in measured if row.memory]
+        made.append(("by-memory", _lines(held, lambda row: (row.memory or 0) / 2**30, "most GiB held")))
     if any(len(row.by_depth) > 1 for row in measured):
         made.append(("by-depth", _heat_maps(measured)))
     return made
@@ -236,10 +276,23 @@ def _about(folder: Path) -> str:
     return f'<p class="note">{"<br>".join(lines)}</p>'
 
 
-def _told_apart(rows: list[Row]) -> list[Row]:
-    """Rows of several runs, with the run behind a method's name where another run has the same cell."""
+def _way(results: dict[str, Any], task: str) -> str:
+    """What results of a task must have in common to stand in one row."""
+    names = ("model", "adapter", "dtype", "settings")
+    version = results["plan"]["task_versions"][task]
+    return json.dumps([version, *(results.get(name) for name in names)], sort_keys=True)
+
+
+def _told_apart(rows: list[Row], ways: Sequence[str]) -> list[Row]:
+    """Rows of several runs, with the run behind a method's name where another run has the same cell, or has made other
+    cells of the task otherwise (another adapter, say).
+    """
     seen = Counter((row.task, row.length, row.method) for row in rows)
+    made = Counter(
+        (task, method) for task, method, _ in {(r.task, r.method, w) for r, w in zip(rows, ways, strict=True)}
+    )
     shared = {method for (_, _, method), count in seen.items() if count > 1}
+    shared |= {method for (_, method), count in made.items() if count > 1}
     return [
         Row(**{**vars(row), "method": f"{row.method} ({row.run})"}) if row.method in shared else row for row in rows
     ]

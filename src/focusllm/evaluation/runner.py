@@ -4,7 +4,7 @@ config.json       what is measured, on which machine; written first. Another con
 examples.jsonl    a line for every finished example, appended and flushed; half a line at the end is dropped
 results.json      at the end: configuration, versions, machine, means, and every example with prediction and score.
                   Nothing that a clock or another run could change: byte for byte that of an unbroken run
-timings.json      at the end: seconds and memory of the same examples
+timings.json      at the end: seconds, memory and the share of chunks that needed no reading, of the same examples
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from focusllm import __version__
 from focusllm.adapter import injected, sink_token
+from focusllm.cost import forget_peak_memory, peak_memory
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.evaluation.method import Method, shared_chunks
@@ -33,10 +34,11 @@ from focusllm.evaluation.plan import Cell, Plan
 from focusllm.files import whole_file
 from focusllm.llm import FocusLLM
 from focusllm.machine import machine
+from focusllm.packed import packed_bytes
 
 OWN_LENGTH = 8192
 """What an example of a task with own lengths counts for in the progress."""
-TIMINGS = ("seconds", "first_token_seconds", "peak_memory")
+TIMINGS = ("seconds", "first_token_seconds", "peak_memory", "known_chunks")
 Report = Callable[[str, float, float], None]
 """Called with (what is measured, tokens done, tokens in all)."""
 Line = dict[str, Any]
@@ -59,21 +61,20 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
     plan.check_examples(setting)
     with _only_one(folder):
         config = _settled(folder / "config.json", _config(plan, llm), llm)
-        log = _Log(folder / "examples.jsonl")
         total = sum(_weight(cell, plan) for cell in plan.cells)
         lines: dict[Cell, list[Line]] = {}
         before = 0.0
-        for cell in plan.cells:
-            title = f"{cell.task} {f'{cell.length:,} ' if cell.length else ''}{cell.method}"
-            lines[cell] = []
-            report(title, before, total)
-            for line in _cell(cell, plan, methods[cell.method], setting, log):
-                lines[cell].append(line)
-                share = len(lines[cell]) / plan.limit
-                report(title, before + min(share, 1) * _weight(cell, plan), total)
-            before += _weight(cell, plan)
+        with closing(_Log(folder / "examples.jsonl")) as log:
+            for cell in plan.cells:
+                title = f"{cell.task} {f'{cell.length:,} ' if cell.length else ''}{cell.method}"
+                lines[cell] = []
+                report(title, before, total)
+                for line in _cell(cell, plan, methods[cell.method], setting, log):
+                    lines[cell].append(line)
+                    share = len(lines[cell]) / plan.limit
+                    report(title, before + min(share, 1) * _weight(cell, plan), total)
+                before += _weight(cell, plan)
         report("done", total, total)
-        log.close()
         results = _results(config, plan, lines)
         _write(folder / "results.json", results)
         _write(folder / "timings.json", [_timing(cell, made) for cell, made in lines.items()])
@@ -81,7 +82,7 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
 
 
 def _cell(cell: Cell, plan: Plan, method: Method, setting: Any, log: _Log) -> Iterator[Line]:
-    """The lines of a cell, from the log or measured now. What does not fit at a length ends it."""
+    """The lines of a cell, from the log or measured now. A length that the method cannot hold ends it."""
     task = plan.task(cell.task)
     for example in task.examples(cell.length, plan.limit, setting):
         key = (cell.task, cell.length, cell.method, example.id)
@@ -90,7 +91,7 @@ def _cell(cell: Cell, plan: Plan, method: Method, setting: Any, log: _Log) -> It
             line = dict(zip(("task", "length", "method", "id"), key, strict=True)) | _measure(task, method, example)
             log.append(line)
         yield line
-        if "skipped" in line and not task.has_own_lengths:
+        if "skipped" in line and not task.has_own_lengths and method.fits(method.num_tokens(example)) is not None:
             return
 
 
@@ -98,16 +99,39 @@ def _measure(task: Any, method: Method, example: Example | LossExample) -> Line:
     reason = method.fits(method.num_tokens(example))
     if reason is not None:
         return {"skipped": reason, "meta": example.meta}
+    device, chunks = method.base.device, method.chunks
+    forget_peak_memory(device)
+    asked, read = chunks.num_asked, chunks.num_read
     try:
-        if isinstance(example, LossExample):
-            begin = time.perf_counter()
-            nats, labels = method.loss(example)
-            return {"nats": nats, "labels": labels, "meta": example.meta, "seconds": time.perf_counter() - begin}
-        prediction = asdict(method.generate(example))
+        found = _loss(method, example) if isinstance(example, LossExample) else _answer(task, method, example)
     except ConfigError as error:  # found out when it was tried: no room beside the question, say
         return {"skipped": str(error).rstrip("."), "meta": example.meta}
-    found = {"prediction": prediction.pop("text"), "references": list(example.references)}
-    return {**found, "score": task.score(found["prediction"], example), "meta": example.meta, **prediction}
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        chunks.clear()
+        return {"skipped": "it ran out of memory", "meta": example.meta}
+    found |= {"meta": example.meta, "peak_memory": peak_memory(device)}
+    asked, read = chunks.num_asked - asked, chunks.num_read - read
+    return found | ({"known_chunks": 1 - read / asked} if asked else {})
+
+
+def _loss(method: Method, example: LossExample) -> Line:
+    begin = time.perf_counter()
+    nats, labels = method.loss(example)
+    return {"nats": nats, "labels": labels, "seconds": time.perf_counter() - begin}
+
+
+def _answer(task: Any, method: Method, example: Example) -> Line:
+    made = asdict(method.generate(example))
+    prediction = made.pop("text")
+    scored = {"score": task.score(prediction, example), "references": list(example.references)}
+    return {"prediction": prediction, **scored, **made}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of Python, or of torch's allocator on a CPU, which has no class of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _results(config: dict[str, Any], plan: Plan, lines: dict[Cell, list[Line]]) -> dict[str, Any]:
@@ -137,7 +161,7 @@ def summarise(metric: str, lines: Sequence[Line]) -> dict[str, Any]:
 def _timing(cell: Cell, lines: Sequence[Line]) -> dict[str, Any]:
     timed = [{name: line[name] for name in ("id", *TIMINGS) if name in line} for line in lines if "seconds" in line]
     means = {}
-    for name in TIMINGS[:2]:
+    for name in TIMINGS:
         found = [line[name] for line in timed if name in line]
         means[name] = sum(found) / len(found) if found else None
     return {**asdict(cell), **means, "examples": timed}
@@ -147,12 +171,24 @@ def _config(plan: Plan, llm: FocusLLM) -> dict[str, Any]:
     """Everything that the numbers depend on."""
     return {
         "plan": plan.to_dict(),
+        "inputs": {name: _inputs(path) for name, path in (("data", plan.data), ("text", plan.text))},
         "model": llm.name,
+        "device": llm.model.device.type,
+        "packed": packed_bytes(llm.model) > 0,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "settings": llm.config.resolved().to_dict(),
         "adapter": _digest(llm),
         "versions": {"focusllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _inputs(path: str | None) -> str | None:
+    """Sixteen hexadecimal digits of the files' names and sizes under a path; None: it is no path."""
+    if path is None or not Path(path).exists():
+        return None
+    files = sorted(file for file in ([Path(path)] if Path(path).is_file() else Path(path).rglob("*")) if file.is_file())
+    names = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def _digest(llm: FocusLLM) -> str | None:

@@ -26,7 +26,8 @@ class Source:
     """
 
     path: str
-    """A folder or file of text, a JSONL file, or the name of a Hugging Face dataset as `hf:owner/name`."""
+    """A folder or file of text, a JSONL file, or a Hugging Face dataset as `hf:owner/name`, or a JSONL file in it as
+    `hf:owner/name/folder/file.jsonl`."""
     weight: float = 1.0
     """How often it is drawn from, relative to the other sources."""
     column: str = "text"

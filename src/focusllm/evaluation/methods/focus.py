@@ -53,8 +53,10 @@ class Focus(Method):
             self.config.check_num_chunks(count_chunks(num_tokens, self.config), self.window)
         except ConfigError as error:
             return str(error).rstrip(".")
-        whole = stored_bytes(self.base, self.config.replace(kv_dtype="same"), num_tokens)
-        needed = estimate(self.base, self.config, num_tokens).total + min(whole, self.chunks.most_bytes)
+        needed = estimate(self.base, self.config, num_tokens).total
+        if self.config.kv_dtype != "same":  # then they are kept as computed too
+            whole = stored_bytes(self.base, self.config.replace(kv_dtype="same"), num_tokens)
+            needed += min(whole, self.chunks.most_bytes)
         there = total_memory(self.base.device)
         if needed > there:
             return f"it needs about {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"

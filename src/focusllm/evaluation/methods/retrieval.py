@@ -1,6 +1,7 @@
 """Retrieval: passages of the text that share words with the question (BM25), in their order, in the base's window.
 
-Searched with the question; for losses with the last tokens of the given text, as many as the local budget holds.
+Neighbouring passages share half of their tokens, so that what is no longer than that is whole in one of them. Searched
+with the question; for losses with the last tokens of the given text, as many as the local budget holds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Retrieval(WindowMethod):
 
     name = "retrieval"
     defaults = {"passage": 128}  # noqa: RUF012
-    least = {"passage": 1}  # noqa: RUF012
+    least = {"passage": 2}  # noqa: RUF012
 
     def __init__(self, llm: FocusLLM, **options: Any):
         super().__init__(llm, **options)
@@ -55,13 +56,14 @@ class Retrieval(WindowMethod):
         if len(ids) <= room:
             return ids
         size = self.options["passage"]
-        passages = [ids[start : start + size] for start in range(0, len(ids), size)]
-        chosen, left = [], room
-        for index in np.argsort(-self._scores([self.decode(passage) for passage in passages], query), kind="stable"):
-            if len(passages[index]) <= left:
-                chosen.append(int(index))
-                left -= len(passages[index])
-        return [token for index in sorted(chosen) for token in passages[index]]
+        passages = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size // 2)]
+        texts = [self.decode(ids[passage.start : passage.stop]) for passage in passages]
+        chosen: set[int] = set()
+        for index in np.argsort(-self._scores(texts, query), kind="stable"):
+            new = [place for place in passages[index] if place not in chosen]
+            if len(chosen) + len(new) <= room:
+                chosen.update(new)
+        return [ids[place] for place in sorted(chosen)]
 
     def _scores(self, passages: list[str], query: str) -> np.ndarray:
         import bm25s

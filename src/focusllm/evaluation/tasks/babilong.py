@@ -1,6 +1,7 @@
 """BABILong (arXiv 2406.10149): the facts of a bAbI question (qa1 to qa10) between the sentences of books.
 
-Files: bAbI's `qa*_test.txt` (v1.2, "en") under --data; the books are the plain text under --text.
+Files: bAbI's `qa*_test.txt` (v1.2, "en") under --data; the books are the plain text under --text. With --hub instead
+the texts of the authors' data set, which are made of other books and as long as its sizes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 
 from focusllm.errors import ConfigError
 from focusllm.evaluation.benchmark import (
@@ -25,6 +27,8 @@ from focusllm.evaluation.benchmark import (
 )
 from focusllm.evaluation.example import Example, Setting
 from focusllm.evaluation.tasks.passkey import must_have
+from focusllm.training.config import Source
+from focusllm.training.corpus import dataset_rows
 
 FILES = (
     "qa1_single-supporting-fact", "qa2_two-supporting-facts", "qa3_three-supporting-facts", "qa4_two-arg-relations",
@@ -60,7 +64,11 @@ class Babilong(Prompted):
     ) -> Iterator[Example]:
         """Questions in a drawn order; those whose facts alone are too long are passed over."""
         length, given = must_have(self, length), 0
-        path = setting.file(*(f"{folder}{self.about['file']}" for folder in ("babilong/", "babi/", "en/", "")))
+        names = [f"{folder}{self.about['file']}" for folder in ("babilong/", "babi/", "en/", "")]
+        if setting.hub and not (setting.data and any((setting.data / name).exists() for name in names)):
+            yield from islice(self._from_hub(length, setting), limit)
+            return
+        path = setting.file(*names)
         questions = list(usable(entries(path), Story().read, warn))
         for index in setting.rng(self.name).permutation(len(questions)):
             key, facts, question, answer = questions[index]
@@ -73,10 +81,23 @@ class Babilong(Prompted):
             if context is None:
                 continue
             given += 1
-            labels = tuple(label for label in self.about["labels"] if label.lower() not in question.lower())
-            yield self.example(key, {"question": question}, context, [answer], choices=labels)
+            yield self._asked(key, question, context, answer)
         if not given:
             raise ConfigError(f"{self.name} at {length} tokens has no room for its facts; use a greater length.")
+
+    def _from_hub(self, length: int, setting: Setting) -> Iterator[Example]:
+        """The data set's own texts of the greatest size that is no longer, as far as they fit in these tokens."""
+        size = f"{2 ** (length // 1024).bit_length() // 2}k"
+        split = self.name.removeprefix("babilong-")
+        for number, row in enumerate(dataset_rows(Source("hf:RMT-team/babilong", subset=size, split=split)), 1):
+            before, after = around(self.about["prompt"], {"question": row["question"]})
+            room = setting.room(self.name, length, before, after, max_new_tokens=self.about["max_new_tokens"])
+            if setting.num_tokens(row["input"]) <= room:
+                yield self._asked(str(number), row["question"], row["input"], row["target"])
+
+    def _asked(self, key: str, question: str, context: str, answer: str) -> Example:
+        labels = tuple(label for label in self.about["labels"] if label.lower() not in question.lower())
+        return self.example(key, {"question": question}, context, [answer], choices=labels)
 
     @staticmethod
     def hide(facts: tuple[str, ...], setting: Setting, seed: int, size: int) -> str:
@@ -89,6 +110,6 @@ class Babilong(Prompted):
 
 
 TASKS = tuple(
-    Babilong(f"babilong-{name}", {**about, "file": f"{file}_test.txt"})
+    Babilong(f"babilong-{name}", {**about, "file": f"{file}_test.txt"}, "text and files")
     for (name, about), file in zip(prompts("babilong").items(), FILES, strict=True)
 )

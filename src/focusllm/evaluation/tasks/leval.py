@@ -5,18 +5,27 @@ Files: `<task>.jsonl`, a document (input) a row with its questions (instructions
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from focusllm.evaluation.benchmark import Benchmark, prompts
-from focusllm.evaluation.example import Example
+from focusllm.evaluation.benchmark import Benchmark, Warn, logger, prompts
+from focusllm.evaluation.example import Example, Setting
 from focusllm.training.config import Source
 
 
 class LEval(Benchmark):
-    """A task of L-Eval."""
+    """A task of L-Eval. Few examples are of many documents: first the first question of each, then the second."""
 
+    version = 2
     fields = {"input": str, "instructions": list, "outputs": list}  # noqa: RUF012
+
+    def examples(
+        self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
+    ) -> Iterator[Example]:
+        """Question by question, of all documents each."""
+        every = list(super().examples(length, sys.maxsize, setting, warn))
+        yield from sorted(every, key=lambda example: int(example.id.split(".")[1]))[:limit]
 
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:
         """One example a question."""
@@ -29,7 +38,7 @@ TASKS = tuple(
         f"leval-{name}",
         about,
         (f"leval/{name}.jsonl", f"LEval/Exam/{name}.jsonl", f"Closed-ended-tasks/{name}.jsonl", f"{name}.jsonl"),
-        Source("hf:L4NLP/LEval", subset=name, split="test"),
+        Source(f"hf:L4NLP/LEval/LEval/Exam/{name}.jsonl"),
     )
     for name, about in prompts("leval").items()
 )

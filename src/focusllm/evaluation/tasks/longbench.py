@@ -22,7 +22,10 @@ class LongBench(Benchmark):
 
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:
         """One example a row."""
-        yield self.example(key, row, row["context"], row["answers"], choices=tuple(row.get("all_classes") or ()))
+        classes = tuple(row.get("all_classes") or ())
+        if self.metric == "classification" and not classes:
+            raise ValueError("it has no all_classes")
+        yield self.example(key, row, row["context"], row["answers"], choices=classes)
 
     def score(self, prediction: str, example: Example) -> float:
         """As the original scores: few-shot answers by their first line."""

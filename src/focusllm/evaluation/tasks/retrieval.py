@@ -70,20 +70,26 @@ class KeyValue(Task):
 class LostInTheMiddle(Task):
     """Right when the value occurs in the answer."""
 
-    name, needs, has_own_lengths = "lost-in-the-middle", "files", True
+    name, needs, has_own_lengths, version = "lost-in-the-middle", "files", True, 2
 
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
         """From each file that is there `limit` rows, the asked key going from the first to the last."""
         for count, path in _files(setting):
             rows = usable(entries(path), lambda _, row: [_pairs_of(row)])
-            for i, pairs in zip(range(limit), rows, strict=False):
-                yield pair_example(f"{count}-{i}", pairs, depth_of(i, limit), dataset=f"{count} keys")
+            for i, (pairs, asked) in zip(range(limit), rows, strict=False):
+                depth = depth_of(i, limit)
+                others = [pair for pair in pairs if pair != asked]
+                place = round(depth * len(others))  # as in the original, the row's pair is moved
+                moved = [*others[:place], asked, *others[place:]]
+                yield pair_example(f"{count}-{i}", moved, depth, dataset=f"{count} keys")
 
 
 class MathFind(Task):
-    """Right when the first number of the answer is the one that is asked for."""
+    """Right when the first number of the answer is the one that is asked for. The list has bounds of its own, so that
+    however long it is, the greatest number cannot be known without it; equal numbers have one rank.
+    """
 
-    name = "math-find"
+    name, version = "math-find", 2
 
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
         """Each time another list; the kinds of question take turns."""
@@ -93,15 +99,17 @@ class MathFind(Task):
             before = f"What is the {kind} number in the following list?\n\n"
             after = f"\n\nYou should answer with only one number, no other words. The {kind} number of the list is:"
             room = setting.room(self.name, length, before, after, max_new_tokens=8)
-            numbers = rng.integers(0, 10_000, size=max(room, 32))
+            least, most = int(rng.integers(100_000, 400_000)), int(rng.integers(600_000, 900_000))
+            numbers = rng.integers(least, most, size=max(room, 32))
             numbers = numbers[: setting.count_fitting(partial(_number, numbers), room)]
-            if len(numbers) < LEAST_NUMBERS:
+            ranked = np.unique(numbers)
+            if len(ranked) < LEAST_NUMBERS:
                 raise ConfigError(
-                    f"{self.name} at {length} tokens has room for {len(numbers)} numbers; use a length that has for "
+                    f"{self.name} at {length} tokens has room for {len(ranked)} numbers; use a length that has for "
                     f"{LEAST_NUMBERS}."
                 )
             rank = RANKS[kind]
-            answer = np.sort(numbers)[len(numbers) // 2 if rank is None else rank]
+            answer = np.sort(numbers)[len(numbers) // 2] if rank is None else ranked[rank]
             text = f"[{', '.join(map(str, numbers))}]"
             yield Example(str(i), before, text, after, (str(answer),), max_new_tokens=8, meta={"dataset": kind})
 
@@ -139,16 +147,18 @@ def _pair_line(pairs: _Pairs, index: int) -> str:
     return '"{}": "{}",\n '.format(*pairs[index])
 
 
-def _pairs_of(row: Any) -> list[tuple[str, str]]:
-    """Keys and values of a line of the original's file.
+def _pairs_of(row: Any) -> tuple[list[tuple[str, str]], tuple[str, str]]:
+    """Keys and values of a line of the original's file, and the pair of them that is asked for.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it is not among them.
     """
-    pairs = [(str(key), str(value)) for key, value in checked(row, {"ordered_kv_records": list})["ordered_kv_records"]]
-    if not pairs:
-        raise ValueError("it has no pairs")
-    return pairs
+    found = checked(row, {"ordered_kv_records": list, "key": str, "value": str})
+    pairs = [(str(key), str(value)) for key, value in found["ordered_kv_records"]]
+    asked = found["key"], found["value"]
+    if asked not in pairs:
+        raise ValueError("its key and value are not among its pairs")
+    return pairs, asked
 
 
 def _number(numbers: np.ndarray, index: int) -> str:
