@@ -46,6 +46,28 @@ def test_reading_a_file_a_text_and_token_ids_is_the_same(tiny_llm: FocusLLM, tmp
     assert tiny_llm.read(ids).text == TEXT
 
 
+def test_documents_may_be_kept_each_in_another_way(
+    tiny_llm: FocusLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path))
+    plain = tiny_llm.read(TEXT)
+    int8, disk = tiny_llm.read(TEXT, kv_dtype="int8"), tiny_llm.read_text(TEXT, kv_place="disk")
+    assert (disk.nbytes, 0 < int8.nbytes < 0.3 * plain.nbytes) == (0, True)
+    expected = tiny_llm.ask([plain, plain], "Why?", max_new_tokens=8).text
+    assert tiny_llm.ask([plain, disk], "Why?", max_new_tokens=8).text == expected
+    assert tiny_llm.ask([int8, disk], "Why?", max_new_tokens=8).num_generated_tokens
+    with pytest.raises(ConfigError, match="kv_dtype is 'int2'"):
+        tiny_llm.read(TEXT, kv_dtype="int2")  # type: ignore[arg-type]
+
+
+def test_a_question_that_would_not_fit_is_refused(tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tiny_llm.read(TEXT)
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 10**6)
+    tiny_llm.ask(document, "Why?", max_new_tokens=2)
+    with pytest.raises(MemoryLimitError, match=r"a question about .* tokens needs about .* ask about fewer documents"):
+        tiny_llm.ask([document] * 12, "Why?", max_new_tokens=2)
+
+
 def test_answer_counts_times_and_citations(tiny_llm: FocusLLM) -> None:
     document = tiny_llm.read(TEXT)
     pieces: list[str] = []

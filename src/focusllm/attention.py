@@ -176,8 +176,8 @@ def _attend_many(
 
 
 def _paid(scores: Tensor, lse: Tensor) -> Tensor:
-    """What keys get of the attention to all that is seen, or would get beside it. That has no bound, so it gets one, far
-    beyond what matters: sums and means of it stay finite.
+    """What keys get of the attention to all that is seen, or would get beside it: the latter bounded, far beyond what
+    matters, so that sums and means of it stay finite.
     """
     return (scores - lse).clamp(max=20).exp()
 

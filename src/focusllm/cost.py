@@ -194,6 +194,24 @@ def check_read(
     )
 
 
+def check_question(model: nn.Module, config: FocusConfig, num_tokens: int, is_resident: bool) -> None:
+    """Refuse a question about documents of so many tokens whose rows would not fit, before anything is computed.
+
+    Args:
+        is_resident: whether all chunks lie on the device as they are computed with.
+
+    Raises:
+        MemoryLimitError: with what is needed, what is free, and what would fit.
+    """
+    cost = estimate(model, config, num_tokens, place="device" if is_resident else "disk")
+    needed = cost.rows + cost.scratch
+    if needed > cost.free:
+        raise MemoryLimitError(
+            f"a question about {num_tokens:,} tokens needs about {needed / GIB:.1f} GiB of memory beside the chunks, but "
+            f"{cost.free / GIB:.1f} GiB are free; ask about fewer documents, or read them with a greater chunk_length."
+        )
+
+
 def find_place(
     model: nn.Module,
     config: FocusConfig,

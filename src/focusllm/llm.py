@@ -23,8 +23,8 @@ from focusllm.answer import Answer, AnswerStream, TimedStreamer
 from focusllm.base import layout
 from focusllm.chunking import cut, num_local_chunks, split
 from focusllm.chunks import ChunkBlock, Progress
-from focusllm.config import FocusConfig
-from focusllm.cost import peak_memory
+from focusllm.config import FocusConfig, KvDtype, KvPlace
+from focusllm.cost import check_question, peak_memory
 from focusllm.document import Chunk, Document, citations, divide
 from focusllm.embedded import resolve_model
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
@@ -123,6 +123,8 @@ class FocusLLM:
         encoding: str = "utf-8",
         progress: bool | Progress = False,
         store: str | Path | None = None,
+        kv_dtype: KvDtype | None = None,
+        kv_place: KvPlace | None = None,
     ) -> Document:
         """Read a document once, to be asked many times.
 
@@ -134,6 +136,7 @@ class FocusLLM:
             store: a folder that keeps what was read, in files (about 23 KiB a token for the embedded model in
                 bfloat16). The same text is not read again from there, and a read that was broken off goes on. None:
                 as `kv_place` says, gone with the document.
+            kv_dtype, kv_place: for this document other than in the settings (see `FocusConfig`).
 
         Raises:
             DocumentError: a missing file, one that is not text, one without text, or a full disk.
@@ -143,7 +146,7 @@ class FocusLLM:
         text, ids, spans = self._tokens(source, encoding, is_file)
         if name is None:
             name = Path(source).name if is_file else "text"  # type: ignore[arg-type]
-        return self._read(name, text, ids, spans, progress, store)
+        return self._read(name, text, ids, spans, progress, store, kv_dtype, kv_place)
 
     def read_text(
         self,
@@ -152,10 +155,12 @@ class FocusLLM:
         name: str = "text",
         progress: bool | Progress = False,
         store: str | Path | None = None,
+        kv_dtype: KvDtype | None = None,
+        kv_place: KvPlace | None = None,
     ) -> Document:
         """`read` for what is certainly a text, even if it looks like a path."""
         encoded = encode_text(self.tokenizer, check_text(text, name))
-        return self._read(name, text, encoded.token_ids, encoded.spans, progress, store)
+        return self._read(name, text, encoded.token_ids, encoded.spans, progress, store, kv_dtype, kv_place)
 
     def _read(
         self,
@@ -165,11 +170,15 @@ class FocusLLM:
         spans: list[tuple[int, int]],
         progress: bool | Progress,
         store: str | Path | None,
+        kv_dtype: KvDtype | None,
+        kv_place: KvPlace | None,
     ) -> Document:
         if not ids:
             raise DocumentError(f"{name} gives no tokens; give a document with text.")
+        own = {"kv_dtype": kv_dtype, "kv_place": kv_place}
+        config = self.config.replace(**{name: value for name, value in own.items() if value is not None})
         start = time.perf_counter()
-        blocks = self._encode(ids, progress, Path(store) if store is not None else None)
+        blocks = self._encode(ids, progress, config, Path(store) if store is not None else None)
         chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in cut(len(ids), self.config)]
         seconds = time.perf_counter() - start
         return Document(name, text, ids, chunks, blocks, self.config.chunk_length, seconds, self._reader())
@@ -194,6 +203,7 @@ class FocusLLM:
         Raises:
             DocumentError: an empty question, or one longer than the local context.
             ConfigError: no documents, or one that another model or chunk length has read.
+            MemoryLimitError: what a question takes beside so many documents would not fit.
         """
         return self._question(documents, question, generate)(on_text)
 
@@ -221,12 +231,14 @@ class FocusLLM:
         ids = encode_text(self.tokenizer, check_text(text, "the text")).token_ids
         ids = [*start_tokens(self.tokenizer), *ids]
         far, local = split(ids, self.config)
-        blocks = self._encode(far, progress) if far else []
+        blocks = self._encode(far, progress, self.config) if far else []
         return self._decoder(local, FocusState(blocks), generate, len(ids))(on_text)
 
-    def _encode(self, token_ids: list[int], progress: bool | Progress, store: Path | None = None) -> list[ChunkBlock]:
+    def _encode(
+        self, token_ids: list[int], progress: bool | Progress, config: FocusConfig, store: Path | None = None
+    ) -> list[ChunkBlock]:
         with _progress(progress, len(token_ids)) as report:
-            return self.model.encode(token_ids, report, store, self.notify)
+            return self.model.encode(token_ids, report, store, self.notify, config)
 
     def frame(self, question: str) -> tuple[list[int], list[int]]:
         """The tokens that stand before and after the documents, with the question among the latter.
@@ -258,6 +270,7 @@ class FocusLLM:
         blocks, tail, places = divide(given, num_far)
         state = FocusState(blocks, prompt_length=len(after))
         num_tokens = sum(document.num_tokens for document in given)
+        check_question(self.model.base, self.config, num_tokens, all(block.resident is not None for block in blocks))
         return self._decoder([*before, *tail, *after], state, generate, num_tokens, given, places)
 
     def _decoder(

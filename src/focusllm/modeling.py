@@ -199,11 +199,13 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         progress: Progress | None = None,
         store: Path | None = None,
         notify: Callable[[str], None] = lambda _: None,
+        config: FocusConfig | None = None,
     ) -> list[ChunkBlock]:
         """Read far context, and put its keys and values where the settings and the free memory say.
 
         Args:
             store: a folder that keeps them; the same text is not read again.
+            config: lengths and options; None: the model's.
 
         Raises:
             MemoryLimitError, ConfigError: it would not fit; raised before anything is computed.
@@ -212,7 +214,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         if not token_ids:
             return []
         folder = store or cache_folder() / "rows"
-        config = self.focus_config if store is None else self.focus_config.replace(kv_place="disk")
+        config = config or self.focus_config
+        config = config if store is None else config.replace(kv_place="disk")
         name = document_key(self.base, token_ids, config) if store else None
         try:
             written = sum(path.stat().st_size for path in folder.glob(f"{name}-*.rows")) if name else 0

@@ -1,8 +1,8 @@
 """Runs as one page to look at: tables and plots in one HTML file that needs no other, the plots as PNG. No torch.
 
 All tasks by all methods in one table, also as Markdown; a table a task (methods by lengths); plots of score against
-length, seconds and memory; a heat map of depth by length where examples have a depth. Several runs are
-joined; methods that two of them have, or that were run otherwise, are told apart by run.
+length, seconds and memory; a heat map of depth by length where examples have a depth. Several runs are joined; methods
+that two of them have, or that were run otherwise, are told apart by run.
 """
 
 from __future__ import annotations
