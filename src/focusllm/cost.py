@@ -207,8 +207,8 @@ def check_question(model: nn.Module, config: FocusConfig, num_tokens: int, is_re
     needed = cost.rows + cost.scratch
     if needed > cost.free:
         raise MemoryLimitError(
-            f"a question about {num_tokens:,} tokens needs about {needed / GIB:.1f} GiB of memory beside the chunks, but "
-            f"{cost.free / GIB:.1f} GiB are free; ask about fewer documents, or read them with a greater chunk_length."
+            f"a question about {num_tokens:,} tokens needs about {needed / GIB:.1f} GiB of memory beside the chunks, "
+            f"but {cost.free / GIB:.1f} GiB are free; ask about fewer documents, or use a greater chunk_length."
         )
 
 
