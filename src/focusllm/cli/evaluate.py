@@ -98,6 +98,7 @@ def list_evaluation(as_json: Json = False) -> None:
     needs = {
         "": "made up",
         "text": "needs --text",
+        "data": "needs --data",
         "files": "needs --data or --hub",
         "text and files": "needs --data and --text, or --hub",
     }

@@ -233,8 +233,8 @@ class Task(ABC):
     version: int = 1
     """Raised when prompts, data or scoring change: results of different versions are not compared."""
     needs: str = ""
-    """"" (made up), "text" (plain text under --text), "files" (benchmark files under --data, or the hub), or "text and
-    files"."""
+    """"" (made up), "text" (plain text under --text), "data" (benchmark files under --data), "files" (the same, or the
+    hub), or "text and files"."""
     has_own_lengths: bool = False
     """Whether the examples are as long as they are; --lengths does not apply then."""
     metric: str = "accuracy"

@@ -290,5 +290,5 @@ TASKS = (
     Ruler("vt", variables),
     Ruler("cwe", common_words),
     Ruler("fwe", frequent_words),
-    *(Ruler(name, documents(FILES[name], read), "files") for name, read in (("qa_1", squad), ("qa_2", hotpotqa))),
+    *(Ruler(name, documents(FILES[name], read), "data") for name, read in (("qa_1", squad), ("qa_2", hotpotqa))),
 )
