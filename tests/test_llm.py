@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import SMALL, build, byte_tokenizer
 from focusllm import ConfigError, Document, DocumentError, FocusLLM, MemoryLimitError, ModelError
+from focusllm.cost import estimate
 from focusllm.text import decode_ids, encode_text, frame_question
 
 TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
@@ -62,7 +63,8 @@ def test_documents_may_be_kept_each_in_another_way(
 
 def test_a_question_that_would_not_fit_is_refused(tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tiny_llm.read(TEXT)
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 10**6)
+    cost = estimate(tiny_llm.model.base, tiny_llm.config, 2 * document.num_tokens)
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.rows + cost.scratch)
     tiny_llm.ask(document, "Why?", max_new_tokens=2)
     with pytest.raises(MemoryLimitError, match=r"a question about .* tokens needs about .* ask about fewer documents"):
         tiny_llm.ask([document] * 12, "Why?", max_new_tokens=2)
@@ -291,7 +293,7 @@ def test_document_of_another_reader(tiny_llm: FocusLLM) -> None:
 def test_not_enough_memory_is_said_before(tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 400_000)
     with pytest.raises(MemoryLimitError, match=r"are free; use .*a text of at most"):
-        tiny_llm.read(TEXT * 20)
+        tiny_llm.read(TEXT * 15)
 
 
 def test_from_pretrained(model_folder: Path, tiny_llm: FocusLLM) -> None:

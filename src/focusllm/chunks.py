@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -197,7 +197,8 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     """
     digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
-    settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in UNIMPORTANT}
+    base_config: Any = model.config
+    settings = {name: value for name, value in base_config.to_diff_dict().items() if name not in UNIMPORTANT}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     rotary = layout(model).rotary
     digest.update(f" {getattr(rotary, 'attention_scaling', 1.0)}".encode())

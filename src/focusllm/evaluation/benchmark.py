@@ -113,6 +113,8 @@ class Benchmark(Prompted):
         """The examples of a row, whose answers the metric can take."""
         found = list(self.read(key, checked(row, self.fields)))
         for example in found:
+            if not example.references:
+                raise ValueError("it has no answer")
             self.score("A 1", example)
         return found
 
