@@ -25,7 +25,6 @@ from focusllm.llm import FocusLLM
 from focusllm.machine import peak_resident
 from focusllm.options import parse_lengths
 from focusllm.text import frame_question
-from test_cli import focusllm  # noqa: F401 - a fixture
 
 LENGTHS = [1000, 2000, 4000, 8000]
 
@@ -309,7 +308,7 @@ def test_without_matplotlib_there_are_no_plots(scripted, tmp_path: Path, monkeyp
     assert [path.name for path in write_result(scripted("focus", lengths=[1000]), tmp_path)] == ["bench.json"]
 
 
-def test_from_the_command_line(focusllm, model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_from_the_command_line(focusllm, model_folder: Path, tmp_path: Path) -> None:
     """In real processes: what is measured is there, and the last line of the output is the result."""
     output = tmp_path / "out"
     code, out, err = focusllm(
@@ -327,7 +326,7 @@ def test_from_the_command_line(focusllm, model_folder: Path, tmp_path: Path) -> 
         assert len(row["rounds"]) == 1
 
 
-def test_json_alone(focusllm, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_json_alone(focusllm, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_Process": Scripted, "product_rate": lambda *_: 1e9, "copy_rate": lambda *_: 1e9}.items():
         monkeypatch.setattr(bench_run, name, value)
     command = ("bench", "--contenders", "focus", "--lengths", "300", "--json", "-m", model_folder, "-o", tmp_path)
@@ -379,7 +378,7 @@ def test_sample_text_is_long() -> None:
         (["--output", "/proc/nothing"], "/proc/nothing cannot be written"),
     ],
 )
-def test_bad_input(focusllm, model_folder: Path, tmp_path, monkeypatch, arguments: list[str], message: str) -> None:  # noqa: F811
+def test_bad_input(focusllm, model_folder: Path, tmp_path, monkeypatch, arguments: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = focusllm("bench", "--lengths", "300", "-m", model_folder, *arguments)
     assert (code, out) == (2, "")
