@@ -54,6 +54,16 @@ def best(metric: Callable[[str, str], float]) -> Metric:
     return over_references
 
 
+def first(metric: Callable[[str, str], float]) -> Metric:
+    """The score with the first reference, where the original looks at no other."""
+
+    @wraps(metric)
+    def of_first(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+        return metric(prediction, references[0])
+
+    return of_first
+
+
 def overlap(prediction: Sequence[str], reference: Sequence[str]) -> float:
     """F1 of two bags of words."""
     common = (Counter(prediction) & Counter(reference)).total()
@@ -64,8 +74,8 @@ def overlap(prediction: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles (SQuAD's normal form)."""
-    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(NO_PUNCTUATION)).split()
+    """Without punctuation and articles; in lower case this is SQuAD's normal form."""
+    return re.sub(r"\b(a|an|the)\b", " ", text.translate(NO_PUNCTUATION)).split()
 
 
 def characters(text: str) -> str:
@@ -83,7 +93,7 @@ def segments(text: str) -> list[str]:
 @best
 def qa_f1(prediction: str, reference: str) -> float:
     """F1 of words. LongBench, InfiniteBench."""
-    return overlap(words(prediction), words(reference))
+    return overlap(words(prediction.lower()), words(reference.lower()))
 
 
 @best
@@ -172,7 +182,7 @@ def letter(prediction: str, reference: str) -> float:
     return float(found is not None and found[1] == reference)
 
 
-@best
+@first
 def first_integer(prediction: str, reference: str) -> float:
     """The first digits. InfiniteBench."""
     found = re.search(r"[0-9]+", prediction)
@@ -183,24 +193,29 @@ def _plain(text: str, marks: str) -> str:
     return text.translate(str.maketrans(marks, " " * len(marks)))
 
 
-def word(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """The first reference as a word. InfiniteBench."""
-    return float(references[0] in _plain(prediction, "\n:\"'.,?!{}").split())
+@first
+def word(prediction: str, reference: str) -> float:
+    """The reference as a word. InfiniteBench."""
+    return float(reference in _plain(prediction, "\n:\"'.,?!{}").split())
 
 
-def name(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """The first reference, which is in capitals, as a word. InfiniteBench."""
-    return word(prediction.strip().upper(), references)
+@first
+def name(prediction: str, reference: str) -> float:
+    """The reference, which is in capitals, as a word. InfiniteBench."""
+    return word(prediction.upper(), [reference], ())
 
 
-@best
+@first
 def first_number(prediction: str, reference: str) -> float:
     """The first number. InfiniteBench."""
     found = re.search(r"\d+\.\d+|\d+", prediction)
-    return float(found is not None and float(found[0]) == float(reference))
+    if found is None:
+        return 0.0
+    whole = found[0].isdecimal() and reference.isdecimal()  # compared exactly, however long
+    return float(int(found[0]) == int(reference) if whole else float(found[0]) == float(reference))
 
 
-@best
+@first
 def last_integer(prediction: str, reference: str) -> float:
     """The last word as an integer. InfiniteBench."""
     last = _plain(prediction.strip(), "\n.`'\":").split()[-1:]
@@ -246,7 +261,7 @@ def choice(prediction: str, references: Sequence[str], choices: Sequence[str] = 
     score = _behind(text, ("answer is:", "answer:", "answer is", "option is"), references)
     if score is not None:
         return score
-    return float(next((part for part in text.split() if part in LETTERS), "") in references)
+    return float(next((part for part in text.split() if part in LETTERS), None) in references)
 
 
 def function(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -255,7 +270,7 @@ def function(prediction: str, references: Sequence[str], choices: Sequence[str] 
     if text[:2] in (f"{references[1]}.", f"{references[1]}:"):
         return 1.0
     text = re.sub(" +", " ", re.sub("[\n`'\"*-]|Option|option", " ", text))
-    return _behind(text, ("answer is:", "is:", "answer:", "correct option is:"), references[::-1]) or 0.0
+    return _behind(text, ("answer is:", "is:", "answer:", "correct option is:"), references[:2]) or 0.0
 
 
 def _options(reference: str) -> str:
@@ -265,24 +280,25 @@ def _options(reference: str) -> str:
 @best
 def first_letter(prediction: str, reference: str) -> float:
     """The first of A, B, C, D. L-Eval."""
-    found = prediction if prediction in LETTERS else "".join(re.findall("[A-D]", prediction)[:1])
-    return _letters(found or _all_letters(prediction), reference)
+    found = None if prediction in LETTERS else re.search("[A-D]", prediction)
+    return _letters(found[0] if found else _all_letters(prediction), _options(reference))
 
 
 @best
 def letters(prediction: str, reference: str) -> float:
     """All letters; some of the right ones and no wrong one are a quarter. L-Eval."""
-    return _letters(prediction if prediction in LETTERS else _all_letters(prediction), reference)
+    return _letters(_all_letters(prediction), _options(reference))
 
 
-def _letters(found: str, reference: str) -> float:
-    right = _options(reference)
-    return 1.0 if found == right else 0.25 if found and set(found) <= set(right) else 0.0
+def _letters(found: str, right: str) -> float:
+    return 1.0 if found == right else 0.25 if set(found) <= set(right) else 0.0
 
 
 def _all_letters(prediction: str) -> str:
     if not prediction.strip():
-        return ""
+        return "None"  # as no answer is: its other letters make it wrong
+    if prediction in LETTERS:
+        return prediction
     leading = re.match("[A-D]*", prediction)[0]  # type: ignore[index]  # may be empty, always matches
     if len(leading) > 1:
         return "".join(sorted(set(leading)))
@@ -295,6 +311,9 @@ def _all_letters(prediction: str) -> str:
 @best
 def contained(prediction: str, reference: str) -> float:
     """The reference, whatever its spaces and case; or the same number. L-Eval."""
+    right = " ".join(words(reference))
+    if set(right) <= set(LETTERS):  # the original takes it for options
+        return _letters(" ".join(words(prediction)), right)
     try:
         return float(float(prediction) == float(reference))
     except ValueError:
@@ -322,4 +341,5 @@ def babilong(prediction: str, references: Sequence[str], choices: Sequence[str] 
     target = references[0].lower()
     several = "," in target and len(target) > 3  # a list of objects; shorter ones are directions, such as "n,w"
     found = {label for label in map(str.lower, choices) if label in text}
-    return float(found == set(target.split(",") if several else [target]))
+    wanted = target.split(",") if several else [target]
+    return float(found.issuperset(wanted) and len(found) == len(wanted))
