@@ -116,7 +116,7 @@ class MathFind(Task):
     def score(self, prediction: str, example: Example) -> float:
         """Exact."""
         found = re.search(r"\d+", prediction)
-        return float(found is not None and found[0] == example.references[0])
+        return float(found is not None and int(found[0]) == int(example.references[0]))
 
 
 class _Pairs:
