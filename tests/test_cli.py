@@ -144,7 +144,10 @@ def test_a_read_that_is_cancelled(
     given = ("--store", tmp_path / "kept") if store else ()
     code, _, err = focusllm("ask", story, "-q", "What?", "-m", model_folder, *given)
     assert code == 130
-    assert f"Stopped. The same command would go on with {f'what is in {tmp_path}' if store else 'what was read'}" in err
+    expected = (
+        f"the same command goes on with what is in {tmp_path / 'kept'}." if store else "with --store FOLDER it could"
+    )
+    assert f"Stopped; {expected}" in err
 
 
 def test_generate(focusllm, model_folder: Path, story: Path) -> None:

@@ -50,8 +50,8 @@ def ask(
             with reading_progress(name, quiet=as_json) as progress:
                 read.append(llm.read_text(text, name=name, progress=progress, store=store))
     except KeyboardInterrupt:
-        kept = f"what is in {store}" if store else "what was read, had it been kept (--store FOLDER)"
-        notify(f"Stopped. The same command would go on with {kept}.")
+        kept = f"the same command goes on with what is in {store}" if store else "with --store FOLDER it could go on"
+        notify(f"Stopped; {kept}.")
         sys.exit(130)
     arguments = sampling.arguments()
     answers = []
