@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from focusllm import FocusLLM
-from focusllm.errors import ConfigError
+from focusllm import FocusLLM, embedded
+from focusllm.errors import ConfigError, ModelError
 from focusllm.evaluation.example import LossExample
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the harness's own dependencies
     import lm_eval
-    import lm_eval.__main__
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
@@ -123,7 +126,8 @@ def test_chat_templates(lm: FocusHarness) -> None:
 @pytest.fixture
 def task(tmp_path: Path) -> dict[str, Any]:
     """A task of the harness on a local file."""
-    rows = [{"text": LONG, "question": f"Question {i}?", "choices": ["Yes", "No"], "answer": i % 2} for i in range(2)]
+    row = {"text": LONG, "choices": ["Yes", "No"], "said": "Yes"}
+    rows = [{**row, "question": f"Question {i}?", "answer": i % 2} for i in range(2)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {
         "dataset_path": "json",
@@ -137,7 +141,7 @@ def task(tmp_path: Path) -> dict[str, Any]:
 KINDS: dict[str, dict[str, Any]] = {
     "multiple_choice": {"doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]},
     "generate_until": {
-        "doc_to_target": "{{choices[answer]}}",
+        "doc_to_target": "{{said}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
@@ -162,18 +166,95 @@ def test_a_whole_run(kinds: list[str], chat: bool, task: dict[str, Any], lm: Foc
     assert prompt == (f"<s>{LONG}\nQuestion 0?</s><s>" if chat else f"{LONG}\nQuestion 0?")
 
 
+SIZED = """
+import datasets
+from lm_eval.tasks.ruler.common_utils import get_tokenizer, resolve_tokenizer_name
+
+
+def rows(**given):
+    length = len(get_tokenizer(resolve_tokenizer_name(given))("Four").input_ids)
+    return {"test": datasets.Dataset.from_list([{"text": "", "question": "?", "choices": [str(length)], "answer": 0}])}
+"""
+
+
+def test_the_real_command(task: dict[str, Any], lm: FocusHarness, tmp_path: Path) -> None:
+    """As on a machine without a GPU: the alias, tasks on a local file, and one that asks for a tokenizer like RULER."""
+    model = tmp_path / "models" / embedded.ALIAS
+    lm.llm.save_pretrained(model)
+    digest = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
+    (model / embedded.MANIFEST_NAME).write_text(json.dumps({"config.json": digest}))
+    kinds = ("multiple_choice", "generate_until")
+    right_answers(tmp_path / "rows.jsonl", lm)
+    (tmp_path / "tasks").mkdir()
+    for kind in kinds:
+        config = {**task, "task": f"tiny_{kind}", "output_type": kind, **KINDS[kind]}
+        (tmp_path / "tasks" / f"{kind}.yaml").write_text(json.dumps(config))
+    (tmp_path / "tasks" / "sized.py").write_text(SIZED)
+    (tmp_path / "tasks" / "sized.yaml").write_text(
+        "include: multiple_choice.yaml\ntask: tiny_sized\ncustom_dataset: !function sized.rows\n"
+    )
+    command = ["run", "--model", "focusllm", "--model_args", f"model={embedded.ALIAS}", "--log_samples"]
+    command += ["--tasks", *(f"tiny_{kind}" for kind in (*kinds, "sized")), "--include_path", str(tmp_path / "tasks")]
+    ran = subprocess.run(
+        [sys.executable, "-m", "focusllm.evaluation.harness", *command, "--output_path", str(tmp_path / "results")],
+        env={**os.environ, "FOCUSLLM_CACHE": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("no GPU") == 1
+    assert "tiny_generate_until" in ran.stdout
+    (path,) = (tmp_path / "results").rglob("results_*.json")
+    scores = json.loads(path.read_text())["results"]
+    assert scores["tiny_multiple_choice"]["acc,none"] == 1
+    assert scores["tiny_generate_until"]["exact_match,none"] == 1
+    (path,) = (tmp_path / "results").rglob("samples_tiny_sized_*.jsonl")
+    assert json.loads(path.read_text())["doc"]["choices"] == ["4"]  # bytes: it was the model's tokenizer
+
+
+def right_answers(path: Path, lm: FocusHarness) -> None:
+    """Make what the model chooses and says the right answers of `task`."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        prompt = f"{row['text']}\n{row['question']}"
+        pairs = [(prompt, f" {choice}") for choice in row["choices"]]
+        nats = [nats for nats, _ in lm.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)]
+        settings = KINDS["generate_until"]["generation_kwargs"]
+        (said,) = lm.generate_until(asked("generate_until", (prompt, settings)), disable_tqdm=True)
+        row |= {"answer": nats.index(max(nats)), "said": said}
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_gpu_that_is_not_there(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(harness.LOG, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert FocusHarness(str(model_folder), device="cuda:0").device.type == "cpu"
+    assert said == ["There is no GPU cuda:0 here; computing on the CPU."]
+
+
+@pytest.mark.parametrize("most", [1, 700, 50_000])
+def test_the_longest_text(most: int, lm: FocusHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm.method, "fits", lambda length: None if length <= most else "too long")
+    assert most - most // 1000 <= lm._longest() <= most
+
+
 def test_wrong_arguments(tiny_llm: FocusLLM) -> None:
     with pytest.raises(ConfigError, match=r"no setting chunk_lenght"):
         FocusHarness(tiny_llm, chunk_lenght=24)
+    with pytest.raises(ConfigError, match=r"device, chunk_length: too late for a loaded model"):
+        FocusHarness(tiny_llm, device="cpu", chunk_length=24)
     with pytest.raises(ConfigError, match=r"batch_size is 'auto'"):
         FocusHarness(tiny_llm, batch_size="auto")
 
 
-def test_the_command_says_what_is_wrong(
-    tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: FocusHarness(tiny_llm, chunk_lenght=3))
+def test_the_command_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def not_here(name: str, notify: Any) -> str:
+        raise ModelError(f"the model {name} is not here")
+
+    monkeypatch.setattr(harness, "resolve_model", not_here)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--model", "focusllm", "--tasks", "hellaswag"])
     with pytest.raises(SystemExit) as stopped:
         harness.main()
     assert stopped.value.code == 2
-    assert "no setting chunk_lenght" in capsys.readouterr().err
+    assert "error: the model smollm2-135m is not here" in capsys.readouterr().err

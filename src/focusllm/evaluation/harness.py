@@ -8,7 +8,9 @@ the model, for `lm_eval.simple_evaluate(model="focusllm", ...)`.
 
 from __future__ import annotations
 
+import logging
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from focusllm.config import FocusConfig
+from focusllm.embedded import ALIAS, resolve_model
 from focusllm.errors import ConfigError, FocusError
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt
@@ -34,20 +37,25 @@ MAX_NEW_TOKENS = 256
 """Where a task does not say how long an answer may be; the harness's own."""
 MOST_TOKENS = 2**26
 
+LOG = logging.getLogger("lm_eval.models.focusllm")
+"""Below the harness's own, so that its command shows what is said here."""
+
 
 @register_model("focusllm")
 class FocusHarness(TemplateLM):
     """A model of the harness.
 
     Args:
-        model, adapter, dtype, device: as `FocusLLM.from_pretrained` takes them; or a loaded `FocusLLM`.
+        model, adapter, dtype, device: as `FocusLLM.from_pretrained` takes them; or a loaded `FocusLLM` alone. A GPU
+            that is not there, which the harness's command asks for by itself, becomes the CPU, as in the harness's own.
         batch_size: answers that are generated together. Likelihoods are computed one by one: texts that share their
             far context, such as the options of a question, share its chunks, which are read once.
         max_length: most tokens of a text; None: as many as the method can read here. Of longer ones the end counts.
+        tokenizer: for tasks that look for one among these arguments, as RULER's do; the model has its own.
         settings: single fields of `FocusConfig`, by name.
 
     Raises:
-        ConfigError, ModelError, AdapterError: as loading the model does, or an unknown setting.
+        ConfigError, ModelError, AdapterError: as loading the model does; an unknown setting, or any for a loaded model.
     """
 
     def __init__(
@@ -59,14 +67,25 @@ class FocusHarness(TemplateLM):
         batch_size: int | str = 1,
         max_length: int | None = None,
         max_batch_size: int | None = None,
+        tokenizer: str | None = None,
         **settings: Any,
     ):
         super().__init__()
         odd = sorted(set(settings) - {field.name for field in fields(FocusConfig)})
         if odd:
             raise ConfigError(f"focusllm has no setting {', '.join(odd)}; see the fields of FocusConfig.")
-        if not isinstance(model, FocusLLM):
-            model = FocusLLM.from_pretrained(model, adapter=adapter, dtype=dtype, device=device, **settings)
+        if isinstance(model, FocusLLM):
+            how = {"adapter": adapter, "dtype": dtype != "auto", "device": device}
+            late = [*(name for name, given in how.items() if given), *settings]
+            if late:
+                raise ConfigError(f"{', '.join(late)}: too late for a loaded model; set that in from_pretrained().")
+        else:
+            if device and device.startswith("cuda") and not torch.cuda.is_available():
+                LOG.warning("There is no GPU %s here; computing on the CPU.", device)
+                device = "cpu"
+            model = FocusLLM.from_pretrained(
+                model, adapter=adapter, dtype=dtype, device=device, notify=LOG.info, **settings
+            )
         try:
             self.batch_size = max(1, int(batch_size))
         except ValueError as error:
@@ -77,9 +96,9 @@ class FocusHarness(TemplateLM):
         self._device = model.model.device
 
     def _longest(self) -> int:
-        """The longest text that the method can read, to a thousandth."""
+        """The longest text that the method can read, to a thousandth or a token."""
         low, high = 1, MOST_TOKENS
-        while high - low > high // 1000:
+        while high - low > max(1, high // 1000):
             middle = (low + high) // 2
             low, high = (middle, high) if self.method.fits(middle) is None else (low, middle)
         return low
@@ -218,12 +237,33 @@ def cut_at(text: str, until: Sequence[str]) -> str:
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
-def main() -> None:
-    """The harness's command."""
-    from lm_eval.__main__ import cli_evaluate
+def name_tokenizer(arguments: Namespace) -> None:
+    """Give the tasks our tokenizer by its folder, since they would look for an alias of ours on the hub.
 
+    Raises:
+        ModelError: the embedded model can be had from nowhere.
+    """
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    config = EvaluatorConfig.from_cli(arguments)  # with what a file given by --config says
+    if config.model == "focusllm":
+        names = [config.metadata.get(key) for key in ("tokenizer", "pretrained", "model")]  # in the tasks' order
+        name = next(filter(None, names), ALIAS)
+        arguments.metadata = {**config.metadata, "tokenizer": resolve_model(name, LOG.info)}
+
+
+def main() -> None:
+    """The harness's command: what its `cli_evaluate` does, with the tokenizer named for the tasks."""
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    setup_logging()
+    command = HarnessCLI()
+    arguments = command.parse_args()
     try:
-        cli_evaluate()
+        if arguments.command == "run":
+            name_tokenizer(arguments)
+        command.execute(arguments)
     except FocusError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from error
