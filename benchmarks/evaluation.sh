@@ -46,13 +46,13 @@ for name in $names; do
     passkey-full) run $name "$books" passkey --lengths 4k,8k --limit 10 --method full ;;
     passkey-scaled) run $name "$books" passkey --lengths 16k --limit 3 $scaled ;;
     made-up) run $name "$books" $made_up --lengths 4k --limit 5 $cheap --method full ;;
-    made-up-16k) run $name "$books" $made_up --lengths 16k --limit 5 $cheap ;;
+    made-up-16k) run $name "$books" $made_up --lengths 16k --limit 3 $cheap ;;
     ruler) run $name "$books" $ruler --lengths 4k --limit 3 $cheap --method full ;;
-    ruler-16k) run $name "$books" $ruler --lengths 16k --limit 3 $cheap ;;
+    ruler-16k) run $name "$books" $ruler --lengths 16k --limit 2 $cheap ;;
     babilong) run $name "$books" babilong-qa1 babilong-qa2 babilong-qa3 --lengths 4k,16k --limit 5 $cheap --data "$data/bench/babi_en" ;;
     keys) run $name "$books" lost-in-the-middle --limit 5 $cheap $whole --data "$data/bench" ;;
-    longbench) run $name "$books" $longbench --limit 3 $cheap $whole --data "$data/bench/longbench_v1_mini" ;;
-    leval) run $name "$books" leval --limit 5 $cheap $whole --data "$data/bench/leval" ;;
+    longbench) run $name "$books" $longbench --limit 2 $cheap $whole --data "$data/bench/longbench_v1_mini" ;;
+    leval) run $name "$books" leval --limit 3 $cheap $whole --data "$data/bench/leval" ;;
     *) echo "there is no run $name" >&2 && exit 2 ;;
     esac
 done
