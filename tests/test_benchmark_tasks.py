@@ -164,9 +164,10 @@ def test_leval_asks_every_question_of_a_document(setting: Setting) -> None:
     found = examples("leval-coursera", setting, limit=3)
     assert [(example.id, example.references) for example in found] == [
         ("1.1", ("A",)),
-        ("2.1", ("A",)),
         ("1.2", ("BD",)),
+        ("2.1", ("A",)),
     ]
+    assert [example.id for example in examples("leval-coursera", setting, limit=2)] == ["1.1", "2.1"]
     assert scored("leval-coursera", "B and D.", "BD") == scored("leval-coursera", "B.", "BD") * 4 == 1
 
 
@@ -236,16 +237,16 @@ def test_babilong_from_the_hub(setting: Setting, monkeypatch: pytest.MonkeyPatch
 
     def rows(source: Any) -> Any:
         asked.append((source.path, source.subset, source.split))
-        yield {"input": "Too long. " * 900, "question": "Where is Mary?", "target": "office"}
+        yield {"input": "Too long. " * 110_000, "question": "Where is Mary?", "target": "office"}
         yield {"input": "Mary went to the garden.", "question": "Where is Mary?", "target": "garden"}
 
     monkeypatch.setattr("focusllm.evaluation.tasks.babilong.dataset_rows", rows)
     setting.hub, setting.data = True, None
-    for length in (5000, 8191, 9000):
+    for length in (5000, 8191, 9000, 2**20):
         (example,) = examples("babilong-qa1", setting, length=length)
         assert (example.id, example.context, example.references) == ("2", "Mary went to the garden.", ("garden",))
         assert "Where is Mary?" in example.after
-    assert [subset for _, subset, _ in asked] == ["4k", "4k", "8k"]
+    assert [subset for _, subset, _ in asked] == ["4k", "4k", "8k", "1M"]
     assert asked[0][::2] == ("hf:RMT-team/babilong", "qa1")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, FocusForCausalLM, FocusLLM, evaluation
-from focusllm.chunk_cache import ChunkCache
+from focusllm.chunk_cache import ChunkCache, LastText
 from focusllm.chunking import cut
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
@@ -23,6 +24,7 @@ from focusllm.evaluation.example import Example, LossExample, Setting
 from focusllm.evaluation.methods import NAMES
 from focusllm.evaluation.methods import build as build_method
 from focusllm.evaluation.methods.streaming import Stream
+from focusllm.store import Packed
 from focusllm.text import encode_ids, frame_ids
 
 TEXT = "A whale is not a fish, and the sea is wide. " * 12
@@ -205,13 +207,17 @@ def test_retrieval_finds_the_passage(llm: FocusLLM) -> None:
 
 
 def test_retrieval_finds_what_lies_across_two_passages(llm: FocusLLM) -> None:
-    fact = "Zanzibar opens at nine."
-    example = dataclasses.replace(LONG, context="x" * 50 + fact + " And so on." * 60, before="", after="\nZanzibar?")
+    fact, filler = " Zanzibar opens at nine.", "Quite so. " * 59
+    assert len(filler) % 60 == 50  # the fact begins ten tokens before the end of a passage
+    example = dataclasses.replace(
+        LONG, context=filler + fact + " And so on." * 60, before="", after="\nZanzibar at nine?"
+    )
     method = build_method("retrieval:passage=60", llm)
-    assert len(fact) < 30
-    chosen = method.choose(method.prompt(example), 150)
+    prompt = method.prompt(example)
+    room = 70 + len(prompt.ids) - len(prompt.context)  # for one passage
+    chosen = method.choose(prompt, room)
     assert fact in method.decode(chosen)
-    assert len(chosen) <= 150
+    assert len(chosen) <= room
 
 
 def test_retrieval_searches_with_the_question_alone(llm: FocusLLM) -> None:
@@ -281,29 +287,46 @@ def test_more_labels_than_tokens_are_refused(llm: FocusLLM) -> None:
 
 
 def test_the_last_text_is_kept_where_it_is_used(llm: FocusLLM) -> None:
-    base, config = llm.model.base, SMALL.replace(chunk_overlap=0)
-    cache = ChunkCache(base, 0, last_only=True)
+    config, last = SMALL.replace(chunk_overlap=0), LastText(llm.model.base)
     first, second = random_ids(24 * 3 + 5), random_ids(24 * 2, seed=1)
-    blocks = cache.blocks(first, config)
-    assert cache.nbytes == sum(block.kv.nbytes for block in blocks)
-    again = cache.blocks(second + first[:24] + first[:24], config)
-    assert (cache.num_asked, cache.num_read, len(cache)) == (4 + 4, 4 + 2, 3)
-    for row in (2, 3):
-        for kept, new in zip(blocks[0].kv.keys, again[0].kv.keys, strict=True):
-            assert torch.equal(kept[0], new[row])
-    assert cache.blocks(second, config)[0].kv.keys[0].equal(again[0].kv.keys[0][:2])
-    assert cache.num_read == 6
-    cache.clear()
-    assert (len(cache), cache.nbytes) == (0, 0)
+    blocks = last.blocks(first + first[:24], config)
+    assert (last.num_asked, last.num_read) == (5, 5)
+    again = last.blocks(first[: 24 * 2], config)  # a beginning: as a document with one more chunk in the local context
+    assert (last.num_asked, last.num_read) == (7, 5)
+    assert again[0].num_chunks == 2
+    assert again[0].resident.keys[0].data_ptr() == blocks[0].resident.keys[0].data_ptr()
+    mixed = last.blocks(second + first[:24] + first[:24], config)[0].resident
+    assert (last.num_asked, last.num_read) == (11, 8)  # what repeats is read once
+    for kept, new in zip(blocks[0].resident.keys, mixed.keys, strict=True):
+        assert torch.equal(kept[0], new[2])
+        assert torch.equal(kept[0], new[3])
+    packed = last.blocks(second, config.replace(kv_dtype="int8"))
+    assert last.num_read == 10
+    assert isinstance(packed[0].kv, Packed)
+    last.clear()
+    last.blocks(second, config)
+    assert last.num_read == 12
 
 
-def test_methods_share_what_is_encoded(llm: FocusLLM) -> None:
-    chunks = ChunkCache(llm.model.base, 2**30)
-    every, some = (build_method(spec, llm, chunks) for spec in ("focus:refresh_rows=null", "focus"))
-    every.generate(LONG)
-    count = len(chunks)
-    some.generate(LONG)
-    assert len(chunks) == count > 3
+def test_the_last_text_makes_room_before_the_next_is_read(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from focusllm import chunk_cache
+
+    last, config = LastText(llm.model.base), SMALL
+    kept = weakref.ref(last.blocks(random_ids(80), config)[0].kv)
+    encode_chunks, alive = chunk_cache.encode_chunks, []
+    monkeypatch.setattr(
+        chunk_cache, "encode_chunks", lambda model, ids: alive.append(kept() is not None) or encode_chunks(model, ids)
+    )
+    last.blocks(random_ids(80, seed=1), config)
+    assert alive == [False] * 4
+
+
+def test_a_second_question_reads_nothing(llm: FocusLLM) -> None:
+    method = build_method("focus", llm)
+    method.generate(LONG)
+    count = method.chunks.num_read
+    method.generate(dataclasses.replace(LONG, after="\nWhat is not a fish?"))
+    assert method.chunks.num_read == count > 3
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

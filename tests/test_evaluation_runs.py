@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from focusllm import FocusLLM, cli
+from focusllm.chunk_cache import LastText
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.evaluation import tasks
+from focusllm.evaluation import runner, tasks
 from focusllm.evaluation.example import Setting
 from focusllm.evaluation.method import Method
 from focusllm.evaluation.plan import Plan
@@ -152,7 +153,14 @@ def test_what_a_method_has_no_room_for_is_left_out(small: FocusLLM, setting: Set
     assert found["focus"]["skipped"] == 0
 
 
-@pytest.mark.parametrize("error", [ConfigError("no room here."), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("no room here."),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_one_example_that_cannot_be_done_does_not_end_the_others(
     error: Exception, small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +194,30 @@ def test_other_files_under_the_same_name_are_refused(small: FocusLLM, setting: S
     Path(setting.text, "more.txt").write_text("More.")
     with pytest.raises(ConfigError, match=r"a run with inputs.text '[0-9a-f]{16}'"):
         evaluate(plan_for(setting), small, tmp_path / "run")
+
+
+def test_a_run_among_its_own_texts_goes_on(small: FocusLLM, setting: Setting) -> None:
+    run = Path(setting.text, "run")
+    first = evaluate(plan_for(setting), small, run)
+    assert evaluate(plan_for(setting), small, run) == first
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets")
+def test_a_method_does_not_count_what_another_has_read(
+    small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Big(LastText):
+        def blocks(self, *arguments: Any) -> Any:
+            found = super().blocks(*arguments)
+            self._blocks = [*self._blocks, torch.ones(2**26)]  # 256 MiB more than it takes
+            return found
+
+    monkeypatch.setattr(runner, "LastText", Big)
+    plan = plan_for(setting, methods=("focus", "streaming"), lengths=(300,), limit=1)
+    evaluate(plan, small, tmp_path / "run")
+    cells = json.loads((tmp_path / "run" / "timings.json").read_text())
+    held = {cell["method"]: cell["peak_memory"] for cell in cells}
+    assert held["streaming"] < held["focus"] - 2**27
 
 
 def test_lengths_are_read() -> None:
@@ -271,7 +303,7 @@ def test_other_ways_of_one_method_are_told_apart(small: FocusLLM, setting: Setti
     evaluate(plan_for(setting, methods=("focus",), lengths=(300,)), small, tmp_path / "second")
     assert {row.method for row in load([tmp_path / "first", tmp_path / "second"])} == {"focus", "streaming"}
     small.model.focus_config = small.config.replace(chunk_length=20)
-    evaluate(plan_for(setting, methods=("focus",), lengths=(520,)), small, tmp_path / "third")
+    evaluate(plan_for(setting, tasks=("needle",), methods=("focus",), lengths=(520,)), small, tmp_path / "third")
     rows = load([tmp_path / name for name in ("first", "second", "third")])
     assert {row.method for row in rows} == {"focus (first)", "focus (second)", "focus (third)", "streaming"}
 
@@ -280,7 +312,12 @@ def test_a_part_of_the_examples_is_said_to_be_one(small: FocusLLM, setting: Sett
     evaluate(plan_for(setting, methods=("streaming",), lengths=(200,)), small, tmp_path / "run")
     (row,) = load([tmp_path / "run"])
     assert "(" not in row.shown
-    assert dataclasses.replace(row, skipped=1, reason="it was long").shown == f"{row.shown} (2 of 3)"
+    part = dataclasses.replace(row, skipped=1, reason="it was long")
+    assert part.shown == f"{row.shown} (2 of 3)"
+    assert part.left_out == "streaming, 1 of 3 examples at 200 tokens: left out, for it was long."
+    none = dataclasses.replace(part, examples=0, value=None)
+    assert none.left_out == "streaming, at 200 tokens: left out, for it was long."
+    assert dataclasses.replace(none, length=None).left_out.startswith("streaming, 1 of 1 examples: left out")
 
 
 def test_a_run_writes_its_report(model_folder: Path, setting: Setting, tmp_path: Path, focusllm: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from conftest import SMALL, build, byte_tokenizer
+from conftest import SMALL, build, byte_tokenizer, random_ids
 from focusllm import ConfigError, Document, DocumentError, FocusLLM, MemoryLimitError, ModelError
-from focusllm.cost import estimate
+from focusllm.cost import _tokens_of_a_request, estimate
+from focusllm.engine import prefill, start_request
 from focusllm.text import decode_ids, encode_text, frame_question
 
 TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
@@ -66,8 +68,23 @@ def test_a_question_that_would_not_fit_is_refused(tiny_llm: FocusLLM, monkeypatc
     cost = estimate(tiny_llm.model.base, tiny_llm.config, 2 * document.num_tokens)
     monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.rows + cost.scratch)
     tiny_llm.ask(document, "Why?", max_new_tokens=2)
-    with pytest.raises(MemoryLimitError, match=r"a question about .* tokens needs about .* ask about fewer documents"):
+    refused = pytest.raises(MemoryLimitError, match=r"a question about .* chunks needs .* ask about fewer documents")
+    with refused:
         tiny_llm.ask([document] * 12, "Why?", max_new_tokens=2)
+    with refused:
+        tiny_llm.ask(document, "Why?", max_new_tokens=10_000)
+
+
+def test_what_a_question_takes_is_known_for_many_short_documents(tiny_llm: FocusLLM) -> None:
+    documents = [tiny_llm.read("Tell me. " * count) for count in range(9, 15)]
+    blocks = [block for document in documents for block in document.blocks]
+    config = tiny_llm.config
+    request = start_request(tiny_llm.model.base, blocks, random_ids(20), config)
+    prefill(tiny_llm.model.base, request, config)
+    alike = Counter(length for block in blocks for length in [block.length] * block.num_chunks)
+    assert len(alike) > 4
+    tokens = _tokens_of_a_request(config, alike, True, 10)
+    assert tokens * 2 * 3 * 2 * 16 * 4 == pytest.approx(request.nbytes, rel=0.3)
 
 
 def test_answer_counts_times_and_citations(tiny_llm: FocusLLM) -> None:

@@ -5,6 +5,7 @@ Pure functions over lists.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -22,6 +23,15 @@ def count_chunks(num_tokens: int, config: FocusConfig) -> int:
     if num_tokens <= 0:
         return 0
     return 1 + max(0, -(-(num_tokens - config.chunk_length) // config.stride))
+
+
+def count_by_length(num_tokens: int, config: FocusConfig) -> Counter[int]:
+    """How many chunks of which length `cut` gives: the last one may be shorter."""
+    count = count_chunks(num_tokens, config)
+    found = Counter({config.chunk_length: count - 1} if count > 1 else {})
+    if count:
+        found[num_tokens - (count - 1) * config.stride] += 1
+    return found
 
 
 def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], list[int]]:

@@ -185,6 +185,16 @@ def encode(
     return blocks
 
 
+def first_blocks(blocks: Sequence[ChunkBlock], num_chunks: int) -> list[ChunkBlock]:
+    """The first chunks of some blocks; nothing is copied."""
+    found = []
+    for block in blocks:
+        if num_chunks > 0:
+            found.append(block.part(0, min(num_chunks, block.num_chunks)))
+        num_chunks -= block.num_chunks
+    return found
+
+
 def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
     """Most tokens of one pass over chunks, or over what stands behind them; a longer row is read all the same."""
     allowed = config.chunks_per_batch * config.chunk_length
@@ -204,11 +214,8 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     digest.update(f" {getattr(rotary, 'attention_scaling', 1.0)}".encode())
     ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}
     theirs = (p for p in model.parameters() if id(p) not in ours)
-    for tensor in (layout(model).inv_freq, *theirs):  # its beginning, and the sum of its bits, in which any edit shows
-        flat = tensor.detach().flatten()
-        digest.update(flat[:1024].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize])
-        digest.update(str(int(bits.sum(dtype=torch.int64))).encode())
+    for tensor in (layout(model).inv_freq, *theirs):
+        digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from torch import nn
 
 from focusllm.attention import SCORES_BY_FORMULA
 from focusllm.base import layout
-from focusllm.chunking import count_chunks
-from focusllm.chunks import tokens_at_once
+from focusllm.chunking import count_by_length, count_chunks
+from focusllm.chunks import ChunkBlock, tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
@@ -91,15 +93,8 @@ def estimate(
     bringing = 0 if in_place else brought * per_token
     if place == "disk":  # as they are in the file: these rows, and the next ones
         bringing += 2 * Packing.of(model, config.kv_dtype).row_bytes(brought)
+    alike = count_by_length(num_tokens, config)
     prompt = config.most_prompt_tokens
-    grown = _room(prompt + num_new_tokens)
-    num_full = max(0, num_tokens - config.overlap) // config.stride  # the last chunk may be shorter
-    if config.decoding == "cached" and config.refresh_rows and (config.is_focused(num_full) or not in_place):
-        rows = num_chunks * (_room(prompt - 1) + 1) + min(config.refresh_rows, num_full) * (config.chunk_length + grown)
-        if num_chunks > num_full:
-            rows += num_tokens - num_full * config.stride + grown
-    else:
-        rows = num_chunks * (grown + 1)
     at_once = tokens_at_once(config, next(model.parameters()).device)
     in_flight = min(num_tokens, max(config.chunk_length, at_once))
     hidden: int = base_config.hidden_size  # type: ignore[union-attr,assignment]
@@ -112,12 +107,28 @@ def estimate(
     return Cost(
         weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, packed),
         chunks=chunks if place == "device" else 0,
-        rows=(rows + config.max_local_length) * per_token,
+        rows=_tokens_of_a_request(config, alike, in_place, num_new_tokens) * per_token,
         scratch=in_flight * (widths * dtype.itemsize + per_token) + bringing + scores,
         free=free_memory(next(model.parameters()).device),
         runtime=_runtime(next(model.parameters()).device),
         loaded=next(model.parameters()).device.type != "meta",
     )
+
+
+def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place: bool, num_new_tokens: int) -> int:
+    """Keys and values of how many tokens a request holds besides the chunks themselves.
+
+    Args:
+        alike: how many chunks there are of each length.
+        in_place: whether they lie on the device as they are computed with.
+    """
+    num_chunks, prompt = sum(alike.values()), config.most_prompt_tokens
+    grown = _room(prompt + num_new_tokens)
+    is_focused = config.is_focused(max(alike.values(), default=0))
+    if config.decoding == "cached" and config.refresh_rows and (is_focused or not in_place):
+        hot = sum(min(config.refresh_rows, count) * (length + grown) for length, count in alike.items())
+        return num_chunks * (_room(prompt - 1) + 1) + hot + config.max_local_length
+    return num_chunks * (grown + 1) + config.max_local_length
 
 
 def stored_bytes(model: nn.Module, config: FocusConfig, num_tokens: int) -> int:
@@ -194,21 +205,27 @@ def check_read(
     )
 
 
-def check_question(model: nn.Module, config: FocusConfig, num_tokens: int, is_resident: bool) -> None:
-    """Refuse a question about documents of so many tokens whose rows would not fit, before anything is computed.
-
-    Args:
-        is_resident: whether all chunks lie on the device as they are computed with.
+def check_question(
+    model: nn.Module, config: FocusConfig, blocks: Sequence[ChunkBlock], num_new_tokens: int = 256
+) -> None:
+    """Refuse a question about chunks beside which there is no room for what it takes, before anything is computed.
 
     Raises:
         MemoryLimitError: with what is needed, what is free, and what would fit.
     """
-    cost = estimate(model, config, num_tokens, place="device" if is_resident else "disk")
-    needed = cost.rows + cost.scratch
+    alike: Counter[int] = Counter()
+    for block in blocks:
+        alike[block.length] += block.num_chunks
+    in_place = all(block.resident is not None for block in blocks)
+    num_tokens = sum(block.token_ids.numel() for block in blocks)
+    cost = estimate(model, config, num_tokens, place="device" if in_place else "disk")
+    per_token = layout(model).kv_bytes_per_token * next(model.parameters()).itemsize
+    needed = cost.scratch + _tokens_of_a_request(config, alike, in_place, num_new_tokens) * per_token
     if needed > cost.free:
         raise MemoryLimitError(
-            f"a question about {num_tokens:,} tokens needs about {needed / GIB:.1f} GiB of memory beside the chunks, "
-            f"but {cost.free / GIB:.1f} GiB are free; ask about fewer documents, or use a greater chunk_length."
+            f"a question about {num_tokens:,} tokens in {sum(alike.values()):,} chunks needs about "
+            f"{needed / GIB:.1f} GiB of memory beside them, but {cost.free / GIB:.1f} GiB are free; ask about fewer "
+            f"documents, or use a greater chunk_length."
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from focusllm.answer import Citation
 from focusllm.chunking import steps
-from focusllm.chunks import ChunkBlock
+from focusllm.chunks import ChunkBlock, first_blocks
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,6 @@ class Document:
         """Tokens from the start of each chunk to the start of the next, or to the end."""
         return steps([chunk.first_token for chunk in self.chunks], self.num_tokens)
 
-    def first_blocks(self, num_chunks: int) -> list[ChunkBlock]:
-        """The first chunks, as blocks."""
-        blocks = []
-        for block in self.blocks:
-            if num_chunks > 0:
-                blocks.append(block.part(0, min(num_chunks, block.num_chunks)))
-            num_chunks -= block.num_chunks
-        return blocks
-
     def __repr__(self) -> str:
         return f"Document({self.name!r}, {self.num_tokens:,} tokens, {len(self.chunks)} chunks)"
 
@@ -74,7 +65,7 @@ def divide(documents: Sequence[Document], num_far: int) -> tuple[list[ChunkBlock
     places: list[tuple[int, int]] = []
     for number, document in enumerate(documents):
         count = min(num_far - len(places), len(document.chunks))
-        blocks += document.first_blocks(count)
+        blocks += first_blocks(document.blocks, count)
         if count < len(document.chunks):
             tail += document.token_ids[document.chunks[count].first_token :]
         places += [(number, chunk) for chunk in range(count)]

@@ -270,7 +270,7 @@ class FocusLLM:
         blocks, tail, places = divide(given, num_far)
         state = FocusState(blocks, prompt_length=len(after))
         num_tokens = sum(document.num_tokens for document in given)
-        check_question(self.model.base, self.config, num_tokens, all(block.resident is not None for block in blocks))
+        check_question(self.model.base, self.config, blocks, generate.get("max_new_tokens") or 256)
         return self._decoder([*before, *tail, *after], state, generate, num_tokens, given, places)
 
     def _decoder(

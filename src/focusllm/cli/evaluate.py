@@ -150,6 +150,5 @@ def _show_results(folders: list[Path]) -> None:
             table.add_row(method, *(cell.shown if cell else "" for cell in cells))
         console.print(table)
         for row in mine.values():
-            if row.skipped:
-                which = f"at {row.length:,} tokens" if row.length else f"{row.skipped} examples"
-                console.print(f"{row.method}, {which}: left out, for {row.reason}.")
+            if row.left_out:
+                console.print(row.left_out)

@@ -115,7 +115,7 @@ class Benchmark(Prompted):
         for example in found:
             if not example.references:
                 raise ValueError("it has no answer")
-            self.score("A 1", example)
+            self.score("A 1 1", example)
         return found
 
     def rows(self, setting: Setting) -> Iterator[tuple[str, str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from focusllm.base import layout, run_plain
-from focusllm.chunk_cache import ChunkCache
+from focusllm.chunk_cache import LastText
 from focusllm.cost import GIB, total_memory
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
@@ -59,21 +59,12 @@ class Prediction:
     first_token_seconds: float
 
 
-CHUNKS_SHARE = 4
-"""Encoded chunks that are kept beside the packed ones in use may take one part in so many of the memory."""
-
-
-def shared_chunks(llm: FocusLLM) -> ChunkCache:
-    """The encoded chunks of the last text, for all methods on a model together."""
-    return ChunkCache(llm.model.base, total_memory(llm.model.base.device) // CHUNKS_SHARE, last_only=True)
-
-
 class Method(ABC):
     """A way to let a model read long text.
 
     Args:
         llm: model and tokenizer; `llm.config.local_length` is the local budget that all methods are held to.
-        chunks: encoded chunks of the model, which methods may share; None: this method's own.
+        chunks: the encoded chunks of the last text, which methods may share; None: this method's own.
         options: of this method, by name (`defaults` has them all).
     """
 
@@ -84,8 +75,8 @@ class Method(ABC):
     least: ClassVar[dict[str, int]] = {}
     """The least value of those that are numbers; whole ones where the default is whole."""
 
-    def __init__(self, llm: FocusLLM, chunks: ChunkCache | None = None, **options: Any):
-        self.chunks = shared_chunks(llm) if chunks is None else chunks
+    def __init__(self, llm: FocusLLM, chunks: LastText | None = None, **options: Any):
+        self.chunks = LastText(llm.model.base) if chunks is None else chunks
         self.llm, self.base, self.tokenizer = llm, llm.model.base, llm.tokenizer
         self.options = {**self.defaults, **options}
         for name, least in self.least.items():
@@ -155,9 +146,8 @@ class Method(ABC):
         return Prediction(text, time.perf_counter() - begin, first)
 
     def _stops(self, example: Example) -> set[int]:
-        """The tokens that are stop strings."""
-        encoded = [encode_ids(self.tokenizer, stop) for stop in example.stop]
-        return {ids[0] for ids in encoded if len(ids) == 1}
+        """The tokens that end stop strings."""
+        return {encode_ids(self.tokenizer, stop)[-1] for stop in example.stop}
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens."""

@@ -218,9 +218,9 @@ def first_number(prediction: str, reference: str) -> float:
 @first
 def last_integer(prediction: str, reference: str) -> float:
     """The last word as an integer. InfiniteBench."""
-    last = _plain(prediction.strip(), "\n.`'\":").split()[-1:]
+    last, right = _plain(prediction.strip(), "\n.`'\":").split()[-1:], int(reference)
     try:
-        return float(bool(last) and int(last[0]) == int(reference))
+        return float(bool(last) and int(last[0]) == right)
     except ValueError:
         return 0.0
 

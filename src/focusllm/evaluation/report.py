@@ -26,6 +26,9 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em aut
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}.note{color:#666;font-size:13px}img{max-width:100%}"""
 
+WAY = ("model", "adapter", "dtype", "device", "settings")
+"""What results must have in common to stand under one method's name."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,6 +59,15 @@ class Row:
         return self.metric == "perplexity"
 
     @property
+    def left_out(self) -> str:
+        """What was left out and why; empty: nothing."""
+        if not self.skipped:
+            return ""
+        what = f"{self.skipped} of {self.examples + self.skipped} examples" if self.examples or not self.length else ""
+        where = f"at {self.length:,} tokens" if self.length else ""
+        return f"{self.method}, {' '.join(part for part in (what, where) if part)}: left out, for {self.reason}."
+
+    @property
     def shown(self) -> str:
         """The value as people read it: perplexity as it is, a score in percent."""
         if self.value is None:
@@ -75,7 +87,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
     """
     if not folders:
         raise ConfigError("no runs are named; give the folders that `focusllm eval ... --output` has written.")
-    rows, ways = [], []
+    rows, ways, versions = [], [], []
     names = Counter(folder.name for folder in folders)
     for folder in folders:
         try:
@@ -87,7 +99,8 @@ def load(folders: Sequence[Path]) -> list[Row]:
             raise DocumentError(f"the results in {folder} are damaged ({error}); repeat the run's command.") from error
         seconds = {(cell["task"], cell["length"], cell["method"]): cell for cell in timings}
         for cell in results["results"]:
-            ways.append(_way(results, cell["task"]))
+            ways.append(json.dumps([results.get(name) for name in WAY], sort_keys=True))
+            versions.append(results["plan"]["task_versions"][cell["task"]])
             key = (cell["task"], cell["length"], cell["method"])
             mine = [line for line in results["examples"] if (line["task"], line["length"], line["method"]) == key]
             rows.append(
@@ -108,7 +121,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
                     by_depth=_by_depth(mine),
                 )
             )
-    return _told_apart(rows, ways)
+    return _told_apart(rows, ways, versions)
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -119,7 +132,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     """
     rows = load(folders)
     output.mkdir(parents=True, exist_ok=True)
-    paths, parts = [output / "report.html"], [_as_html(overview(rows))]
+    paths, parts = [output / "report.html", output / "overview.md"], [_as_html(overview(rows))]
+    paths[1].write_text(_as_markdown(overview(rows)), encoding="utf-8")
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
         parts.append(f"<h2>{html.escape(task)}</h2>\n{table(mine)}")
@@ -128,8 +142,6 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
             figure.savefig(paths[-1], dpi=150)
             parts.append(_inline(figure, f"{task}: {name.replace('-', ' ')}"))
     runs = "".join(f"<h3>{html.escape(folder.name)}</h3>\n{_about(folder)}" for folder in folders)
-    (output / "overview.md").write_text(_as_markdown(overview(rows)), encoding="utf-8")
-    paths.append(output / "overview.md")
     body = "\n".join([*parts, "<h2>Runs</h2>", runs])
     paths[0].write_text(
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>FocusLLM evaluation</title>\n'
@@ -172,9 +184,8 @@ def table(rows: Sequence[Row]) -> str:
         shown = "".join(f"<td>{cells[length].shown if length in cells else ''}</td>" for length in lengths)
         lines.append(f"<tr><td>{html.escape(method)}</td>{shown}</tr>")
         for row in cells.values():
-            if row.skipped:
-                which = f"at {row.length:,} tokens" if row.length else f"{row.skipped} examples"
-                notes.append(f"{method}, {which}: left out, for {row.reason}.")
+            if row.left_out:
+                notes.append(row.left_out)
             if row.known:
                 where = f"at {row.length:,} tokens" if row.length else "at its own lengths"
                 notes.append(f"{method}, {where}: {row.known:.0%} of the chunks needed no reading.")
@@ -276,23 +287,16 @@ def _about(folder: Path) -> str:
     return f'<p class="note">{"<br>".join(lines)}</p>'
 
 
-def _way(results: dict[str, Any], task: str) -> str:
-    """What results of a task must have in common to stand in one row."""
-    names = ("model", "adapter", "dtype", "settings")
-    version = results["plan"]["task_versions"][task]
-    return json.dumps([version, *(results.get(name) for name in names)], sort_keys=True)
-
-
-def _told_apart(rows: list[Row], ways: Sequence[str]) -> list[Row]:
-    """Rows of several runs, with the run behind a method's name where another run has the same cell, or has made other
-    cells of the task otherwise (another adapter, say).
+def _told_apart(rows: list[Row], ways: Sequence[str], versions: Sequence[int]) -> list[Row]:
+    """Rows of several runs, with the run behind a method's name where another run has the same cell, has measured the
+    method otherwise (with another adapter, say), or another version of the task.
     """
     seen = Counter((row.task, row.length, row.method) for row in rows)
-    made = Counter(
-        (task, method) for task, method, _ in {(r.task, r.method, w) for r, w in zip(rows, ways, strict=True)}
-    )
-    shared = {method for (_, _, method), count in seen.items() if count > 1}
-    shared |= {method for (_, method), count in made.items() if count > 1}
+    used = Counter(method for method, _ in {(row.method, way) for row, way in zip(rows, ways, strict=True)})
+    made = {(row.task, row.method, version) for row, version in zip(rows, versions, strict=True)}
+    drawn = Counter((task, method) for task, method, _ in made)
+    shared = {row.method for row in rows if seen[row.task, row.length, row.method] > 1}
+    shared |= {row.method for row in rows if used[row.method] > 1 or drawn[row.task, row.method] > 1}
     return [
         Row(**{**vars(row), "method": f"{row.method} ({row.run})"}) if row.method in shared else row for row in rows
     ]

@@ -25,10 +25,11 @@ from filelock import FileLock, Timeout
 
 from focusllm import __version__
 from focusllm.adapter import injected, sink_token
+from focusllm.chunk_cache import LastText
 from focusllm.cost import forget_peak_memory, peak_memory
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation.example import Example, LossExample
-from focusllm.evaluation.method import Method, shared_chunks
+from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Cell, Plan
 from focusllm.files import whole_file
@@ -56,11 +57,11 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
     """
     folder.mkdir(parents=True, exist_ok=True)
     setting = plan.setting(llm.tokenizer)
-    chunks = shared_chunks(llm)
+    chunks = LastText(llm.model.base)
     methods = {spec: build(spec, llm, chunks) for spec in plan.methods}
     plan.check_examples(setting)
     with _only_one(folder):
-        config = _settled(folder / "config.json", _config(plan, llm), llm)
+        config = _settled(folder / "config.json", _config(plan, llm, folder), llm)
         total = sum(_weight(cell, plan) for cell in plan.cells)
         lines: dict[Cell, list[Line]] = {}
         before = 0.0
@@ -69,6 +70,7 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
                 title = f"{cell.task} {f'{cell.length:,} ' if cell.length else ''}{cell.method}"
                 lines[cell] = []
                 report(title, before, total)
+                chunks.clear()  # another method's memory is not this one's
                 for line in _cell(cell, plan, methods[cell.method], setting, log):
                     lines[cell].append(line)
                     share = len(lines[cell]) / plan.limit
@@ -131,7 +133,8 @@ def _answer(task: Any, method: Method, example: Example) -> Line:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Of a GPU, of Python, or of torch's allocator on a CPU, which has no class of its own for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+    is_one = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_one or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _results(config: dict[str, Any], plan: Plan, lines: dict[Cell, list[Line]]) -> dict[str, Any]:
@@ -167,11 +170,11 @@ def _timing(cell: Cell, lines: Sequence[Line]) -> dict[str, Any]:
     return {**asdict(cell), **means, "examples": timed}
 
 
-def _config(plan: Plan, llm: FocusLLM) -> dict[str, Any]:
+def _config(plan: Plan, llm: FocusLLM, folder: Path) -> dict[str, Any]:
     """Everything that the numbers depend on."""
     return {
         "plan": plan.to_dict(),
-        "inputs": {name: _inputs(path) for name, path in (("data", plan.data), ("text", plan.text))},
+        "inputs": {name: _inputs(path, folder) for name, path in (("data", plan.data), ("text", plan.text))},
         "model": llm.name,
         "device": llm.model.device.type,
         "packed": packed_bytes(llm.model) > 0,
@@ -182,11 +185,14 @@ def _config(plan: Plan, llm: FocusLLM) -> dict[str, Any]:
     }
 
 
-def _inputs(path: str | None) -> str | None:
-    """Sixteen hexadecimal digits of the files' names and sizes under a path; None: it is no path."""
+def _inputs(path: str | None, run: Path) -> str | None:
+    """Sixteen hexadecimal digits of the names and sizes of the files under a path, those of the run left out; None: it
+    is no path.
+    """
     if path is None or not Path(path).exists():
         return None
-    files = sorted(file for file in ([Path(path)] if Path(path).is_file() else Path(path).rglob("*")) if file.is_file())
+    found = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*"))
+    files = [file for file in found if file.is_file() and not file.resolve().is_relative_to(run.resolve())]
     names = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 

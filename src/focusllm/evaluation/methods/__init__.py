@@ -10,7 +10,7 @@ from focusllm.errors import ConfigError
 from focusllm.options import parse_setting, unknown
 
 if TYPE_CHECKING:
-    from focusllm.chunk_cache import ChunkCache
+    from focusllm.chunk_cache import LastText
     from focusllm.evaluation.method import Method
     from focusllm.llm import FocusLLM
 
@@ -29,7 +29,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     return name, dict(parse_setting(part) for part in rest.split(",") if part)
 
 
-def build(spec: str, llm: FocusLLM, chunks: ChunkCache | None = None) -> Method:
+def build(spec: str, llm: FocusLLM, chunks: LastText | None = None) -> Method:
     """The method of a spec, on a model.
 
     Args:

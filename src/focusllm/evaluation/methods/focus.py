@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from focusllm.base import run_plain
-from focusllm.chunk_cache import ChunkCache
+from focusllm.chunk_cache import LastText
 from focusllm.chunking import count_chunks, cut, num_local_chunks, split, steps
 from focusllm.chunks import ChunkBlock
 from focusllm.config import FocusConfig
-from focusllm.cost import GIB, estimate, stored_bytes, total_memory
+from focusllm.cost import GIB, estimate, total_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
@@ -37,7 +37,7 @@ class Focus(Method):
     name = "focus"
     defaults = {field.name: None for field in dataclasses.fields(FocusConfig)}  # noqa: RUF012
 
-    def __init__(self, llm: FocusLLM, chunks: ChunkCache | None = None, **options: Any):
+    def __init__(self, llm: FocusLLM, chunks: LastText | None = None, **options: Any):
         super().__init__(llm, chunks, **options)
         self.config = llm.config.replace(**options)
         self.config.check_positions(self.window)
@@ -54,9 +54,6 @@ class Focus(Method):
         except ConfigError as error:
             return str(error).rstrip(".")
         needed = estimate(self.base, self.config, num_tokens).total
-        if self.config.kv_dtype != "same":  # then they are kept as computed too
-            whole = stored_bytes(self.base, self.config.replace(kv_dtype="same"), num_tokens)
-            needed += min(whole, self.chunks.most_bytes)
         there = total_memory(self.base.device)
         if needed > there:
             return f"it needs about {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"

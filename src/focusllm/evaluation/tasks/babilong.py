@@ -59,6 +59,8 @@ class Story:
 class Babilong(Prompted):
     """A task of BABILong."""
 
+    version = 2
+
     def examples(
         self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
     ) -> Iterator[Example]:
@@ -87,7 +89,8 @@ class Babilong(Prompted):
 
     def _from_hub(self, length: int, setting: Setting) -> Iterator[Example]:
         """The data set's own texts of the greatest size that is no longer, as far as they fit in these tokens."""
-        size = f"{2 ** (length // 1024).bit_length() // 2}k"
+        thousands = 2 ** (length // 1024).bit_length() // 2
+        size = f"{thousands}k" if thousands < 1024 else f"{thousands // 1024}M"
         split = self.name.removeprefix("babilong-")
         for number, row in enumerate(dataset_rows(Source("hf:RMT-team/babilong", subset=size, split=split)), 1):
             before, after = around(self.about["prompt"], {"question": row["question"]})

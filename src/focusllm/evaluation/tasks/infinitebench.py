@@ -18,6 +18,7 @@ from focusllm.training.config import Source
 class InfiniteBench(Benchmark):
     """A task of InfiniteBench."""
 
+    version = 2
     fields = {"context": str, "input": str, "answer": (str, int, float, list)}  # noqa: RUF012
 
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:

@@ -15,7 +15,7 @@ from focusllm.training.config import Source
 
 
 class LEval(Benchmark):
-    """A task of L-Eval. Few examples are of many documents: first the first question of each, then the second."""
+    """A task of L-Eval. Few examples are of many documents: the first question of each, then the second."""
 
     version = 2
     fields = {"input": str, "instructions": list, "outputs": list}  # noqa: RUF012
@@ -23,9 +23,10 @@ class LEval(Benchmark):
     def examples(
         self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
     ) -> Iterator[Example]:
-        """Question by question, of all documents each."""
+        """Chosen question by question; given document by document, so that each is read once."""
         every = list(super().examples(length, sys.maxsize, setting, warn))
-        yield from sorted(every, key=lambda example: int(example.id.split(".")[1]))[:limit]
+        chosen = sorted(every, key=lambda example: int(example.id.split(".")[1]))[:limit]
+        yield from (example for example in every if example in chosen)
 
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:
         """One example a question."""

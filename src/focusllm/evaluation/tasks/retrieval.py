@@ -70,7 +70,7 @@ class KeyValue(Task):
 class LostInTheMiddle(Task):
     """Right when the value occurs in the answer."""
 
-    name, needs, has_own_lengths, version = "lost-in-the-middle", "files", True, 2
+    name, needs, has_own_lengths, version = "lost-in-the-middle", "data", True, 2
 
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
         """From each file that is there `limit` rows, the asked key going from the first to the last."""
