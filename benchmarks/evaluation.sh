@@ -1,6 +1,6 @@
 #!/bin/sh
-# Methods by tasks with the embedded model and the adapter in the package, as far as that takes hours and no network: the
-# tables of results/evaluation. A run that was stopped goes on. Perplexity and passkey go to 128K tokens; the other made-up
+# Methods by tasks with the embedded model and the adapter in the package, as far as that takes hours and no network. A run
+# that was stopped goes on. Perplexity and passkey go to 128K tokens; the other made-up
 # tasks have 4K and 16K. Methods that attend to the whole text are run where that takes minutes a text at most, the scaled
 # ones beyond the base model's 8192 positions only (below, they are `full`).
 #
