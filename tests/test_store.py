@@ -181,14 +181,19 @@ def test_the_next_batch_is_read_from_disk_meanwhile(
     assert next(iter(block.batches(llama, 2)))[0] == 0  # one that is left early does not hang
 
 
-class Broken:
-    """A file on a disk that fails."""
-
+class Full:
     def __init__(self, file: object):
         self.file = file
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.file, name)
+
+    def write(self, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+
+class Broken(Full):
+    """A file on a disk that fails."""
 
     def readinto(self, view: memoryview) -> int:
         raise OSError(5, "Input/output error")
@@ -255,17 +260,6 @@ def test_names_tell_models_types_and_texts_apart() -> None:
     assert len(names) == 10
     assert document_key(build(), IDS, SMALL.replace(chunk_overlap=1)) in names
     assert document_key(with_candidates(build()), IDS, SMALL) in names  # rows do not depend on the adapter
-
-
-class Full:
-    def __init__(self, file: object):
-        self.file = file
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.file, name)
-
-    def write(self, content: bytes) -> int:
-        raise OSError(28, "No space left on device")
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(

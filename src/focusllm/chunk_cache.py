@@ -9,7 +9,7 @@ Every chunk is read alone, so that its numbers do not depend, in their last bits
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from focusllm.config import FocusConfig
 from focusllm.focus import encode_chunks
 from focusllm.kv import KV
 from focusllm.store import Packed, Packing
+
+Piece = tuple[int, ...]
+"""A chunk's token ids."""
 
 
 class ChunkCache:
@@ -34,7 +37,7 @@ class ChunkCache:
     def __init__(self, model: nn.Module, most_bytes: int):
         self.model, self.most_bytes = model, most_bytes
         self.nbytes = 0
-        self._known: dict[tuple[int, ...], KV] = {}  # the last used at the end
+        self._known: dict[Piece, KV] = {}  # the last used at the end
 
     def __len__(self) -> int:
         return len(self._known)
@@ -51,35 +54,23 @@ class ChunkCache:
         Args:
             config: says how it is cut, and in how many bits the blocks hold keys and values.
         """
-        bounds = cut(len(token_ids), config)
-        pieces = [tuple(token_ids[start:stop]) for start, stop in bounds]
+        pieces = _pieces(token_ids, config)
         wanted = set(pieces)
         self._touch(wanted)
-        full = [piece for piece in pieces if len(piece) == config.chunk_length]
-        return [self._block(group, wanted, config.kv_dtype) for group in (full, pieces[len(full) :]) if group]
+        return _blocks(self.model, pieces, config, lambda piece: self._encoded(piece, wanted))
 
-    def _touch(self, wanted: set[tuple[int, ...]]) -> None:
+    def _touch(self, wanted: set[Piece]) -> None:
         for piece in wanted & set(self._known):
             self._known[piece] = self._known.pop(piece)
 
-    def _block(self, pieces: list[tuple[int, ...]], wanted: set[tuple[int, ...]], kv_dtype: str) -> ChunkBlock:
-        ids = torch.tensor(pieces, device=next(self.model.parameters()).device)
-        store: KV | Packed | None = None
-        if kv_dtype != "same":
-            store = Packed.empty(Packing.of(self.model, kv_dtype), len(pieces), ids.shape[1], None)
-        for row, piece in enumerate(pieces):
-            store = filled(store, row, self._encoded(piece, wanted), len(pieces))
-        assert store is not None
-        return ChunkBlock(ids, store)
-
-    def _encoded(self, piece: tuple[int, ...], wanted: set[tuple[int, ...]]) -> KV:
+    def _encoded(self, piece: Piece, wanted: set[Piece]) -> KV:
         kv = self._known.get(piece)
         if kv is None:
-            kv = encode_chunks(self.model, torch.tensor([piece], device=next(self.model.parameters()).device))
+            kv = _read(self.model, piece)
             self._keep(piece, kv, wanted)
         return kv
 
-    def _keep(self, piece: tuple[int, ...], kv: KV, wanted: set[tuple[int, ...]]) -> None:
+    def _keep(self, piece: Piece, kv: KV, wanted: set[Piece]) -> None:
         while self.nbytes + kv.nbytes > self.most_bytes:
             oldest = next(iter(self._known), None)
             if oldest is None or oldest in wanted:
@@ -104,36 +95,58 @@ class LastText:
 
     def clear(self) -> None:
         """Keep nothing."""
-        self._pieces: list[tuple[int, ...]] = []
+        self._pieces: list[Piece] = []
         self._blocks: list[ChunkBlock] = []
         self._kv_dtype = ""
 
     def blocks(self, token_ids: Sequence[int], config: FocusConfig) -> list[ChunkBlock]:
         """A text cut into chunks and encoded: one block of the full chunks, one of the shorter last chunk."""
-        pieces = [tuple(token_ids[start:stop]) for start, stop in cut(len(token_ids), config)]
+        pieces = _pieces(token_ids, config)
         self.num_asked += len(pieces)
         if config.kv_dtype != self._kv_dtype or pieces != self._pieces[: len(pieces)]:
             self.clear()  # first, so that there are never two
-            full = [piece for piece in pieces if len(piece) == config.chunk_length]
-            groups = [group for group in (full, pieces[len(full) :]) if group]
-            self._blocks = [self._read(group, config.kv_dtype) for group in groups]
+            self._blocks = self._read(pieces, config)
             self._pieces, self._kv_dtype = pieces, config.kv_dtype
         return first_blocks(self._blocks, len(pieces))
 
-    def _read(self, pieces: list[tuple[int, ...]], kv_dtype: str) -> ChunkBlock:
-        ids = torch.tensor(pieces, device=next(self.model.parameters()).device)
-        store: KV | Packed | None = None
-        if kv_dtype != "same":
-            store = Packed.empty(Packing.of(self.model, kv_dtype), len(pieces), ids.shape[1], None)
+    def _read(self, pieces: list[Piece], config: FocusConfig) -> list[ChunkBlock]:
         repeated = {piece for piece, count in Counter(pieces).items() if count > 1}
-        known: dict[tuple[int, ...], KV] = {}
-        for row, piece in enumerate(pieces):
-            kv = known.get(piece)
-            if kv is None:
-                kv = encode_chunks(self.model, ids[row : row + 1])
-                self.num_read += 1
+        known: dict[Piece, KV] = {}
+
+        def encoded(piece: Piece) -> KV:
+            if piece in known:
+                return known[piece]
+            self.num_read += 1
+            kv = _read(self.model, piece)
             if piece in repeated:
                 known[piece] = kv
-            store = filled(store, row, kv, len(pieces))
-        assert store is not None
-        return ChunkBlock(ids, store)
+            return kv
+
+        return _blocks(self.model, pieces, config, encoded)
+
+
+def _pieces(token_ids: Sequence[int], config: FocusConfig) -> list[Piece]:
+    return [tuple(token_ids[start:stop]) for start, stop in cut(len(token_ids), config)]
+
+
+def _read(model: nn.Module, piece: Piece) -> KV:
+    return encode_chunks(model, torch.tensor([piece], device=next(model.parameters()).device))
+
+
+def _blocks(
+    model: nn.Module, pieces: list[Piece], config: FocusConfig, encoded: Callable[[Piece], KV]
+) -> list[ChunkBlock]:
+    """One block of the full chunks, one of the shorter last chunk, as far as there are such."""
+    full = [piece for piece in pieces if len(piece) == config.chunk_length]
+    return [_block(model, group, config.kv_dtype, encoded) for group in (full, pieces[len(full) :]) if group]
+
+
+def _block(model: nn.Module, pieces: list[Piece], kv_dtype: str, encoded: Callable[[Piece], KV]) -> ChunkBlock:
+    ids = torch.tensor(pieces, device=next(model.parameters()).device)
+    store: KV | Packed | None = None
+    if kv_dtype != "same":
+        store = Packed.empty(Packing.of(model, kv_dtype), len(pieces), ids.shape[1], None)
+    for row, piece in enumerate(pieces):
+        store = filled(store, row, encoded(piece), len(pieces))
+    assert store is not None
+    return ChunkBlock(ids, store)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -183,6 +183,14 @@ def encode(
         assert store is not None
         blocks.append(ChunkBlock(ids, store, notify=notify))
     return blocks
+
+
+def count_alike(blocks: Sequence[ChunkBlock]) -> Counter[int]:
+    """How many chunks of which length there are."""
+    found: Counter[int] = Counter()
+    for block in blocks:
+        found[block.length] += block.num_chunks
+    return found
 
 
 def first_blocks(blocks: Sequence[ChunkBlock], num_chunks: int) -> list[ChunkBlock]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 from focusllm.attention import SCORES_BY_FORMULA
 from focusllm.base import layout
 from focusllm.chunking import count_by_length, count_chunks
-from focusllm.chunks import ChunkBlock, tokens_at_once
+from focusllm.chunks import ChunkBlock, count_alike, tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
 from focusllm.kv import GrowingKV
@@ -213,9 +212,7 @@ def check_question(
     Raises:
         MemoryLimitError: with what is needed, what is free, and what would fit.
     """
-    alike: Counter[int] = Counter()
-    for block in blocks:
-        alike[block.length] += block.num_chunks
+    alike = count_alike(blocks)
     in_place = all(block.resident is not None for block in blocks)
     num_tokens = sum(block.token_ids.numel() for block in blocks)
     cost = estimate(model, config, num_tokens, place="device" if in_place else "disk")

@@ -10,7 +10,6 @@ chunks are addressed as blocks that any number of requests share, and are never 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +20,7 @@ from transformers import DynamicCache
 from focusllm.adapter import sink_token
 from focusllm.base import layout, run_plain
 from focusllm.chunking import count_chunks
-from focusllm.chunks import ChunkBlock, encode, tokens_at_once
+from focusllm.chunks import ChunkBlock, count_alike, encode, tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
 from focusllm.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
@@ -273,10 +272,7 @@ def _choose_hot(model: nn.Module, request: Request, config: FocusConfig) -> None
     The local context is read without any candidate for that: many that have nothing to say change what it asks for.
     Where none need to be chosen, all are hot if some lie elsewhere, so as to be brought once and not for every token.
     """
-    alike: Counter[int] = Counter()
-    for block in request.blocks:
-        alike[block.length] += block.num_chunks
-    is_focused = config.is_focused(max(alike.values()))
+    is_focused = config.is_focused(max(count_alike(request.blocks).values()))
     if not is_focused and all(block.resident is not None for block in request.blocks):
         return
     attention = torch.zeros(request.num_chunks, device=next(model.parameters()).device)

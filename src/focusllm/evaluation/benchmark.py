@@ -120,11 +120,8 @@ class Benchmark(Prompted):
 
     def rows(self, setting: Setting) -> Iterator[tuple[str, str, Any]]:
         """(key, place, row), from the file if it is there, else from the hub if that may be asked."""
-        try:
-            path = setting.file(*self.paths)
-        except DocumentError:
-            if not setting.hub:
-                raise
+        path = setting.file_unless_hub(*self.paths)
+        if path is None:
             for number, row in enumerate(dataset_rows(self.hub), 1):
                 named = {self.hub_names.get(name, name): value for name, value in row.items()}
                 yield str(number), f"row {number} of {self.hub.path[3:]}", named

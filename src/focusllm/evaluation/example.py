@@ -187,6 +187,19 @@ class Setting:
                 return self.data / name
         raise DocumentError(f"the data folder {self.data} has no {' or '.join(names)}; put the benchmark's file there.")
 
+    def file_unless_hub(self, *names: str) -> Path | None:
+        """`file`; None: there is none, and the hub may be asked instead.
+
+        Raises:
+            DocumentError: there is none, and the hub may not be asked.
+        """
+        try:
+            return self.file(*names)
+        except DocumentError:
+            if self.hub:
+                return None
+            raise
+
 
 class Haystack:
     """A long text that can be cut at any token without tokenising it again."""

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from focusllm.base import run_plain
 from focusllm.chunk_cache import LastText
 from focusllm.chunking import count_chunks, cut, num_local_chunks, split, steps
-from focusllm.chunks import ChunkBlock
+from focusllm.chunks import ChunkBlock, count_alike
 from focusllm.config import FocusConfig
 from focusllm.cost import GIB, estimate, total_memory
 from focusllm.engine import decode, prefill, start_request
@@ -99,7 +99,7 @@ class Focus(Method):
         blocks = self._blocks(far)
         if self.config.decoding == "cached" and self.config.bos_token_id is None:
             sample = Sample(local, num_labels, self.config.most_prompt_tokens)
-            if self.config.is_focused(max(block.num_chunks for block in blocks)):
+            if self.config.is_focused(max(count_alike(blocks).values())):
                 request = start_request(self.base, blocks, local[:-num_labels], self.config)
                 prefill(self.base, request, self.config)
                 sample = dataclasses.replace(sample, refreshed=tuple(request.refreshed_slots))

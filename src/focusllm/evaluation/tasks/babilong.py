@@ -66,11 +66,12 @@ class Babilong(Prompted):
     ) -> Iterator[Example]:
         """Questions in a drawn order; those whose facts alone are too long are passed over."""
         length, given = must_have(self, length), 0
-        names = [f"{folder}{self.about['file']}" for folder in ("babilong/", "babi/", "en/", "")]
-        if setting.hub and not (setting.data and any((setting.data / name).exists() for name in names)):
+        path = setting.file_unless_hub(
+            *(f"{folder}{self.about['file']}" for folder in ("babilong/", "babi/", "en/", ""))
+        )
+        if path is None:
             yield from islice(self._from_hub(length, setting), limit)
             return
-        path = setting.file(*names)
         questions = list(usable(entries(path), Story().read, warn))
         for index in setting.rng(self.name).permutation(len(questions)):
             key, facts, question, answer = questions[index]

@@ -25,8 +25,9 @@ class LEval(Benchmark):
     ) -> Iterator[Example]:
         """Chosen question by question; given document by document, so that each is read once."""
         every = list(super().examples(length, sys.maxsize, setting, warn))
-        chosen = sorted(every, key=lambda example: int(example.id.split(".")[1]))[:limit]
-        yield from (example for example in every if example in chosen)
+        by_question = sorted(every, key=lambda example: int(example.id.split(".")[1]))
+        chosen = {example.id for example in by_question[:limit]}
+        yield from (example for example in every if example.id in chosen)
 
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:
         """One example a question."""
