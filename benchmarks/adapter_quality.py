@@ -40,6 +40,7 @@ from focusllm.adapter import sink_token, trainable_parameters
 from focusllm.chunk_cache import ChunkCache
 from focusllm.chunking import split
 from focusllm.chunks import ChunkBlock
+from focusllm.config import FocusConfig
 from focusllm.cost import total_memory
 from focusllm.engine import decode, prefill, start_request
 from focusllm.evaluation.tasks.passkey import GARBAGE, INTRO, LEAD, needle_line
@@ -273,7 +274,9 @@ def main() -> None:
     parser.add_argument("--chunk-overlap", type=int, help="default: 64, or a quarter of a shorter chunk")
     parser.add_argument("--local-length", type=int, default=512)
     parser.add_argument("--prompt-length", type=int, default=64)
-    parser.add_argument("--refresh-rows", type=int, default=8, help="how many chunks the local context sees")
+    parser.add_argument(
+        "--refresh-rows", type=int, default=FocusConfig.refresh_rows, help="how many chunks the local context sees"
+    )
     parser.add_argument("--kv-dtype", default="same", help="in how many bits chunks are kept: same, int8 or int4")
     parser.add_argument("--full", action="store_true", help="keys: full attention beside it")
     parser.add_argument("--full-to", type=int, default=8192, help="perplexity: full attention up to this length")

@@ -147,6 +147,16 @@ def test_chunks_do_not_depend_on_candidates_or_each_other(llama: nn.Module) -> N
         assert not torch.equal(a[1], b[1])
 
 
+def test_passes_without_logits_end_with_the_last_keys_and_values(llama: nn.Module) -> None:
+    calls: list[object] = []
+    llama.model.layers[-1].mlp.register_forward_hook(lambda *_: calls.append(_))
+    chunk, local = torch.tensor([CHUNKS[0]]), torch.tensor(LOCAL)
+    read_prompt(llama, encode_chunks(llama, chunk), local)
+    assert not calls
+    focus_logits(llama, [chunk[0]], local, local)
+    assert len(calls) == 1  # the local pass
+
+
 def test_gradients_reach_the_candidate_projections_only() -> None:
     model = with_candidates(build(), AdapterConfig(rank=4))
     logits = focus_logits(model, tensors(CHUNKS), torch.tensor(LOCAL[-6:]), torch.tensor(LOCAL))

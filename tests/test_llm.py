@@ -190,9 +190,10 @@ def test_error_while_streaming_reaches_the_reader(tiny_llm: FocusLLM) -> None:
 
 def test_sampling_arguments_and_stop_strings(tiny_llm: FocusLLM) -> None:
     document = tiny_llm.read(TEXT)
-    long = tiny_llm.ask(document, "What?", max_new_tokens=24, eos_token_id=-1)
+    varied = {"max_new_tokens": 24, "eos_token_id": -1, "no_repeat_ngram_size": 1}
+    long = tiny_llm.ask(document, "What?", **varied)
     stop = next(c for c in long.text[3:] if c not in "\ufffd \n")
-    assert tiny_llm.ask(document, "What?", max_new_tokens=24, eos_token_id=-1, stop_strings=[stop]).text.endswith(stop)
+    assert tiny_llm.ask(document, "What?", **varied, stop_strings=[stop]).text.endswith(stop)
     warm = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 10}
     torch.manual_seed(1)
     first = tiny_llm.ask(document, "What?", **warm).text

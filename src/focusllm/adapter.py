@@ -113,18 +113,18 @@ class CandidateLinear(nn.Module):
         chosen = candidate_tokens()
         if chosen == NO_TOKENS:
             return out
-        candidates, base_out = x[:, chosen], out[:, chosen]
+        candidates = x[:, chosen]
         if self.is_low_rank:
             update = linear(linear(candidates.to(self.lora_A.dtype), self.lora_A), self.lora_B)
             if self.scale != 1:
                 update = update * self.scale
             if self.trainable_rows is not None:
                 update = update * self.trainable_rows
-            projected = base_out + update.to(out.dtype)
-        else:
-            projected = linear(candidates.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)
-            if self.trainable_rows is not None:
-                projected = torch.where(self.trainable_rows, projected, base_out)
+            out[:, chosen].add_(update.to(out.dtype))
+            return out
+        projected = linear(candidates.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)
+        if self.trainable_rows is not None:
+            projected = torch.where(self.trainable_rows, projected, out[:, chosen])
         if candidates.shape == x.shape:
             return projected
         out[:, chosen] = projected

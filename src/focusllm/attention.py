@@ -81,7 +81,11 @@ def attend(
     for first_block in segments[0][0]:
         rows = slice(start, start + first_block[0].shape[0])
         index = len(outs)
-        past = [(*blocks[index], _mask_of(segment_mask, rows)) for blocks, segment_mask in segments]
+        past = [
+            (*blocks[index], _mask_of(segment_mask, rows))
+            for number, (blocks, segment_mask) in enumerate(segments)
+            if blocks[index][2] or (watch and number == 0)
+        ]
         few = _are_few(query, key.shape[1]) and mask is None and all(m is None for *_, m in past)
         partly = _attend_few if few else _attend_many
         out, share = partly(query[rows], key[rows], value[rows], past, _mask_of(mask, rows), scale, watch)
@@ -114,13 +118,13 @@ def _attend_few(
     scores = []
     for past_key, _, count, *_ in past:
         # Over the whole room, for a batched product would copy a part of it.
-        scores.append(_scores(packed, past_key.flatten(0, 1)))
+        scores.append(torch.bmm(packed, past_key.flatten(0, 1).transpose(1, 2)))
         if count < past_key.shape[2]:
             scores[-1][..., count:] = -torch.inf
     scores.append(torch.bmm(packed, key.flatten(0, 1).transpose(1, 2)))
     if length > 1:
         scores[-1].masked_fill_(_later_tokens(length, heads // key.shape[1], query.device), -torch.inf)
-    joined, every = torch.cat(scores, -1), scores[0][..., : past[0][2]]
+    joined = torch.cat(scores, -1)
     start = 0
     for past_key, _, count, seen, _ in past:
         if seen is not None:
@@ -131,7 +135,8 @@ def _attend_few(
     if watch and past[0][3] is None:
         share = weights.view(rows, heads, length, -1)[:, :, -watch:, : past[0][2]].float().mean((1, 2))
     elif watch:
-        paid = _paid(every.float(), joined.float().logsumexp(-1, keepdim=True))
+        every = scores[0][..., : past[0][2]].float()
+        paid = _paid(every, joined.float().logsumexp(-1, keepdim=True))
         share = paid.reshape(rows, heads, length, -1)[:, :, -watch:].mean((1, 2))
     out, start = None, 0
     for part in values:
@@ -139,13 +144,6 @@ def _attend_few(
         out, start = product if out is None else out + product, start + part.shape[1]
     assert out is not None
     return out.view(rows, heads, length, -1), share
-
-
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """[N, n, D] and [N, S, D] to [N, n, S], the factors in the order that is faster for the type."""
-    if query.dtype.itemsize == 2 and query.shape[1] <= FEW_QUERIES:
-        return torch.bmm(key, query.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(query, key.transpose(1, 2))
 
 
 def _attend_many(

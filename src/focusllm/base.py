@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +69,9 @@ class Layout:
         return 2 * len(self.layers) * self.num_kv_heads * self.head_dim
 
 
-LayerAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""(layer index, query [B, H, T, D], key and value [B, K, T, D], scale) -> [B, H, T, D]: what a pass attends to."""
+LayerAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
+"""(layer index, query [B, H, T, D], key and value [B, K, T, D], scale) -> [B, H, T, D]: what a pass attends to. None:
+no more is wanted of a pass without logits, and it ends there."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class _Pass:
 _pass: ContextVar[_Pass | None] = ContextVar("focusllm_pass", default=None)
 _one_pass_at_a_time = threading.RLock()
 _layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+
+class _Ended(Exception):
+    """Nothing more of a pass is wanted."""
 
 
 NO_TOKENS = slice(0, 0)
@@ -130,7 +135,8 @@ def run(
             length = input_ids.shape[1]  # by index, for in 2-byte types a CPU multiplies a slice ten times slower
             logits_to_keep = torch.arange(length - min(logits_to_keep, length), length, device=input_ids.device)
         if logits_to_keep is None:
-            model.get_decoder()(**arguments)  # type: ignore[operator]
+            with suppress(_Ended):
+                model.get_decoder()(**arguments)  # type: ignore[operator]
             return None
         logits: Tensor = model(**arguments, logits_to_keep=logits_to_keep).logits
         return logits
@@ -179,7 +185,10 @@ def _attention(
     if this is None:
         raise RuntimeError("attention 'focusllm' is for passes of focusllm only; call focusllm.base.run.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return this.attention(module.layer_idx, query, key, value, scale).transpose(1, 2), None  # type: ignore[arg-type]
+    out = this.attention(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
+    if out is None:
+        raise _Ended
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -36,7 +36,7 @@ class FocusConfig:
     """Most chunks read in one forward pass: bounds the scratch memory, does not change the result."""
     decoding: Decoding = "cached"
     """`cached` keeps the local context's keys and values; `exact` encodes it anew for every token (the paper)."""
-    refresh_rows: int | None = 8
+    refresh_rows: int | None = 4
     """Chunks of a length that the local context sees, condensed anew for every token: the last quarter of so many are
     those right before the local context, the rest those that get most attention. The others are only scored, and change
     places with them when they would get more. None: all. `exact` takes all."""

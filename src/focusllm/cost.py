@@ -125,7 +125,9 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
     grown = _room(prompt + num_new_tokens)
     is_focused = config.is_focused(max(alike.values(), default=0))
     if config.decoding == "cached" and config.refresh_rows and (is_focused or not in_place):
-        hot = sum(min(config.refresh_rows, count) * (length + grown) for length, count in alike.items())
+        hot = sum(
+            min(config.refresh_rows, count) * _room(length + prompt + num_new_tokens) for length, count in alike.items()
+        )
         return num_chunks * (_room(prompt - 1) + 1) + hot + config.max_local_length
     return num_chunks * (grown + 1) + config.max_local_length
 

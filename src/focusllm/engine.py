@@ -256,11 +256,11 @@ def _rows(model: nn.Module, requests: Sequence[Request]) -> tuple[Tensor, Tensor
 
 
 def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
-    """The rows that a decode step reads, block by block: chunks and what is behind them. None: not all can be at once,
-    for they lie elsewhere.
+    """The rows that a decode step reads, block by block: chunks and what is behind them, or nothing and both in one.
+    None: not all can be at once, for they lie elsewhere.
     """
     if request.hot:
-        return [(rows.kv, rows.tail) for rows in request.hot]
+        return [(rows.no_chunk, rows.kv) for rows in request.hot]
     found = [(block.resident, tail) for block, tail in zip(request.blocks, request.tails, strict=True)]
     whole = [(kv, tail) for kv, tail in found if kv is not None]
     return whole if len(whole) == len(found) else None

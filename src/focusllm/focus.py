@@ -52,17 +52,28 @@ from focusllm.rope import move_keys, rotation
 
 
 class Over:
-    """Attention of a pass to segments of earlier tokens and to itself; keeps the new keys and values."""
+    """Attention of a pass to segments of earlier tokens and to itself; keeps the new keys and values.
 
-    def __init__(self, segments: Sequence[Segment] = (), watch: int = 0, own_mask: Tensor | None = None):
-        self.segments, self.watch, self.own_mask = segments, watch, own_mask
+    With `last_layer`, the pass ends as soon as it has those of that layer: nothing else of it is wanted.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment] = (),
+        watch: int = 0,
+        own_mask: Tensor | None = None,
+        last_layer: int | None = None,
+    ):
+        self.segments, self.watch, self.own_mask, self.last_layer = segments, watch, own_mask, last_layer
         self.kv = KV([], [])
         self.paid: list[Tensor] = []
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
         """One layer's attention (see `LayerAttention`)."""
         self.kv.keys.append(key)
         self.kv.values.append(value)
+        if layer == self.last_layer:
+            return None
         past = [segment.layer(layer) for segment in self.segments]
         out, paid = attend(query, key, value, past, self.own_mask, scale, self.watch)
         self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
@@ -81,7 +92,7 @@ def encode_chunks(model: nn.Module, chunk_ids: Tensor) -> KV:
     Returns:
         [R, K, C, D] a layer, keys at positions 0..C-1.
     """
-    attention = Over()
+    attention = Over(last_layer=_last_layer(model))
     run(model, chunk_ids, torch.arange(chunk_ids.shape[1], device=chunk_ids.device)[None], attention)
     return attention.kv
 
@@ -98,10 +109,14 @@ def candidate_pass(model: nn.Module, tokens: Tensor, start: Tensor, row: Sequenc
         Keys and values of the T - 1 ordinary tokens, to be kept in the rows; and of the candidates [R, K, 1, D],
         keys at the candidates' positions in the rows, start + T - 1.
     """
-    attention = Over(row)
+    attention = Over(row, last_layer=_last_layer(model))
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     run(model, tokens, positions, attention, candidates=slice(tokens.shape[1] - 1, tokens.shape[1]))
     return attention.kv.tokens(0, -1), attention.kv.tokens(-1)
+
+
+def _last_layer(model: nn.Module) -> int:
+    return len(layout(model).layers) - 1
 
 
 def to_slots(model: nn.Module, candidates: KV, positions: Tensor, first_slot: int = 0) -> KV:
@@ -210,6 +225,7 @@ def decode_pass(
         q_rows, k_rows, v_rows = (x[0, :, : 2 * rows].reshape(-1, rows, 2, x.shape[3]).transpose(0, 1) for x in all_of)
         q, k, v = (x[0, :, 2 * rows :].transpose(0, 1)[:, :, None] for x in all_of)  # [B, heads, 1, D]
         out_rows = over_rows(layer, q_rows, k_rows, v_rows, scale)  # [R, H, 2, D]
+        assert out_rows is not None
         lined_up = move(layer, key[:, :, 1 : 2 * rows : 2])  # [1, K, R, D]
         made = torch.split(lined_up, counts, 2), torch.split(value[:, :, 1 : 2 * rows : 2], counts, 2)
         for kv, own_slots, own_keys, own_values in zip(candidates, slots, *made, strict=True):

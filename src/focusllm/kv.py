@@ -77,9 +77,9 @@ class GrowingKV:
     STEP = 64
 
     def __init__(self, like: KV, num_rows: int, num_tokens: int = 0):
-        self._kv = KV([], [])
+        room = self._room(num_tokens)
+        self._kv = like.map(lambda t: t.new_zeros(num_rows, t.shape[1], room, t.shape[3]))
         self.length = 0
-        self._allocate(like, num_rows, num_tokens)
 
     @property
     def keys(self) -> list[Tensor]:
@@ -104,15 +104,13 @@ class GrowingKV:
     def append(self, tokens: KV) -> None:
         """Append the same number of tokens to all rows."""
         if self.length + tokens.length > self._kv.length:
-            filled = self.filled()
-            self._allocate(filled, self.num_rows, self.length + tokens.length)
-            self._kv.write(0, 0, filled)
+            self._grow(self.length + tokens.length)
         self._kv.write(0, self.length, tokens)
         self.length += tokens.length
 
-    def fill_rows(self, row: int, tokens: KV) -> None:
-        """Write the first tokens of some rows; they count when all rows are written and `length` is set."""
-        self._kv.write(row, 0, tokens)
+    def fill_rows(self, row: int, tokens: KV, first: int = 0) -> None:
+        """Write tokens of some rows from `first` on; they count when all rows are written and `length` is set."""
+        self._kv.write(row, first, tokens)
 
     def filled(self) -> KV:
         """What counts, as views [B, K, length, D]."""
@@ -128,9 +126,16 @@ class GrowingKV:
         twin.append(self.filled())
         return twin
 
-    def _allocate(self, like: KV, num_rows: int, num_tokens: int) -> None:
-        room = (num_tokens // self.STEP + 1) * self.STEP
-        self._kv = like.map(lambda t: t.new_zeros(num_rows, t.shape[1], room, t.shape[3]))
+    def _grow(self, num_tokens: int) -> None:
+        """A layer after another: no more than one is held twice."""
+        room = self._room(num_tokens)
+        for tensors in (self._kv.keys, self._kv.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros(*old.shape[:2], room, old.shape[3])
+                tensors[layer][:, :, : self.length] = old[:, :, : self.length]
+
+    def _room(self, num_tokens: int) -> int:
+        return (num_tokens // self.STEP + 1) * self.STEP
 
 
 @dataclass

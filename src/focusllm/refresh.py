@@ -81,10 +81,9 @@ class HotRows:
 
     rows: list[Row]
     hot: list[int]
-    kv: KV
-    """[k, K, C, D] a layer."""
-    tail: GrowingKV
-    """[k, K, T, D] a layer: ordinary prompt and generated tokens."""
+    kv: GrowingKV
+    """[k, K, C + T, D] a layer: chunk, then ordinary prompt and generated tokens. Joined, for each piece would be a
+    product of its own in a decode step."""
     attention: Tensor
     """Running mean over tokens of what was paid, or would have been, to each of `rows`."""
     parked: dict[int, KV] = field(default_factory=dict)
@@ -93,11 +92,19 @@ class HotRows:
     @classmethod
     def load(cls, model: nn.Module, rows: list[Row], hot: list[int], attention: Tensor) -> HotRows:
         """Bring rows into a new buffer."""
-        chunks = [rows[i].chunk.rows(model, 0, 1) for i in hot]
-        prompts = concat([rows[i].tail for i in hot], 0)
-        tail = GrowingKV(prompts, len(hot), prompts.length)
-        tail.append(prompts)
-        return cls(rows, hot, concat(chunks, 0), tail, attention)
+        chunk_length, prompt_length = rows[0].chunk.length, rows[0].tail.length
+        kv = GrowingKV(rows[0].tail, len(hot), chunk_length + prompt_length)
+        for place, i in enumerate(hot):
+            kv.fill_rows(place, rows[i].chunk.rows(model, 0, 1))
+            kv.fill_rows(place, rows[i].tail, chunk_length)
+        kv.length = chunk_length + prompt_length
+        return cls(rows, hot, kv, attention)
+
+    @property
+    def no_chunk(self) -> KV:
+        """Empty rows [k, K, 0, D] a layer: what lies in front of the buffer where rows of others have a chunk."""
+        empty, num_layers = self.kv.keys[0][:, :, :0], len(self.kv.keys)
+        return KV([empty] * num_layers, [empty] * num_layers)
 
     @property
     def slots(self) -> list[int]:
@@ -107,12 +114,11 @@ class HotRows:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers and of what is parked."""
-        return self.kv.nbytes + self.tail.nbytes + sum(kv.nbytes for kv in self.parked.values())
+        return self.kv.nbytes + sum(kv.nbytes for kv in self.parked.values())
 
     def copy(self) -> HotRows:
         """An independent copy."""
-        kv, tail = self.kv.map(torch.clone), self.tail.copy()
-        return HotRows(self.rows, list(self.hot), kv, tail, self.attention, dict(self.parked))
+        return HotRows(self.rows, list(self.hot), self.kv.copy(), self.attention, dict(self.parked))
 
     def update(self, model: nn.Module, policy: RefreshPolicy, attention: Tensor, row_ids: Sequence[int]) -> None:
         """Let rows change places after a token.
@@ -128,7 +134,8 @@ class HotRows:
         alike: dict[int, list[tuple[int, int, KV]]] = defaultdict(list)
         for old, new in policy.wanted(self.attention.tolist(), self.hot):
             row, place = self.rows[new], self.hot.index(old)
-            self.parked[old] = self.tail.rows(place, place + 1).tokens(row.tail.length).map(torch.clone)
+            prompt_end = row.chunk.length + row.tail.length
+            self.parked[old] = self.kv.rows(place, place + 1).tokens(prompt_end).map(torch.clone)
             seen = concat([row.tail, self.parked.pop(new)], 2) if new in self.parked else row.tail
             alike[seen.length].append((place, new, seen))
         for group in alike.values():
@@ -143,8 +150,8 @@ class HotRows:
         # The candidates are not used: the next step makes the rows' new ones.
         ordinary, _ = candidate_pass(model, missed, start, [Segment(chunks), Segment(seen)])
         for i, (place, new, kv) in enumerate(group):
-            self.kv.write(place, 0, chunks[i])
-            self.tail.fill_rows(place, concat([kv, ordinary.rows(i, i + 1)], 2))
+            self.kv.fill_rows(place, chunks[i])
+            self.kv.fill_rows(place, concat([kv, ordinary.rows(i, i + 1)], 2), chunks[i].length)
             self.hot[place] = new
 
 
