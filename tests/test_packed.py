@@ -60,8 +60,8 @@ def test_candidate_projections_are_packed_too(ids: torch.Tensor, config: Adapter
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(a[1]) or packed_kernel(*a))
         torch.testing.assert_close(candidate_keys(model, ids), before, atol=1e-5, rtol=0)
-    # In each layer q, k, v, o, gate, up and down, and of the candidates' q, k, v, o one or two matrices each; in the last
-    # one only up to the keys and values.
+    # In each layer q, k, v, o, gate, up and down, and of the candidates' q, k, v, o one or two matrices each; in the
+    # last one only up to the keys and values.
     of_candidates = 2 if config.rank else 1
     assert len(calls) == len(model.model.layers) * (7 + 4 * of_candidates) - (4 + of_candidates)
     unpack(model)
