@@ -120,6 +120,8 @@ class CandidateLinear(nn.Module):
                 update = update * self.scale
             if self.trainable_rows is not None:
                 update = update * self.trainable_rows
+            if candidates.shape == x.shape:  # in training, where a change in place would cost a copy
+                return out + update.to(out.dtype)
             out[:, chosen].add_(update.to(out.dtype))
             return out
         projected = linear(candidates.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)

@@ -69,9 +69,8 @@ class Layout:
         return 2 * len(self.layers) * self.num_kv_heads * self.head_dim
 
 
-LayerAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
-"""(layer index, query [B, H, T, D], key and value [B, K, T, D], scale) -> [B, H, T, D]: what a pass attends to. None:
-no more is wanted of a pass without logits, and it ends there."""
+LayerAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""(layer index, query [B, H, T, D], key and value [B, K, T, D], scale) -> [B, H, T, D]: what a pass attends to."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ _one_pass_at_a_time = threading.RLock()
 _layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
 
 
-class _Ended(Exception):
-    """Nothing more of a pass is wanted."""
+class PassEnded(Exception):
+    """Raised by a `LayerAttention` that needs nothing more of a pass without logits."""
 
 
 NO_TOKENS = slice(0, 0)
@@ -117,7 +116,8 @@ def run(
     Args:
         model: a causal language model of transformers, with or without candidate projections.
         input_ids: [B, T]. position_ids: [B, T], or [1, T] for all rows.
-        attention: called in every layer instead of the model's own attention function.
+        attention: called in every layer instead of the model's own attention function. Without logits it may end the
+            pass by raising `PassEnded`.
         candidates: the tokens of each row that are projected by the candidate projections.
         logits_to_keep: logits of so many last tokens (0: all), or of the tokens at these indices; None: none, and
             the head is not run.
@@ -135,7 +135,7 @@ def run(
             length = input_ids.shape[1]  # by index, for in 2-byte types a CPU multiplies a slice ten times slower
             logits_to_keep = torch.arange(length - min(logits_to_keep, length), length, device=input_ids.device)
         if logits_to_keep is None:
-            with suppress(_Ended):
+            with suppress(PassEnded):
                 model.get_decoder()(**arguments)  # type: ignore[operator]
             return None
         logits: Tensor = model(**arguments, logits_to_keep=logits_to_keep).logits
@@ -185,10 +185,7 @@ def _attention(
     if this is None:
         raise RuntimeError("attention 'focusllm' is for passes of focusllm only; call focusllm.base.run.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = this.attention(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
-    if out is None:
-        raise _Ended
-    return out.transpose(1, 2), None
+    return this.attention(module.layer_idx, query, key, value, scale).transpose(1, 2), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

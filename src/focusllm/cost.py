@@ -122,13 +122,14 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
         in_place: whether they lie on the device as they are computed with.
     """
     num_chunks, prompt = sum(alike.values()), config.most_prompt_tokens
-    grown = _room(prompt + num_new_tokens)
+    grown = GrowingKV.room(prompt + num_new_tokens)
     is_focused = config.is_focused(max(alike.values(), default=0))
     if config.decoding == "cached" and config.refresh_rows and (is_focused or not in_place):
         hot = sum(
-            min(config.refresh_rows, count) * _room(length + prompt + num_new_tokens) for length, count in alike.items()
+            min(config.refresh_rows, count) * GrowingKV.room(length + prompt + max(num_new_tokens, GrowingKV.STEP))
+            for length, count in alike.items()
         )
-        return num_chunks * (_room(prompt - 1) + 1) + hot + config.max_local_length
+        return num_chunks * (GrowingKV.room(prompt - 1) + 1) + hot + config.max_local_length
     return num_chunks * (grown + 1) + config.max_local_length
 
 
@@ -151,10 +152,6 @@ def _runtime(device: torch.device) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def _room(num_tokens: int) -> int:
-    return (num_tokens // GrowingKV.STEP + 1) * GrowingKV.STEP
 
 
 def free_memory(device: torch.device) -> int:

@@ -260,7 +260,7 @@ def _refreshed(request: Request) -> list[tuple[KV, GrowingKV]] | None:
     None: not all can be at once, for they lie elsewhere.
     """
     if request.hot:
-        return [(rows.no_chunk, rows.kv) for rows in request.hot]
+        return [(rows.nothing_before, rows.kv) for rows in request.hot]
     found = [(block.resident, tail) for block, tail in zip(request.blocks, request.tails, strict=True)]
     whole = [(kv, tail) for kv, tail in found if kv is not None]
     return whole if len(whole) == len(found) else None

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from focusllm.adapter import sink_token
 from focusllm.attention import attend
-from focusllm.base import layout, run
+from focusllm.base import PassEnded, layout, run
 from focusllm.kv import KV, Segment, concat
 from focusllm.rope import move_keys, rotation
 
@@ -68,12 +68,12 @@ class Over:
         self.kv = KV([], [])
         self.paid: list[Tensor] = []
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """One layer's attention (see `LayerAttention`)."""
         self.kv.keys.append(key)
         self.kv.values.append(value)
         if layer == self.last_layer:
-            return None
+            raise PassEnded
         past = [segment.layer(layer) for segment in self.segments]
         out, paid = attend(query, key, value, past, self.own_mask, scale, self.watch)
         self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
@@ -225,7 +225,6 @@ def decode_pass(
         q_rows, k_rows, v_rows = (x[0, :, : 2 * rows].reshape(-1, rows, 2, x.shape[3]).transpose(0, 1) for x in all_of)
         q, k, v = (x[0, :, 2 * rows :].transpose(0, 1)[:, :, None] for x in all_of)  # [B, heads, 1, D]
         out_rows = over_rows(layer, q_rows, k_rows, v_rows, scale)  # [R, H, 2, D]
-        assert out_rows is not None
         lined_up = move(layer, key[:, :, 1 : 2 * rows : 2])  # [1, K, R, D]
         made = torch.split(lined_up, counts, 2), torch.split(value[:, :, 1 : 2 * rows : 2], counts, 2)
         for kv, own_slots, own_keys, own_values in zip(candidates, slots, *made, strict=True):

@@ -6,6 +6,7 @@ Knows tensors only: no model, no tokenizer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,9 +78,14 @@ class GrowingKV:
     STEP = 64
 
     def __init__(self, like: KV, num_rows: int, num_tokens: int = 0):
-        room = self._room(num_tokens)
+        room = self.room(num_tokens)
         self._kv = like.map(lambda t: t.new_zeros(num_rows, t.shape[1], room, t.shape[3]))
         self.length = 0
+
+    @classmethod
+    def room(cls, num_tokens: int) -> int:
+        """How many tokens are made room for when there are so many."""
+        return (num_tokens // cls.STEP + 1) * cls.STEP
 
     @property
     def keys(self) -> list[Tensor]:
@@ -122,20 +128,17 @@ class GrowingKV:
 
     def copy(self) -> GrowingKV:
         """An independent copy."""
-        twin = GrowingKV(self._kv, self.num_rows, self.length)
-        twin.append(self.filled())
+        twin = copy.copy(self)
+        twin._kv = self._kv.map(torch.clone)
         return twin
 
     def _grow(self, num_tokens: int) -> None:
         """A layer after another: no more than one is held twice."""
-        room = self._room(num_tokens)
+        room = self.room(num_tokens)
         for tensors in (self._kv.keys, self._kv.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_zeros(*old.shape[:2], room, old.shape[3])
                 tensors[layer][:, :, : self.length] = old[:, :, : self.length]
-
-    def _room(self, num_tokens: int) -> int:
-        return (num_tokens // self.STEP + 1) * self.STEP
 
 
 @dataclass

@@ -93,7 +93,7 @@ class HotRows:
     def load(cls, model: nn.Module, rows: list[Row], hot: list[int], attention: Tensor) -> HotRows:
         """Bring rows into a new buffer."""
         chunk_length, prompt_length = rows[0].chunk.length, rows[0].tail.length
-        kv = GrowingKV(rows[0].tail, len(hot), chunk_length + prompt_length)
+        kv = GrowingKV(rows[0].tail, len(hot), chunk_length + prompt_length + GrowingKV.STEP)  # not to grow at once
         for place, i in enumerate(hot):
             kv.fill_rows(place, rows[i].chunk.rows(model, 0, 1))
             kv.fill_rows(place, rows[i].tail, chunk_length)
@@ -101,8 +101,8 @@ class HotRows:
         return cls(rows, hot, kv, attention)
 
     @property
-    def no_chunk(self) -> KV:
-        """Empty rows [k, K, 0, D] a layer: what lies in front of the buffer where rows of others have a chunk."""
+    def nothing_before(self) -> KV:
+        """Rows of no tokens, where others have a chunk in front of what grows; attention leaves them out unread."""
         empty, num_layers = self.kv.keys[0][:, :, :0], len(self.kv.keys)
         return KV([empty] * num_layers, [empty] * num_layers)
 
@@ -113,7 +113,7 @@ class HotRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers and of what is parked."""
+        """Bytes of the buffer and of what is parked."""
         return self.kv.nbytes + sum(kv.nbytes for kv in self.parked.values())
 
     def copy(self) -> HotRows:

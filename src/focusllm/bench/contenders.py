@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -82,9 +83,10 @@ class Focus:
         second = llm.ask(read, QUESTIONS[1], max_new_tokens=1)
         far = [read.chunks[citation.chunk] for citation in first.citations]  # every far chunk is there
         prompt = min(config.most_prompt_tokens, len(llm.frame(QUESTIONS[0])[1]))
-        lengths = sorted((chunk.last_token - chunk.first_token for chunk in far), reverse=True)
-        if config.decoding == "cached" and config.refresh_rows is not None:  # the others are not read
-            lengths = lengths[: config.refresh_rows]
+        lengths = [chunk.last_token - chunk.first_token for chunk in far]
+        if config.decoding == "cached" and config.refresh_rows is not None:  # so many of each length
+            alike = Counter(lengths)
+            lengths = [length for length in alike for _ in range(min(alike[length], config.refresh_rows))]
         kv_tokens = sum(lengths) + len(lengths) * (prompt + new_tokens // 2) + first.num_prompt_tokens
         passes = 2 if config.decoding == "exact" and far else 1  # rows, then the local context
         return Turn(
