@@ -81,7 +81,7 @@ def attend(
     for first_block in segments[0][0]:
         rows = slice(start, start + first_block[0].shape[0])
         index = len(outs)
-        past = [
+        past = [  # without what is empty, unless it is watched
             (*blocks[index], _mask_of(segment_mask, rows))
             for number, (blocks, segment_mask) in enumerate(segments)
             if blocks[index][2] or (watch and number == 0)
