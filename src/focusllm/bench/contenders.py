@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -76,25 +75,25 @@ class Focus:
         """Read, ask, ask again."""
         from focusllm.base import layout
         from focusllm.bench.measure import bytes_of_weights
+        from focusllm.chunks import count_alike, first_blocks
 
         llm, config, base = self.llm, self.llm.config, self.llm.model.base
         read = llm.read(document)
         first = llm.ask(read, QUESTIONS[0], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         second = llm.ask(read, QUESTIONS[1], max_new_tokens=1)
-        far = [read.chunks[citation.chunk] for citation in first.citations]  # every far chunk is there
+        far = count_alike(first_blocks(read.blocks, len(first.citations)))  # every far chunk is cited
         prompt = min(config.most_prompt_tokens, len(llm.frame(QUESTIONS[0])[1]))
-        lengths = [chunk.last_token - chunk.first_token for chunk in far]
-        if config.decoding == "cached" and config.refresh_rows is not None:  # so many of each length
-            alike = Counter(lengths)
-            lengths = [length for length in alike for _ in range(min(alike[length], config.refresh_rows))]
-        kv_tokens = sum(lengths) + len(lengths) * (prompt + new_tokens // 2) + first.num_prompt_tokens
+        most = config.refresh_rows if config.decoding == "cached" else None  # of each length; the others are not read
+        behind = prompt + new_tokens // 2
+        rows = sum(min(count, most or count) * (length + behind) for length, count in far.items())
+        kv_tokens = rows + first.num_prompt_tokens
         passes = 2 if config.decoding == "exact" and far else 1  # rows, then the local context
         return Turn(
             prefill_seconds=read.read_seconds + first.time_to_first_token,
             seconds_per_token=1 / first.tokens_per_second,
             second_question_seconds=second.time_to_first_token,
             linear_tokens=sum(block.token_ids.numel() for block in read.blocks)
-            + len(far) * prompt
+            + far.total() * prompt
             + first.num_prompt_tokens,
             bytes_per_token=passes * bytes_of_weights(base)
             + kv_tokens * layout(base).kv_bytes_per_token * llm.model.dtype.itemsize,
