@@ -106,7 +106,7 @@ class Bench:
         """Greedy tokens of the base model with full attention."""
         cache, made, given = DynamicCache(config=self.base.config), [], list(ids)
         while len(made) < count and (not made or made[-1] != self.llm.tokenizer.eos_token_id):
-            out = self.base(torch.tensor([given]), past_key_values=cache, logits_to_keep=1)
+            out = self.base(torch.tensor([given], device=self.base.device), past_key_values=cache, logits_to_keep=1)
             made.append(int(out.logits[0, -1].argmax()))
             given = made[-1:]
         return made
@@ -193,7 +193,7 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
     prefill(base, request, config)
     sample = Sample(local, count, config.prompt_length, refreshed=tuple(request.refreshed_slots))
     groups = (kv for block in blocks for _, kv in block.batches(base, config.chunks_per_batch))
-    loss = F.cross_entropy(memory_logits(base, groups, sample).float(), torch.tensor(local[-count:]))
+    loss = F.cross_entropy(memory_logits(base, groups, sample).float().cpu(), torch.tensor(local[-count:]))
     result = {"focus": float(loss), "local": _plain_loss(base, local, count)}
     result["sink"] = _plain_loss(base, [*window[:SINKS], *local[SINKS:]], count)  # positions as the cache has them
     if full:
@@ -202,7 +202,7 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
 
 
 def _plain_loss(base: torch.nn.Module, ids: Sequence[int], count: int) -> float:
-    tensor = torch.tensor([list(ids)])
+    tensor = torch.tensor([list(ids)], device=base.device)
     logits = base(tensor[:, :-1], logits_to_keep=count).logits[0].float()
     return float(F.cross_entropy(logits, tensor[0, -count:]))
 
@@ -248,8 +248,8 @@ def measured(bench: Bench, task: str, kept: Kept) -> None:
 class Kept:
     """The result file, if it is of the same measurement."""
 
-    def __init__(self, name: str, settings: dict[str, Any]):
-        self.name, self.settings = name, settings
+    def __init__(self, name: str, settings: dict[str, Any], device: torch.device):
+        self.name, self.settings, self.device = name, settings, device
         older = {"kv_dtype": "same", "chunk_overlap": 0, "refresh_rows": None}  # what older results do not say
         before = {**older, **earlier(name)}
         same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
@@ -257,7 +257,7 @@ class Kept:
 
     def write(self, quiet: bool = True) -> None:
         """Keep what there is."""
-        finish(self.name, {**self.settings, "lengths": self.lengths}, quiet)
+        finish(self.name, {**self.settings, "lengths": self.lengths}, quiet, self.device)
 
 
 def main() -> None:
@@ -293,14 +293,14 @@ def main() -> None:
     bench = Bench(llm, arguments)
     trained = llm.model.adapter_config.trained if llm.model.adapter_config else "untrained"
     weights = zlib.crc32(
-        b"".join(x.detach().float().numpy().tobytes() for x in trainable_parameters(llm.model.base).values())
+        b"".join(x.detach().float().cpu().numpy().tobytes() for x in trainable_parameters(llm.model.base).values())
     )
     settings = {**own, "model": arguments.model, "dtype": arguments.dtype, "adapter": trained, "weights": weights}
     settings |= {"always_seen": RefreshPolicy(arguments.refresh_rows).recent, "sink_token": sink_token(llm.model.base)}
     settings |= {"task": arguments.task, "full": arguments.full}
     if arguments.task == "perplexity":  # the longest says where the windows are
         settings |= {"full_to": arguments.full_to, "longest": arguments.longest}
-    kept = Kept(arguments.name or f"adapter_{arguments.task}", settings)
+    kept = Kept(arguments.name or f"adapter_{arguments.task}", settings, bench.base.device)
     measured(bench, arguments.task, kept)
     kept.write(quiet=False)
 

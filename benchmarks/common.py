@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from focusllm.bench.plan import sample_text
 from focusllm.machine import machine
 
@@ -16,9 +18,13 @@ __all__ = ["earlier", "finish", "sample_text"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def finish(name: str, result: dict[str, Any], quiet: bool = False) -> None:
-    """Keep a result with the command that made it, and print it as the last line (unless quiet)."""
-    result = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "machine": machine(), **result}
+def finish(name: str, result: dict[str, Any], quiet: bool = False, device: torch.device | None = None) -> None:
+    """Keep a result with the command that made it, and print it as the last line (unless quiet).
+
+    Args:
+        device: where it was computed; None: on the CPU.
+    """
+    result = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "machine": machine(device), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     if not quiet:

@@ -14,7 +14,7 @@ from conftest import build, random_ids, with_candidates
 from focusllm import AdapterConfig
 from focusllm.adapter import trainable_parameters
 from focusllm.focus import encode_chunks
-from focusllm.training.dense import PACK_LABELS, Sample, dense_logits, dense_loss, exact_loss, packs_of
+from focusllm.training.dense import LABELS_PER_PASS, Sample, dense_logits, dense_loss, exact_loss, packs_of
 
 CHUNKS = torch.tensor(random_ids(48)).view(3, 16)
 # Longer and shorter than their prompts, with one label and with many, and one that is nothing but a token and a label.
@@ -69,11 +69,10 @@ REFRESHED = [
 
 
 @pytest.mark.parametrize("sink", [None, 7])
-def test_focused_refresh_equals_decoding_step_by_step(sink: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_focused_refresh_equals_decoding_step_by_step(sink: int | None) -> None:
     model = trainable(with_candidates(build(), AdapterConfig(rank=4, sink_token=sink)))
-    monkeypatch.setattr("focusllm.training.dense.PACK_LABELS", 8)
     expected = []
-    for pack in packs_of(SAMPLES):  # samples of a pack share their rows
+    for pack in packs_of(SAMPLES, 8):  # samples of a pack share their rows
         rows = {row for i in pack for row in REFRESHED[i].refreshed}
         for i in pack:
             ids, sample = list(SAMPLES[i].token_ids), SAMPLES[i]
@@ -86,15 +85,15 @@ def test_focused_refresh_equals_decoding_step_by_step(sink: int | None, monkeypa
             expected.append((i, torch.stack(found)))
     in_order = torch.cat([logits for _, logits in sorted(expected, key=lambda pair: pair[0])])
     kv = encode_chunks(model, CHUNKS)
-    assert len(packs_of(SAMPLES)) > 2
-    assert not torch.allclose(dense_logits(model, kv, SAMPLES), in_order, atol=1e-3)
-    logits = dense_logits(model, kv, REFRESHED)
+    assert len(packs_of(SAMPLES, 8)) > 2
+    assert not torch.allclose(dense_logits(model, kv, SAMPLES, labels_per_pass=8), in_order, atol=1e-3)
+    logits = dense_logits(model, kv, REFRESHED, labels_per_pass=8)
     torch.testing.assert_close(logits, in_order, atol=2e-5, rtol=0)
     logits.square().sum().backward()
     once = gradients(model)
     in_order.square().sum().backward()
     torch.testing.assert_close(once, gradients(model), atol=1e-3 * float(once.abs().max()), rtol=0)
-    dense_logits(model, kv, REFRESHED, checkpointed=True).square().sum().backward()
+    dense_logits(model, kv, REFRESHED, checkpointed=True, labels_per_pass=8).square().sum().backward()
     assert torch.equal(gradients(model), once)
 
 
@@ -132,21 +131,20 @@ def test_recomputed_passes_give_the_same_gradients() -> None:
     assert torch.equal(gradients(model), expected)
 
 
-def test_packing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_changes_nothing() -> None:
     model = with_candidates(build())
     kv = encode_chunks(model, CHUNKS)
     together = dense_logits(model, kv, SAMPLES)
     alone = torch.cat([dense_logits(model, kv, [sample]) for sample in SAMPLES])
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
-    monkeypatch.setattr("focusllm.training.dense.PACK_LABELS", 6)
-    torch.testing.assert_close(dense_logits(model, kv, SAMPLES), together, atol=2e-5, rtol=0)
+    torch.testing.assert_close(dense_logits(model, kv, SAMPLES, labels_per_pass=6), together, atol=2e-5, rtol=0)
 
 
 def test_packs_hold_every_sample_once() -> None:
     samples = [Sample(random_ids(3 + length), length, 4) for length in (90, 1, 200, 40, 2, 100)]
     packs = packs_of(samples)
     assert sorted(i for pack in packs for i in pack) == list(range(6))
-    assert all(sum(samples[i].num_answers for i in pack) <= PACK_LABELS or len(pack) == 1 for pack in packs)
+    assert all(sum(samples[i].num_answers for i in pack) <= LABELS_PER_PASS or len(pack) == 1 for pack in packs)
 
 
 def test_the_first_label_is_the_papers_loss() -> None:

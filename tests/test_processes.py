@@ -28,7 +28,6 @@ from contextlib import suppress
 from pathlib import Path
 from torch.distributed.tensor import DTensor
 from focusllm import TrainConfig, train
-from focusllm.training import dense
 from focusllm.training.loop import Training
 
 def run(self, report, original=Training.run):
@@ -42,7 +41,6 @@ def interrupt(entry):
         signal.raise_signal(signal.SIGINT)
 
 Training.run = run
-dense.PACK_LABELS = int(sys.argv[3])
 config = TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text()))
 with suppress(KeyboardInterrupt):
     train(config, sys.argv[2], report=interrupt)
@@ -53,7 +51,8 @@ FEW_LABELS = 8  # in a pack, and rows with one answer only: processes need unequ
 
 def unequal(base: Path) -> dict[str, Any]:
     # In float32: what the order of a sum changes in the last digit of a weight, bfloat16 rounds to a thousandth.
-    return {**tiny(base), "dtype": "float32", "sources": [str(base / "text.txt"), str(base / "rows.jsonl")]}
+    sources = [str(base / "text.txt"), str(base / "rows.jsonl")]
+    return {**tiny(base), "dtype": "float32", "sources": sources, "labels_per_pass": FEW_LABELS}
 
 
 WAYS = {
@@ -68,7 +67,6 @@ def in_one_process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     output = tmp_path_factory.mktemp("one") / "out"
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FOCUSLLM_CACHE", str(output.parent / "cache"))
-        patched.setattr("focusllm.training.dense.PACK_LABELS", FEW_LABELS)
         train(TrainConfig.from_dict(unequal(base)), output)
     return output
 
@@ -82,7 +80,7 @@ def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, 
     environment = {**os.environ, "FOCUSLLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     environment |= {"ACCELERATE_USE_FSDP": launched_sharded, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out"), str(FEW_LABELS)]
+    command += [str(tmp_path / "program.py"), str(tmp_path / "config.json"), str(tmp_path / "out")]
     # Processes that do not run the same passes wait for each other for ever.
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -107,14 +105,13 @@ def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, 
 
 
 @pytest.mark.parametrize("way", ["dense", "checkpointed", "exact", "without memory"])
-def test_agreed_passes_count_for_nothing_but_are_run(
-    way: str, train_settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_agreed_passes_count_for_nothing_but_are_run(way: str, train_settings: Callable[..., TrainConfig]) -> None:
     """Whatever its samples are, a process that shares a model goes through it as often as is agreed."""
-    monkeypatch.setattr("focusllm.training.dense.PACK_LABELS", 4)
     supervision = "exact" if way == "exact" else "dense"
     model = with_candidates(build())
-    module = MemoryLoss(model, train_settings(supervision=supervision, checkpointed=way == "checkpointed"))
+    module = MemoryLoss(
+        model, train_settings(supervision=supervision, checkpointed=way == "checkpointed", labels_per_pass=4)
+    )
     for parameter in trainable_parameters(model).values():
         parameter.requires_grad_(way != "without memory")
     calls = {"forward": 0, "backward": 0}

@@ -366,3 +366,19 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_text("steps = = 7")
     with pytest.raises(ConfigError, match="cannot be read"):
         TrainConfig.from_file(tmp_path / "b.toml")
+
+
+def test_loaders_draw_the_same_samples(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Ahead of time in two processes of their own, stopped and gone on with: the same training bit for bit."""
+    train(train_settings(), tmp_path / "inline")
+
+    def stop(entry: dict[str, Any]) -> None:
+        if entry["step"] == 3 and "loss" in entry:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(train_settings(loaders=2), tmp_path / "loaded", report=stop)
+    train(train_settings(loaders=1), tmp_path / "loaded")
+    assert losses(tmp_path / "loaded") == losses(tmp_path / "inline")
+    first, second = weights(tmp_path / "loaded"), weights(tmp_path / "inline")
+    assert all(torch.equal(first[name], second[name]) for name in second)

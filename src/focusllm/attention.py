@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focusllm.differentiable import Part, bias_of, by_products, flash
+from focusllm.differentiable import Part, bias_of, by_products, by_torch, flash, without_plans
 
 Block = tuple[Tensor, Tensor, int, Tensor | None]
 """Keys and values [rows, K, room, D]; how many of their tokens count (the room behind them holds finite numbers); and
@@ -237,7 +237,8 @@ def _causal_by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 def _causal_by_torch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of rows to themselves, by the kernel that torch has for the device (flash attention on CUDA)."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    with without_plans():
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 @lru_cache(maxsize=32)
@@ -264,7 +265,8 @@ def _partial(
         if mask is not None:
             bias = bias_of(mask, query.dtype)
             bias = bias[None, None] if bias.dim() == 2 else bias[:, None]
-        out, lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        kernel = flash if query.device.type == "cpu" else _efficient
+        out, lse = kernel(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     else:
         out, lse = _partial_by_formula(query, key, value, mask, causal, scale)
     return out.reshape(rows, heads, length, -1), lse.reshape(rows, heads, length)
@@ -272,7 +274,25 @@ def _partial(
 
 def _has_flash(query: Tensor, value: Tensor) -> bool:
     """Whether there is a kernel that returns the softmax sums."""
+    if query.device.type == "cuda":  # it reads 16 bytes at a time
+        return query.dtype.itemsize <= 4 and query.shape[-1] % 8 == 0 and value.shape[-1] % 8 == 0
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
+def _efficient(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, *, attn_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The kernel for NVIDIA GPUs that takes a bias and gives the softmax sums (memory-efficient, arXiv 2112.05682)."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attn_mask is not None:
+        seen = attn_mask.shape[-1]
+        attn_mask = F.pad(attn_mask, (0, -seen % 8))[..., :seen].expand(*query.shape[:2], -1, -1)  # aligned rows
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout, causal, scale=scale
+    )
+    return out, lse[..., : query.shape[2]]  # padded to a multiple of 32
 
 
 def _partial_by_formula(
@@ -295,19 +315,13 @@ def _partial_by_formula(
 
 def _attend_joined(query: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
     """Everything joined along the tokens and one call of scaled dot product attention, for gradients."""
-    length, key = query.shape[2], parts[-1][0]
+    length = query.shape[2]
     masks = [torch.ones(length, k.shape[2], dtype=torch.bool, device=k.device) if m is None else m for k, _, m in parts]
     if any(m.dim() == 3 for m in masks):
         masks = [m.expand(query.shape[0], -1, -1) for m in masks]
     joined = torch.cat(masks, -1)
-    return F.scaled_dot_product_attention(
-        query,
-        torch.cat([k for k, _, _ in parts], 2),
-        torch.cat([v for _, v, _ in parts], 2),
-        attn_mask=joined if joined.dim() == 2 else joined[:, None],
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    keys, values = torch.cat([k for k, _, _ in parts], 2), torch.cat([v for _, v, _ in parts], 2)
+    return by_torch(query, keys, values, joined if joined.dim() == 2 else joined[:, None], scale)
 
 
 def _parts(key: Tensor, value: Tensor, segments: Sequence[LayerSegment], mask: Tensor | None) -> list[Part]:

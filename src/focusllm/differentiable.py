@@ -14,12 +14,14 @@ Both are compared with the formula in tests. Letters as in `attention`; G = H / 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 """Keys and values [B, K, S, D], and a mask [T, S] or [B, T, S] (True: visible)."""
@@ -118,14 +120,29 @@ def joined_sets(
         bias = bias_of(place[:, None] >= place, query.dtype)
     sees = (place - (length - count)).clamp(min=0)[:, None] == torch.arange(count, device=query.device)
     sets = bias_of(sees.repeat_interleave(size, 1), query.dtype).expand(len(query), 1, -1, -1)
-    return F.scaled_dot_product_attention(
-        query,
-        torch.cat([set_keys.flatten(2, 3), key], 2),
-        torch.cat([set_values.flatten(2, 3), value], 2),
-        attn_mask=torch.cat([sets, bias.expand(len(query), 1, -1, -1)], -1),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    keys, values = torch.cat([set_keys.flatten(2, 3), key], 2), torch.cat([set_values.flatten(2, 3), value], 2)
+    return by_torch(query, keys, values, torch.cat([sets, bias.expand(len(query), 1, -1, -1)], -1), scale)
+
+
+def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention with a mask in one call of torch's, differentiable.
+
+    A GPU's kernels take a mask or grouped heads, not both, and what torch does instead keeps all scores. So key-value
+    heads are repeated there.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type != "cpu":
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    with without_plans():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
+
+
+def without_plans() -> AbstractContextManager[None]:
+    """All of torch's attention kernels but cuDNN's, which makes a plan for every new shape.
+
+    Lengths are new all the time here, and a plan takes tens of milliseconds.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:

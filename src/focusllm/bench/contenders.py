@@ -144,19 +144,22 @@ class Full(Focus):
         """Seconds from the start to each token."""
         import torch
 
+        from focusllm.differentiable import without_plans
+
         model, clock = self.llm.model, _Clock()
         ids = torch.tensor([token_ids], device=model.device)
         start = time.perf_counter()
-        model.base.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=self.llm.tokenizer.eos_token_id,
-            streamer=clock,
-        )
+        with without_plans():
+            model.base.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=self.llm.tokenizer.eos_token_id,
+                streamer=clock,
+            )
         return [moment - start for moment in clock.times[1:]]
 
 

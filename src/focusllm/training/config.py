@@ -90,6 +90,9 @@ class TrainConfig:
     """Supervised tokens of a continuation or repetition; the most of an answer that the data gives."""
     samples_per_memory: int = 6
     """Samples that share one encoded memory."""
+    labels_per_pass: int = 192
+    """Samples of a memory with at most so many labels go through the model together. More are faster on a GPU and take
+    more memory; on a CPU this many are best."""
     memories_per_step: int = 1
     """Memories of one optimiser step, over all processes."""
     refresh_rows: int | None = None
@@ -114,6 +117,9 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0
+    loaders: int = 0
+    """Processes that draw samples ahead of time, in each training process; for GPUs, which would wait for them. 0: they
+    are drawn when they are needed. The samples are the same."""
     checkpointed: bool = False
     """Recompute the passes for the gradients instead of keeping activations: less memory, a third more time."""
     sharded: bool = False
@@ -160,9 +166,9 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {lengths!r}; give one or more whole numbers of at least 1.")
         for name in ("answer_length", "samples_per_memory", "memories_per_step", "steps", "evaluate_every"):
             self._at_least(name, 1)
-        for name in ("evaluation_memories", "save_every", "keep_last", "distractor_pool"):
+        for name in ("evaluation_memories", "save_every", "keep_last", "distractor_pool", "labels_per_pass"):
             self._at_least(name, 1)
-        for name in ("warmup_steps", "seed"):
+        for name in ("warmup_steps", "seed", "loaders"):
             self._at_least(name, 0)
         if not 0 <= self.noise < 1:
             raise ConfigError(f"noise is {self.noise}; it must be at least 0 and below 1.")

@@ -33,7 +33,7 @@ from focusllm.differentiable import bias_of, over_sets
 from focusllm.focus import Over, encode_chunks, focus_logits, mover
 from focusllm.kv import KV, Segment, concat
 
-PACK_LABELS = 192
+LABELS_PER_PASS = 192
 Call = Callable[..., tuple[Tensor, ...]]
 
 
@@ -72,7 +72,12 @@ class Sample:
 
 
 def dense_loss(
-    model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False, passes: int = 0
+    model: nn.Module,
+    chunk_kv: KV,
+    samples: Sequence[Sample],
+    checkpointed: bool = False,
+    passes: int = 0,
+    labels_per_pass: int = LABELS_PER_PASS,
 ) -> tuple[Tensor, Tensor]:
     """Losses and labels of all answer tokens.
 
@@ -81,12 +86,13 @@ def dense_loss(
         checkpointed: keep no activations but recompute both passes for the gradients: less memory, a third more time.
         passes: go through the model at least so often (see `num_passes`), with passes that count for nothing if need
             be: processes that share one model's weights must do so equally often.
+        labels_per_pass: samples with at most so many labels are worked on together (see `packs_of`).
 
     Returns:
         Cross entropies [labels], in the order of the samples, and how many of them are right under greedy decoding
         (a boolean tensor of the same shape).
     """
-    logits = dense_logits(model, chunk_kv, samples, checkpointed, passes)
+    logits = dense_logits(model, chunk_kv, samples, checkpointed, passes, labels_per_pass)
     labels = torch.tensor([x for s in samples for x in s.answers], device=logits.device)
     wide = logits.float() if logits.dtype.itemsize == 2 else logits
     return F.cross_entropy(wide, labels, reduction="none"), logits.detach().argmax(-1) == labels
@@ -108,17 +114,22 @@ def exact_loss(
     return F.cross_entropy(wide, label), logits
 
 
-def num_passes(samples: Sequence[Sample]) -> int:
+def num_passes(samples: Sequence[Sample], labels_per_pass: int = LABELS_PER_PASS) -> int:
     """How often `dense_loss` goes through the model for these samples, each time with the same passes."""
-    return len(packs_of(samples))
+    return len(packs_of(samples, labels_per_pass))
 
 
 def dense_logits(
-    model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], checkpointed: bool = False, passes: int = 0
+    model: nn.Module,
+    chunk_kv: KV,
+    samples: Sequence[Sample],
+    checkpointed: bool = False,
+    passes: int = 0,
+    labels_per_pass: int = LABELS_PER_PASS,
 ) -> Tensor:
     """Logits [labels, V] of all answer tokens, in the order of the samples; differentiable in the projections."""
     call: Call = _recomputed if checkpointed and torch.is_grad_enabled() else _plainly
-    packs, sink = packs_of(samples), _sink(model)
+    packs, sink = packs_of(samples, labels_per_pass), _sink(model)
     logits: dict[int, Tensor] = {}
     uncounted: list[Tensor] = []
     for number, pack in enumerate(packs + packs[:1] * (passes - len(packs))):
@@ -182,14 +193,14 @@ def _sink(model: nn.Module) -> KV | None:
     return encode_chunks(model, torch.tensor([[token]], device=next(model.parameters()).device))
 
 
-def packs_of(samples: Sequence[Sample]) -> list[list[int]]:
-    """Which samples go through the passes together: alike in length, and with at most `PACK_LABELS` labels.
+def packs_of(samples: Sequence[Sample], labels_per_pass: int = LABELS_PER_PASS) -> list[list[int]]:
+    """Which samples go through the passes together: alike in length, and with at most so many labels.
 
     Packed samples are masked from each other, which costs attention to what is masked, and padded to the longest.
     """
     packs: list[list[int]] = []
     for i in sorted(range(len(samples)), key=lambda i: len(samples[i].token_ids)):
-        if packs and sum(samples[j].num_answers for j in packs[-1]) + samples[i].num_answers <= PACK_LABELS:
+        if packs and sum(samples[j].num_answers for j in packs[-1]) + samples[i].num_answers <= labels_per_pass:
             packs[-1].append(i)
         else:
             packs.append([i])

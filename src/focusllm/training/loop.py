@@ -16,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils.data import DataLoader, Dataset
 
 from focusllm.adapter import AdapterConfig, inject, injected, trainable_parameters
 from focusllm.adapter_files import adapter_tensors, load_adapter, save_adapter
@@ -42,7 +43,7 @@ from focusllm.training.sampling import Memory, Sampler
 from focusllm.training.sharding import gathered, shard, whole
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last", "sharded")
+MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last", "sharded", "loaders")
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -169,8 +170,8 @@ class Training:
         with _interrupts() as interrupted:
             if self.step == 0:
                 last = self._evaluate(report, first=True) or last
-            while self.step < self.config.steps:
-                entry = self._advance()
+            for memories in self._drawn():
+                entry = self._advance(memories)
                 self._log(entry, report)
                 done = self.step == self.config.steps
                 if done or self.step % self.config.evaluate_every == 0:
@@ -182,12 +183,23 @@ class Training:
                     raise KeyboardInterrupt
         return last
 
-    def _advance(self) -> dict[str, Any]:
+    def _drawn(self) -> Iterable[list[Memory]]:
+        """The memories of every step that is still to do, those of this process."""
+        accelerator, loaders = self.accelerator, self.config.loaders
+        mine = range(accelerator.process_index, self.config.memories_per_step, accelerator.num_processes)
+        return DataLoader(
+            _Steps(self.sampler, mine),
+            batch_size=None,
+            sampler=range(self.step, self.config.steps),
+            num_workers=loaders,
+            collate_fn=_as_drawn,
+            worker_init_fn=_obedient,
+        )
+
+    def _advance(self, memories: list[Memory]) -> dict[str, Any]:
         """One optimiser step."""
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
-        mine = range(accelerator.process_index, config.memories_per_step, accelerator.num_processes)
-        memories = [self.sampler.draw(self.step, number) for number in mine]
         passes = self._agreed([self.loss.num_passes(memory.samples) for memory in memories])
         labels = sum(size for memory in memories for _, size in self._sizes(memory))
         total = int(accelerator.reduce(torch.tensor(labels, device=accelerator.device), "sum"))
@@ -308,6 +320,26 @@ class Training:
             kept = [entry for entry in read_log(path) if entry["step"] <= self.step and self.step]
             with checkpoint.disk_errors(path), whole_file(path) as temporary:
                 temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), encoding="utf-8")
+
+
+class _Steps(Dataset[list[Memory]]):
+    """The memories of a step, by the step's number."""
+
+    def __init__(self, sampler: Sampler, numbers: range):
+        self.sampler, self.numbers = sampler, numbers
+
+    def __getitem__(self, step: int) -> list[Memory]:
+        return [self.sampler.draw(step, number) for number in self.numbers]
+
+
+def _as_drawn(memories: list[Memory]) -> list[Memory]:
+    return memories
+
+
+def _obedient(number: int) -> None:
+    """Ctrl-C is for the training alone, which then ends its loaders."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

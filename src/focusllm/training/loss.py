@@ -45,7 +45,8 @@ class MemoryLoss(nn.Module):
         if self._exact:
             rows = list(chunks)
             return _joined((self._first(rows, sample) for sample in _repeated(samples, passes)), self.sizes(samples))
-        return dense_loss(self.model, self._encoded(chunks, memory.own), samples, self.config.checkpointed, passes)
+        encoded, config = self._encoded(chunks, memory.own), self.config
+        return dense_loss(self.model, encoded, samples, config.checkpointed, passes, config.labels_per_pass)
 
     def sizes(self, samples: Sequence[Sample]) -> list[int]:
         """How many labels each sample has."""
@@ -53,7 +54,9 @@ class MemoryLoss(nn.Module):
 
     def num_passes(self, samples: Sequence[Sample], without_memory: bool = False) -> int:
         """How many passes, each alike, a memory with these samples takes."""
-        return len(samples) if self._exact or without_memory else num_passes(samples)
+        if self._exact or without_memory:
+            return len(samples)
+        return num_passes(samples, self.config.labels_per_pass)
 
     def _encoded(self, chunks: Tensor, own: slice) -> KV:
         """The chunks' keys and values [R, K, C, D]; those of distractors are kept for the next memories.
