@@ -233,6 +233,27 @@ def test_noise_is_read_but_never_a_label(sampler: Sampler) -> None:
     assert all(decode(s.token_ids) in decode(m.chunks.flatten()) for m in [sampler.draw(0, 0)] for s in m.samples)
 
 
+def test_facts_may_stand_in_the_local_context(sampler: Sampler) -> None:
+    """Whole, behind what the question takes the place of, and not in the memory as well; at most the longest one."""
+    sampler.config = sampler.config.replace(objectives={"facts": 1}, local_lengths=[16, 700], local_facts=0.5)
+    decode = byte_tokenizer().decode
+    places = []
+    for number in range(15):
+        memory = sampler.draw(0, number)
+        far = decode(memory.chunks.flatten())
+        for sample in memory.samples:
+            if sample.objective != "facts":
+                continue
+            local, answer = (decode(x) for x in (sample.token_ids[: -sample.num_answers], sample.answers))
+            value = answer.removesuffix("</s>").strip().removesuffix(".").split(" is ")[-1]
+            places.append(("far" if value in far else "") + ("local" if value in local else ""))
+            assert len(sample.token_ids) - sample.num_answers <= 700
+    assert places.count("far") > 15
+    assert places.count("local") > 15
+    assert all(places)
+    assert places.count("farlocal") <= 9  # a short number is in the text by chance
+
+
 def test_samples_depend_on_seed_step_and_number_only(sampler: Sampler) -> None:
     def ids(step: int, number: int, part: str = "train") -> list[int]:
         sampler.part = part

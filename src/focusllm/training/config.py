@@ -86,6 +86,9 @@ class TrainConfig:
     noise: float = 0.0
     """Share of the tokens of a repetition that are read as other ones than they are (in half of them, by chance), while
     labels stay right: teaches to go on in the right place behind a wrong token."""
+    local_facts: float = 0.0
+    """Share of the tasks whose facts stand in the local context instead of the memory, where they fit. Without any,
+    projections that are trained long enough look for answers in the memory alone."""
     answer_length: int = 64
     """Supervised tokens of a continuation or repetition; the most of an answer that the data gives."""
     samples_per_memory: int = 6
@@ -154,7 +157,15 @@ class TrainConfig:
         for name, kind in (kinds | {"checkpointed": bool, "sharded": bool, "sink": bool}).items():
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, which is of the wrong type.")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay", "clip", "noise", *self.objectives):
+        for name in (
+            "learning_rate",
+            "final_learning_rate",
+            "weight_decay",
+            "clip",
+            "noise",
+            "local_facts",
+            *self.objectives,
+        ):
             value = self.objectives.get(name, getattr(self, name, None))
             if not isinstance(value, int | float):
                 raise ConfigError(f"{name} is {value!r}; it must be a number.")
@@ -170,8 +181,9 @@ class TrainConfig:
             self._at_least(name, 1)
         for name in ("warmup_steps", "seed", "loaders"):
             self._at_least(name, 0)
-        if not 0 <= self.noise < 1:
-            raise ConfigError(f"noise is {self.noise}; it must be at least 0 and below 1.")
+        for name in ("noise", "local_facts"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
         if not self.learning_rate > 0 or not self.clip > 0 or self.weight_decay < 0:
             raise ConfigError("learning_rate and clip must be above 0, weight_decay at least 0.")
 

@@ -4,7 +4,8 @@
              before and behind them chunks of other documents, the distractors  -->  R chunks in all
     samples: continuation   the text behind the document's chunks
              repetition     a passage from inside the memory, once more
-             tasks          text behind the document's chunks, then a question about what is hidden in them
+             tasks          text behind the document's chunks, then a question about what is hidden in them (or, for
+                            some, in that text)
 
 Distractors are few different chunks that come again and again, so that what they hold is read once.
 
@@ -121,7 +122,9 @@ class Sampler:
         rows = max(1, min(memory, room) // chunk)
         local = min(local, len(tokens) - rows * chunk - length)
         asked = self._asked(rng, rows * chunk * 2 // 3)
-        inserts = [pieces for _, task, pieces in asked if task is not None]
+        room = min(max(config.local_lengths), local + length * len(asked))
+        near = [self._is_local(rng, task, pieces, room) for _, task, pieces in asked]
+        inserts = [one[2] for one, is_local in zip(asked, near, strict=True) if one[1] is not None and not is_local]
         taken = rows * chunk - sum(len(piece) for pieces in inserts for piece in pieces)
         start = int(rng.integers(0, len(tokens) - taken - local - length + 1))
         text = tokens[start : start + taken + local + length * len(asked)].tolist()
@@ -131,9 +134,14 @@ class Sampler:
         chunks = np.concatenate([*before, np.array(far).reshape(rows, chunk), *after])
         order = rng.permutation(len(chunks)).tolist() if config.refresh_rows else []
         samples, continued, hidden = [], 0, iter(spans)
-        for name, task, _ in asked:
+        for (name, task, pieces), is_local in zip(asked, near, strict=True):
             prompt = int(rng.choice(config.prompt_lengths))
-            if task is not None:
+            if task is not None and is_local:
+                sample, sources = (
+                    self._question(rng, task, name, self._beside(rng, behind[:room], task, pieces), prompt),
+                    [],
+                )
+            elif task is not None:
                 sample, sources = self._question(rng, task, name, behind[:local], prompt), next(hidden)
             elif name == "repetition":
                 row = int(rng.integers(len(chunks))) if before or after else own.start
@@ -162,6 +170,23 @@ class Sampler:
             room -= sum(map(len, pieces))
             asked.append((name, task, pieces))
         return asked
+
+    def _is_local(self, rng: Rng, task: Task | None, pieces: list[list[int]], room: int) -> bool:
+        """Whether a task's facts are to stand in the local context; only if they leave half of the room to text."""
+        if task is None or not self.config.local_facts:
+            return False
+        fits = sum(map(len, pieces)) <= (room - self._most_asked(task)) // 2
+        return fits and bool(rng.random() < self.config.local_facts)
+
+    def _beside(self, rng: Rng, text: list[int], task: Task, pieces: list[list[int]]) -> list[int]:
+        """A text as long as before with pieces in it, behind what the question will take the place of."""
+        asked = self._most_asked(task)
+        hidden, _ = self._hide(rng, text[asked : len(text) - sum(map(len, pieces))], [pieces])
+        return text[:asked] + hidden
+
+    def _most_asked(self, task: Task) -> int:
+        """Tokens that a question takes at most, with its chat template."""
+        return len(self._encode(f"{self.before or ''}\n\n{task.question}\n{task.lead}{self.after or ''}"))
 
     def _repetition(self, rng: Rng, text: list[int], local: int, prompt: int) -> tuple[Sample, int]:
         """A passage of a text once more, and where in the text it begins."""
