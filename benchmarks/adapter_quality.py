@@ -11,7 +11,8 @@ Tasks (all greedy, nothing of them was trained on; lengths are in tokens of far 
                  with full attention over the 1024 tokens around the passage
     stories      bAbI qa1 and qa2 test facts, hidden in a book; beside it the base model with the facts alone
     perplexity   the last 256 tokens: local context alone, sink + window, full attention (to 8K), FocusLLM, of whose
-                 chunks those are condensed anew for each token that the text before the first of them pays most to
+                 chunks those are condensed anew for each token that the text before the first of them pays most to;
+                 the first three are measured once for all adapters (results/adapter_perplexity_others.json)
 
 Chunks depend on their own tokens alone, so those that cases share are encoded once. Results are kept as they come: the
 same command goes on after a stop, with the same cases, and `--cases` may grow. Another adapter begins anew.
@@ -25,7 +26,7 @@ import math
 import re
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Bench:
             short: read_stories([bench_data / "babi_en" / f"{name}_test.txt"]) for short, name in names.items()
         }
         self.cache = ChunkCache(self.base, known_bytes)
+        self.others = Others(arguments, self.base.device)
 
     def blocks(self, token_ids: Sequence[int]) -> list[ChunkBlock]:
         """A text's chunks, encoded."""
@@ -181,10 +183,9 @@ def stories(bench: Bench, task: Any, book: list[int], length: int, rng: np.rando
 
 
 @torch.no_grad()
-def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[str, Any]:
-    """Mean loss of the last 256 of `length` tokens, by what they are decoded from."""
+def perplexity(bench: Bench, window: list[int]) -> dict[str, Any]:
+    """Mean loss of the last 256 tokens of a window."""
     config, base, count = bench.config, bench.base, 256
-    window = text[:length]
     local = window[-config.local_length :]  # the last 256 are labels, what stands before them is given
     far = window[: -config.local_length]
     cut = (len(far) - config.chunk_length) % config.stride  # whole chunks, the same in all windows
@@ -194,7 +195,14 @@ def perplexity(bench: Bench, text: list[int], length: int, full: bool) -> dict[s
     sample = Sample(local, count, config.prompt_length, refreshed=tuple(request.refreshed_slots))
     groups = (kv for block in blocks for _, kv in block.batches(base, config.chunks_per_batch))
     loss = F.cross_entropy(memory_logits(base, groups, sample).float().cpu(), torch.tensor(local[-count:]))
-    result = {"focus": float(loss), "local": _plain_loss(base, local, count)}
+    return {"focus": float(loss)}
+
+
+@torch.no_grad()
+def other_losses(base: torch.nn.Module, window: list[int], local_length: int, full: bool) -> dict[str, float]:
+    """The same by what no adapter has a part in."""
+    local, count = window[-local_length:], 256
+    result = {"local": _plain_loss(base, local, count)}
     result["sink"] = _plain_loss(base, [*window[:SINKS], *local[SINKS:]], count)  # positions as the cache has them
     if full:
         result["full"] = _plain_loss(base, window, count)
@@ -225,7 +233,11 @@ def case_of(bench: Bench, task: str, length: int, number: int) -> dict[str, Any]
         return {"task": name, **stories(bench, question, book, length, rng)}
     end = bench.arguments.longest + (number % 10) * 3 * bench.config.stride  # windows share chunks
     book = bench.book(number // 10, end)
-    return perplexity(bench, book[end - length : end], length, length <= bench.arguments.full_to)
+    window, full = book[end - length : end], length <= bench.arguments.full_to
+    others = bench.others.of(
+        f"{length} {number}", full, lambda: other_losses(bench.base, window, bench.config.local_length, full)
+    )
+    return {**perplexity(bench, window), **others}
 
 
 def measured(bench: Bench, task: str, kept: Kept) -> None:
@@ -243,6 +255,26 @@ def measured(bench: Bench, task: str, kept: Kept) -> None:
                 kept.write()
             print(f"\r{task} at {length:,}: {len(rows)} cases, {summary}", end="", flush=True)
         print()
+
+
+class Others:
+    """Losses that do not depend on the adapter, by length and window: kept in a file of their own."""
+
+    name = "adapter_perplexity_others"
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device):
+        own = {name: getattr(arguments, name) for name in ("model", "dtype", "local_length", "longest")}
+        before, self.settings, self.device = earlier(self.name), own, device
+        same = all(before.get(name) == value for name, value in own.items())
+        self.rows: dict[str, dict[str, float]] = before["windows"] if same else {}
+
+    def of(self, window: str, full: bool, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What is kept of a window, or measured now."""
+        row = self.rows.get(window)
+        if row is None or (full and "full" not in row):
+            row = self.rows[window] = measure()
+            finish(self.name, {**self.settings, "windows": self.rows}, quiet=True, device=self.device)
+        return row if full else {name: loss for name, loss in row.items() if name != "full"}
 
 
 class Kept:

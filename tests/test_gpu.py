@@ -103,7 +103,6 @@ def test_dense_supervision_has_the_same_losses_and_gradients() -> None:
         {"refresh_rows": None},
         {"decoding": "exact"},
         {"kv_dtype": "int8"},
-        {"kv_dtype": "int4"},
         {"kv_place": "host"},
         {"kv_place": "disk", "kv_dtype": "int8"},
     ],

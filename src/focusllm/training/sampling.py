@@ -124,7 +124,7 @@ class Sampler:
         asked = self._asked(rng, rows * chunk * 2 // 3)
         room = min(max(config.local_lengths), local + length * len(asked))
         near = [self._is_local(rng, task, pieces, room) for _, task, pieces in asked]
-        inserts = [one[2] for one, is_local in zip(asked, near, strict=True) if one[1] is not None and not is_local]
+        inserts = [pieces for (_, task, pieces), is_local in zip(asked, near, strict=True) if task and not is_local]
         taken = rows * chunk - sum(len(piece) for pieces in inserts for piece in pieces)
         start = int(rng.integers(0, len(tokens) - taken - local - length + 1))
         text = tokens[start : start + taken + local + length * len(asked)].tolist()
@@ -137,10 +137,8 @@ class Sampler:
         for (name, task, pieces), is_local in zip(asked, near, strict=True):
             prompt = int(rng.choice(config.prompt_lengths))
             if task is not None and is_local:
-                sample, sources = (
-                    self._question(rng, task, name, self._beside(rng, behind[:room], task, pieces), prompt),
-                    [],
-                )
+                beside = self._beside(rng, behind[:room], task, pieces)
+                sample, sources = self._question(rng, task, name, beside, prompt), []
             elif task is not None:
                 sample, sources = self._question(rng, task, name, behind[:local], prompt), next(hidden)
             elif name == "repetition":

@@ -6,6 +6,7 @@ with the question; for losses with the last tokens of the given text, as many as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ class Retrieval(WindowMethod):
 
     def __init__(self, llm: FocusLLM, **options: Any):
         super().__init__(llm, **options)
+        # Where JAX is installed, bm25s imports it, and JAX would take three quarters of a GPU's memory for itself.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             import bm25s  # noqa: F401
         except ImportError as error:
