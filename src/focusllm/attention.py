@@ -2,13 +2,13 @@
 
     query of new tokens  --->  [ segment 1 | segment 2 | ... | the new tokens themselves ]
 
-Keys and values are neither joined nor copied, and key-value heads are not repeated for the query heads that share them (but
-under a mask on a GPU). Few queries (decoding; in 2-byte types on a CPU prompts behind chunks too): scores of all segments
-under one softmax, by batched matrix products. Many queries: a flash kernel a segment (on an NVIDIA GPU the memory-efficient
-one, which takes masks), results merged exactly through the logarithms of their softmax sums (as flash attention joins its
-tiles, arXiv 2205.14135). Chunks alone: in bfloat16 on a CPU by products, a block of queries at a time; on a GPU by torch's
-own kernel. With gradients: joined, one differentiable call; but 2-byte types on a CPU by products again
-(`differentiable`).
+Keys and values are neither joined nor copied, and key-value heads are not repeated for the query heads that share
+them (but under a mask on a GPU). Few queries (decoding; in 2-byte types on a CPU prompts behind chunks too): scores
+of all segments under one softmax, by batched matrix products. Many queries: a flash kernel a segment (on an NVIDIA
+GPU the memory-efficient one, which takes masks), results merged exactly through the logarithms of their softmax sums
+(as flash attention joins its tiles, arXiv 2205.14135). Chunks alone: in bfloat16 on a CPU by products, a block of
+queries at a time; on a GPU by torch's own kernel. With gradients: joined, one differentiable call; but 2-byte types
+on a CPU by products again (`differentiable`).
 
 Pure functions over tensors. Letters: B rows, H query heads, K key-value heads, T new tokens, S earlier ones, D width.
 """
