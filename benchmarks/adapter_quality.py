@@ -183,11 +183,9 @@ def stories(bench: Bench, task: Any, book: list[int], length: int, rng: np.rando
 
 
 @torch.no_grad()
-def perplexity(bench: Bench, window: list[int]) -> dict[str, Any]:
-    """Mean loss of the last 256 tokens of a window."""
+def perplexity(bench: Bench, far: list[int], local: list[int]) -> dict[str, Any]:
+    """Mean loss of the last 256 tokens of a local context; what stands before them is given."""
     config, base, count = bench.config, bench.base, 256
-    local = window[-config.local_length :]  # the last 256 are labels, what stands before them is given
-    far = window[: -config.local_length]
     cut = (len(far) - config.chunk_length) % config.stride  # whole chunks, the same in all windows
     blocks = bench.blocks(far[cut:])
     request = start_request(base, blocks, local[:-count], config)
@@ -234,10 +232,13 @@ def case_of(bench: Bench, task: str, length: int, number: int) -> dict[str, Any]
     end = bench.arguments.longest + (number % 10) * 3 * bench.config.stride  # windows share chunks
     book = bench.book(number // 10, end)
     window, full = book[end - length : end], length <= bench.arguments.full_to
+    far = window[: -bench.config.local_length]
+    if bench.arguments.other_book:
+        far = bench.book((number // 10 + 1) % len(BOOKS), end)[end - length :][: len(far)]
     others = bench.others.of(
         f"{length} {number}", full, lambda: other_losses(bench.base, window, bench.config.local_length, full)
     )
-    return {**perplexity(bench, window), **others}
+    return {**perplexity(bench, far, window[len(far) :]), **others}
 
 
 def measured(bench: Bench, task: str, kept: Kept) -> None:
@@ -282,7 +283,7 @@ class Kept:
 
     def __init__(self, name: str, settings: dict[str, Any], device: torch.device):
         self.name, self.settings, self.device = name, settings, device
-        older = {"kv_dtype": "same", "chunk_overlap": 0, "refresh_rows": None}  # what older results do not say
+        older = {"kv_dtype": "same", "chunk_overlap": 0, "refresh_rows": None, "other_book": False}  # not said before
         before = {**older, **earlier(name)}
         same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
         self.lengths: dict[str, dict[str, Any]] = before["lengths"] if same else {}
@@ -312,6 +313,9 @@ def main() -> None:
     parser.add_argument("--kv-dtype", default="same", help="in how many bits chunks are kept: same, int8 or int4")
     parser.add_argument("--full", action="store_true", help="keys: full attention beside it")
     parser.add_argument("--full-to", type=int, default=8192, help="perplexity: full attention up to this length")
+    parser.add_argument(
+        "--other-book", action="store_true", help="perplexity: the memory is from another book than the local context"
+    )
     parser.add_argument("--longest", type=int, help="perplexity: windows end where those of this length would")
     parser.add_argument("--name", help="of the result file; default: adapter_TASK")
     arguments = parser.parse_args()
@@ -331,7 +335,7 @@ def main() -> None:
     settings |= {"always_seen": RefreshPolicy(arguments.refresh_rows).recent, "sink_token": sink_token(llm.model.base)}
     settings |= {"task": arguments.task, "full": arguments.full}
     if arguments.task == "perplexity":  # the longest says where the windows are
-        settings |= {"full_to": arguments.full_to, "longest": arguments.longest}
+        settings |= {"full_to": arguments.full_to, "longest": arguments.longest, "other_book": arguments.other_book}
     kept = Kept(arguments.name or f"adapter_{arguments.task}", settings, bench.base.device)
     measured(bench, arguments.task, kept)
     kept.write(quiet=False)
