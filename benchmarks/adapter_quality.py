@@ -234,7 +234,10 @@ def case_of(bench: Bench, task: str, length: int, number: int) -> dict[str, Any]
     window, full = book[end - length : end], length <= bench.arguments.full_to
     far = window[: -bench.config.local_length]
     if bench.arguments.other_book:
-        far = bench.book((number // 10 + 1) % len(BOOKS), end)[end - length :][: len(far)]
+        other = bench.book((number // 10 + 1) % len(BOOKS), end)
+        if other is book:
+            raise SystemExit(f"there is no other book of {end:,} tokens; use a smaller --longest")
+        far = other[end - length :][: len(far)]
     others = bench.others.of(
         f"{length} {number}", full, lambda: other_losses(bench.base, window, bench.config.local_length, full)
     )
@@ -259,22 +262,21 @@ def measured(bench: Bench, task: str, kept: Kept) -> None:
 
 
 class Others:
-    """Losses that do not depend on the adapter, by length and window: kept in a file of their own."""
+    """Losses that do not depend on the adapter, by settings and window: kept in a file of their own."""
 
     name = "adapter_perplexity_others"
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device):
-        own = {name: getattr(arguments, name) for name in ("model", "dtype", "local_length", "longest")}
-        before, self.settings, self.device = earlier(self.name), own, device
-        same = all(before.get(name) == value for name, value in own.items())
-        self.rows: dict[str, dict[str, float]] = before["windows"] if same else {}
+        names = ("model", "dtype", "local_length", "longest")
+        self.settings, self.device = " ".join(f"{name}={getattr(arguments, name)}" for name in names), device
 
     def of(self, window: str, full: bool, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What is kept of a window, or measured now."""
-        row = self.rows.get(window)
+        row = earlier(self.name).get("windows", {}).get(self.settings, {}).get(window)
         if row is None or (full and "full" not in row):
-            row = self.rows[window] = measure()
-            finish(self.name, {**self.settings, "windows": self.rows}, quiet=True, device=self.device)
+            row, every = measure(), earlier(self.name).get("windows", {})  # another program may have added some
+            every.setdefault(self.settings, {})[window] = row
+            finish(self.name, {"windows": every}, quiet=True, device=self.device)
         return row if full else {name: loss for name, loss in row.items() if name != "full"}
 
 
@@ -336,7 +338,8 @@ def main() -> None:
     settings |= {"task": arguments.task, "full": arguments.full}
     if arguments.task == "perplexity":  # the longest says where the windows are
         settings |= {"full_to": arguments.full_to, "longest": arguments.longest, "other_book": arguments.other_book}
-    kept = Kept(arguments.name or f"adapter_{arguments.task}", settings, bench.base.device)
+    name = f"adapter_{arguments.task}{'_other_book' if arguments.other_book else ''}"
+    kept = Kept(arguments.name or name, settings, bench.base.device)
     measured(bench, arguments.task, kept)
     kept.write(quiet=False)
 

@@ -5,13 +5,13 @@
 #     benchmarks/evaluation.sh DATA RUNS [NAME...]
 #     focusllm eval report RUNS/ruler RUNS/ruler-focus --output RUNS/ruler-report
 #
-# DATA: the folder with books/test and bench. RUNS: where runs go. NAME: only these. All of them take half a day on two cores,
-# in two shells that share the names between them, each with OMP_NUM_THREADS=1. `perplexity` and `ruler-16k` are for a GPU: there
-# methods attend to the whole of texts beyond 8192 tokens, which takes minutes to hours a text on a CPU.
+# DATA: the folder with books/test and bench. RUNS: where runs go. NAME: only these. All that are run without a NAME take half a day
+# on two cores, in two shells that share the names between them, each with OMP_NUM_THREADS=1. `perplexity` and `ruler-16k` are for
+# a GPU: there methods attend to the whole of texts beyond 8192 tokens, which takes minutes to hours a text on a CPU.
 set -eu
 data=$1 runs=$2 books=$1/books/test
 shift 2
-names=${*:-made-up keys ruler passkey babilong leval longbench ruler-16k perplexity
+names=${*:-made-up keys ruler passkey babilong leval longbench
     made-up-focus keys-focus ruler-focus passkey-focus babilong-focus leval-focus longbench-focus ruler-16k-focus perplexity-focus}
 
 cheap="--method streaming --method retrieval"
@@ -29,7 +29,7 @@ for book in herman_melville__moby_dick king_james_bible leo_tolstoy__war_and_pea
     ln -sf "$(cd "$books" && pwd)/$book.txt" "$long/"
 done
 
-# run NAME TEXT "METHODS" TASK-OPTION...: those methods with untrained projections, or FocusLLM alone.
+# run NAME TEXT "METHODS" TASK-OPTION...: those methods without an adapter, or FocusLLM alone.
 run() {
     name=$1 text=$2 methods="--adapter none $3"
     shift 3

@@ -15,7 +15,7 @@ from focusllm.attention import attend
 from focusllm.differentiable import bias_of, over_sets
 from focusllm.focus import encode_chunks
 from focusllm.training.dense import Sample, dense_loss
-from training import losses
+from training import losses, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 
@@ -136,5 +136,7 @@ def test_training_goes_on_after_a_stop(
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "stopped", report=stop)
     train(settings, tmp_path / "stopped")
-    for one, other in zip(losses(tmp_path / "whole"), losses(tmp_path / "stopped"), strict=True):
-        assert one[0] == other[0]
+    assert [step for step, *_ in losses(tmp_path / "stopped")] == [step for step, *_ in losses(tmp_path / "whole")]
+    first, second = weights(tmp_path / "stopped"), weights(tmp_path / "whole")
+    for name in second:  # sums of a GPU's kernels have no fixed order
+        torch.testing.assert_close(first[name], second[name], atol=1e-3, rtol=1e-2)

@@ -234,7 +234,7 @@ def test_noise_is_read_but_never_a_label(sampler: Sampler) -> None:
 
 
 def test_facts_may_stand_in_the_local_context(sampler: Sampler) -> None:
-    """Whole, behind what the question takes the place of, and not in the memory as well; at most the longest one."""
+    """There, or in the memory; such a local context is never longer than the longest one."""
     sampler.config = sampler.config.replace(objectives={"facts": 1}, local_lengths=[16, 700], local_facts=0.5)
     decode = byte_tokenizer().decode
     places = []

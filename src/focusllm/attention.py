@@ -3,12 +3,12 @@
     query of new tokens  --->  [ segment 1 | segment 2 | ... | the new tokens themselves ]
 
 Keys and values are neither joined nor copied, and key-value heads are not repeated for the query heads that share
-them (but under a mask on a GPU). Few queries (decoding; in 2-byte types on a CPU prompts behind chunks too): scores
-of all segments under one softmax, by batched matrix products. Many queries: a flash kernel a segment (on an NVIDIA
-GPU the memory-efficient one, which takes masks), results merged exactly through the logarithms of their softmax sums
-(as flash attention joins its tiles, arXiv 2205.14135). Chunks alone: in bfloat16 on a CPU by products, a block of
-queries at a time; on a GPU by torch's own kernel. With gradients: joined, one differentiable call; but 2-byte types
-on a CPU by products again (`differentiable`).
+them (but by the kernel for NVIDIA GPUs). Few queries (decoding; in 2-byte types on a CPU prompts behind chunks too):
+scores of all segments under one softmax, by batched matrix products. Many queries: a flash kernel a segment (on an
+NVIDIA GPU the memory-efficient one, which takes masks), results merged exactly through the logarithms of their
+softmax sums (as flash attention joins its tiles, arXiv 2205.14135). Chunks alone: in bfloat16 on a CPU by products, a
+block of queries at a time; on a GPU by torch's own kernel. With gradients: joined, one differentiable call; but
+2-byte types on a CPU by products again (`differentiable`).
 
 Pure functions over tensors. Letters: B rows, H query heads, K key-value heads, T new tokens, S earlier ones, D width.
 """
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focusllm.differentiable import Part, bias_of, by_products, by_torch, flash, without_plans
+from focusllm.differentiable import Part, bias_of, by_products, by_torch, flash, without_cudnn
 
 Block = tuple[Tensor, Tensor, int, Tensor | None]
 """Keys and values [rows, K, room, D]; how many of their tokens count (the room behind them holds finite numbers); and
@@ -73,7 +73,8 @@ def attend(
         by_blocks = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] > QUERY_BLOCK
         if by_blocks and mask is None and query.shape[3] == value.shape[3]:
             return _causal_by_blocks(query, key, value, scale), []
-        if query.device.type != "cpu" and mask is None:  # nothing to merge with, so torch's fastest kernel will do
+        by_torch_alone = query.dtype.itemsize == 2 or not _has_flash(query, value)  # else it would keep all scores
+        if query.device.type != "cpu" and mask is None and by_torch_alone:  # nothing to merge with
             return _causal_by_torch(query, key, value, scale), []
         return _partial(query, key, value, mask, mask is None, scale)[0], []
     outs: list[Tensor] = []
@@ -236,9 +237,9 @@ def _causal_by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 
 def _causal_by_torch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of rows to themselves, by the kernel that torch has for the device (flash attention on CUDA)."""
+    """Causal attention of rows to themselves, by the kernel that torch has for the device (on CUDA flash attention)."""
     grouped = query.shape[1] != key.shape[1]
-    with without_plans():
+    with without_cudnn():
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
@@ -275,8 +276,10 @@ def _partial(
 
 def _has_flash(query: Tensor, value: Tensor) -> bool:
     """Whether there is a kernel that returns the softmax sums."""
-    if query.device.type == "cuda":  # it reads 16 bytes at a time
-        return query.dtype.itemsize <= 4 and query.shape[-1] % 8 == 0 and value.shape[-1] % 8 == 0
+    if query.device.type == "cuda":  # NVIDIA's; it reads 16 bytes at a time, and bfloat16 from Ampere on
+        known = query.dtype != torch.bfloat16 or torch.cuda.get_device_capability(query.device)[0] >= 8
+        fits = query.dtype.itemsize <= 4 and query.shape[-1] % 8 == 0 and value.shape[-1] % 8 == 0
+        return torch.version.hip is None and known and fits
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
 
 

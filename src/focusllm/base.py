@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from focusllm.differentiable import without_plans
+from focusllm.differentiable import without_cudnn
 from focusllm.errors import ModelError
 
 ATTENTION_NAME = "focusllm"
@@ -149,7 +149,7 @@ def run_plain(model: nn.Module, input_ids: Tensor, cache: Any, logits_to_keep: i
     While a pass is under way the model's attention is ours, so this waits for it as other passes do. Code that calls
     the model itself must not do so while another thread reads or answers.
     """
-    with _one_pass_at_a_time, without_plans():
+    with _one_pass_at_a_time, without_cudnn():
         logits: Tensor = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep).logits
     return logits
 

@@ -1,4 +1,4 @@
-"""Attention that gradients flow through, on a CPU, for few tokens over what is frozen and for many over few candidates.
+"""Attention that gradients flow through, for few tokens over what is frozen and for many over few candidates.
 
 `by_products`: few new tokens over long segments that need no gradients (candidates over their chunks). Plain products;
 the gradients of the segments' keys and values are left out.
@@ -8,20 +8,21 @@ made at each of its positions). The new tokens among themselves by the flash ker
 sums and the result of all that a token attends to, not of its own part alone, and so gives the exact gradients of that
 part (as ring attention does, arXiv 2310.01889).
 
-Both are compared with the formula in tests. Letters as in `attention`; G = H / K query heads share a key-value head.
+Both are for a CPU. Elsewhere, and in 4-byte types for few tokens, `by_torch`: one call over all that is seen.
+
+All are compared with the formula in tests. Letters as in `attention`; G = H / K query heads share a key-value head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 """Keys and values [B, K, S, D], and a mask [T, S] or [B, T, S] (True: visible)."""
@@ -133,16 +134,22 @@ def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: flo
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type != "cpu":
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-    with without_plans():
+    with without_cudnn():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
 
 
-def without_plans() -> AbstractContextManager[None]:
-    """All of torch's attention kernels but cuDNN's, which makes a plan for every new shape.
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Attention of torch on an NVIDIA GPU without cuDNN's kernel, which makes a plan for every new shape.
 
     Lengths are new all the time here, and a plan takes tens of milliseconds.
     """
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    before: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -144,12 +144,12 @@ class Full(Focus):
         """Seconds from the start to each token."""
         import torch
 
-        from focusllm.differentiable import without_plans
+        from focusllm.differentiable import without_cudnn
 
         model, clock = self.llm.model, _Clock()
         ids = torch.tensor([token_ids], device=model.device)
         start = time.perf_counter()
-        with without_plans():
+        with without_cudnn():
             model.base.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

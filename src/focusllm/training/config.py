@@ -14,6 +14,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 Supervision = Literal["dense", "exact"]
 LENGTHS = ("chunk_lengths", "memory_lengths", "local_lengths", "prompt_lengths")
 TEXT_OBJECTIVES = ("continuation", "repetition")
+LABELS_PER_PASS = 192
+"""What is best on a CPU."""
 TASK_OBJECTIVES = ("facts", "tables", "stories", "multihop")
 
 
@@ -87,13 +89,14 @@ class TrainConfig:
     """Share of the tokens of a repetition that are read as other ones than they are (in half of them, by chance), while
     labels stay right: teaches to go on in the right place behind a wrong token."""
     local_facts: float = 0.0
-    """Share of the tasks whose facts stand in the local context instead of the memory, where they fit. Without any,
-    projections that are trained long enough look for answers in the memory alone."""
+    """Share of the tasks whose facts stand in the local context instead of the memory, if they fit into half of the
+    longest one, which such samples have. Without any, projections that are trained long enough look for answers in the
+    memory alone."""
     answer_length: int = 64
     """Supervised tokens of a continuation or repetition; the most of an answer that the data gives."""
     samples_per_memory: int = 6
     """Samples that share one encoded memory."""
-    labels_per_pass: int = 192
+    labels_per_pass: int = LABELS_PER_PASS
     """Samples of a memory with at most so many labels go through the model together. More are faster on a GPU and take
     more memory; on a CPU this many are best."""
     memories_per_step: int = 1

@@ -32,8 +32,8 @@ from focusllm.base import run
 from focusllm.differentiable import bias_of, over_sets
 from focusllm.focus import Over, encode_chunks, focus_logits, mover
 from focusllm.kv import KV, Segment, concat
+from focusllm.training.config import LABELS_PER_PASS
 
-LABELS_PER_PASS = 192
 Call = Callable[..., tuple[Tensor, ...]]
 
 

@@ -43,7 +43,15 @@ from focusllm.training.sampling import Memory, Sampler
 from focusllm.training.sharding import gathered, shard, whole
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-MAY_CHANGE = ("evaluate_every", "evaluation_memories", "save_every", "keep_last", "sharded", "loaders")
+MAY_CHANGE = (
+    "evaluate_every",
+    "evaluation_memories",
+    "save_every",
+    "keep_last",
+    "sharded",
+    "labels_per_pass",
+    "loaders",
+)
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -170,8 +178,9 @@ class Training:
         with _interrupts() as interrupted:
             if self.step == 0:
                 last = self._evaluate(report, first=True) or last
+            start = time.perf_counter()
             for memories in self._drawn():
-                entry = self._advance(memories)
+                entry = self._advance(memories, start)
                 self._log(entry, report)
                 done = self.step == self.config.steps
                 if done or self.step % self.config.evaluate_every == 0:
@@ -181,6 +190,7 @@ class Training:
                     self.save()
                 if stop and not done:
                     raise KeyboardInterrupt
+                start = time.perf_counter()
         return last
 
     def _drawn(self) -> Iterable[list[Memory]]:
@@ -194,12 +204,12 @@ class Training:
             num_workers=loaders,
             collate_fn=_as_drawn,
             worker_init_fn=_obedient,
+            multiprocessing_context="spawn" if loaders else None,  # a fork would share threads and the GPU
         )
 
-    def _advance(self, memories: list[Memory]) -> dict[str, Any]:
-        """One optimiser step."""
+    def _advance(self, memories: list[Memory], start: float) -> dict[str, Any]:
+        """One optimiser step, which began with the drawing of its memories."""
         config, accelerator = self.config, self.accelerator
-        start = time.perf_counter()
         passes = self._agreed([self.loss.num_passes(memory.samples) for memory in memories])
         labels = sum(size for memory in memories for _, size in self._sizes(memory))
         total = int(accelerator.reduce(torch.tensor(labels, device=accelerator.device), "sum"))
@@ -337,9 +347,9 @@ def _as_drawn(memories: list[Memory]) -> list[Memory]:
 
 
 def _obedient(number: int) -> None:
-    """Ctrl-C is for the training alone, which then ends its loaders."""
+    """Signals are for the training alone, which saves and then ends its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

@@ -122,11 +122,12 @@ class Sampler:
         rows = max(1, min(memory, room) // chunk)
         local = min(local, len(tokens) - rows * chunk - length)
         asked = self._asked(rng, rows * chunk * 2 // 3)
-        room = min(max(config.local_lengths), local + length * len(asked))
-        near = [self._is_local(rng, task, pieces, room) for _, task, pieces in asked]
+        longest = min(max(config.local_lengths), local + length * len(asked), len(tokens) - rows * chunk)
+        near = [self._is_local(rng, task, pieces, longest) for _, task, pieces in asked]
         inserts = [pieces for (_, task, pieces), is_local in zip(asked, near, strict=True) if task and not is_local]
         taken = rows * chunk - sum(len(piece) for pieces in inserts for piece in pieces)
-        start = int(rng.integers(0, len(tokens) - taken - local - length + 1))
+        needed = max(local + length, longest if any(near) else 0)
+        start = int(rng.integers(0, len(tokens) - taken - needed + 1))
         text = tokens[start : start + taken + local + length * len(asked)].tolist()
         (far, spans), behind = self._hide(rng, text[:taken], inserts), text[taken:]
         before, after = self._distractors(rng, chunk, tokens)
@@ -137,7 +138,7 @@ class Sampler:
         for (name, task, pieces), is_local in zip(asked, near, strict=True):
             prompt = int(rng.choice(config.prompt_lengths))
             if task is not None and is_local:
-                beside = self._beside(rng, behind[:room], task, pieces)
+                beside = self._beside(rng, behind[:longest], task, pieces)
                 sample, sources = self._question(rng, task, name, beside, prompt), []
             elif task is not None:
                 sample, sources = self._question(rng, task, name, behind[:local], prompt), next(hidden)
