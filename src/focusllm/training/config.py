@@ -125,7 +125,8 @@ class TrainConfig:
     seed: int = 0
     loaders: int = 0
     """Processes that draw samples ahead of time, in each training process; for GPUs, which would wait for them. 0: they
-    are drawn when they are needed. The samples are the same."""
+    are drawn when they are needed. The samples are the same. A script that trains with them needs the usual
+    `if __name__ == "__main__"`, for they import it."""
     checkpointed: bool = False
     """Recompute the passes for the gradients instead of keeping activations: less memory, a third more time."""
     sharded: bool = False
