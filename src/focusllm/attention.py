@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focusllm.differentiable import Part, bias_of, by_products, by_torch, flash, without_cudnn
+from focusllm.differentiable import Part, bias_of, by_products, by_torch, flash, repeated, without_cudnn
 
 Block = tuple[Tensor, Tensor, int, Tensor | None]
 """Keys and values [rows, K, room, D]; how many of their tokens count (the room behind them holds finite numbers); and
@@ -287,9 +287,7 @@ def _efficient(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, *, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The kernel for NVIDIA GPUs that takes a bias and gives the softmax sums (memory-efficient, arXiv 2112.05682)."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    key, value = repeated(key, query.shape[1]), repeated(value, query.shape[1])
     if attn_mask is not None:
         seen = attn_mask.shape[-1]
         attn_mask = F.pad(attn_mask, (0, -seen % 8))[..., :seen].expand(*query.shape[:2], -1, -1)  # aligned rows

@@ -131,11 +131,17 @@ def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: flo
     A GPU's kernels take a mask or grouped heads, not both, and what torch does instead keeps all scores. So key-value
     heads are repeated there.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type != "cpu":
-        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    if query.device.type != "cpu":
+        key, value = repeated(key, query.shape[1]), repeated(value, query.shape[1])
+    grouped = query.shape[1] != key.shape[1]
     with without_cudnn():
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def repeated(tensor: Tensor, num_heads: int) -> Tensor:
+    """Keys or values [B, K, S, D] for each query head: [B, H, S, D], the same tensor if there are as many."""
+    groups = num_heads // tensor.shape[1]
+    return tensor.repeat_interleave(groups, 1) if groups > 1 else tensor
 
 
 @contextmanager
