@@ -1,9 +1,10 @@
 #!/bin/sh
-# Methods by tasks with the embedded model. A run that was stopped goes on. NAME is a run of all methods that do not depend on
-# an adapter, NAME-focus one of FocusLLM with the adapter in the package: another adapter needs these alone. Together:
+# Methods by tasks with the embedded model. A run that was stopped goes on. NAME is a run of the methods that do not depend on
+# an adapter, NAME-focus one of FocusLLM with the adapter in the package: another adapter needs these alone. NAME-snapkv is
+# SnapKV, apart as any method that comes later can be. Together:
 #
 #     benchmarks/evaluation.sh DATA RUNS [NAME...]
-#     focusllm eval report RUNS/ruler RUNS/ruler-focus --output RUNS/ruler-report
+#     focusllm eval report RUNS/ruler RUNS/ruler-focus RUNS/ruler-snapkv --output RUNS/ruler-report
 #
 # DATA: the folder with books/test and bench. RUNS: where runs go. NAME: only these. All that are run without a NAME take half a day
 # on two cores, in two shells that share the names between them, each with OMP_NUM_THREADS=1. `perplexity` and `ruler-16k` are for
@@ -12,7 +13,8 @@ set -eu
 data=$1 runs=$2 books=$1/books/test
 shift 2
 names=${*:-made-up keys ruler passkey babilong leval longbench
-    made-up-focus keys-focus ruler-focus passkey-focus babilong-focus leval-focus longbench-focus ruler-16k-focus perplexity-focus}
+    made-up-focus keys-focus ruler-focus passkey-focus babilong-focus leval-focus longbench-focus ruler-16k-focus perplexity-focus
+    made-up-snapkv keys-snapkv ruler-snapkv passkey-snapkv babilong-snapkv leval-snapkv longbench-snapkv perplexity-snapkv}
 
 cheap="--method streaming --method retrieval"
 whole="--method full --method truncate"
@@ -29,18 +31,22 @@ for book in herman_melville__moby_dick king_james_bible leo_tolstoy__war_and_pea
     ln -sf "$(cd "$books" && pwd)/$book.txt" "$long/"
 done
 
-# run NAME TEXT "METHODS" TASK-OPTION...: those methods without an adapter, or FocusLLM alone.
+# run NAME TEXT "METHODS" TASK-OPTION...: those methods without an adapter, or the one that NAME ends in.
 run() {
     name=$1 text=$2 methods="--adapter none $3"
     shift 3
-    if [ "$name" != "${name%-focus}" ]; then methods="--method focus"; fi
+    case $name in
+    *-focus) methods="--method focus" ;;
+    *-snapkv) methods="--adapter none --method snapkv" ;;
+    esac
     # shellcheck disable=SC2086  # a list of options
     focusllm eval run "$@" $methods --dtype bfloat16 --text "$text" --output "$runs/$name"
 }
 
 for name in $names; do
+    kind=${name%-focus} kind=${kind%-snapkv}
     # shellcheck disable=SC2086  # the lists above are meant to be split
-    case ${name%-focus} in
+    case $kind in
     made-up) run $name "$books" "$cheap --method full" needle number-string key-value math-find document --lengths 4k --limit 5 ;;
     keys) run $name "$books" "$cheap $whole" lost-in-the-middle --limit 5 --data "$data/bench" ;;
     ruler) run $name "$books" "$cheap --method full" $needles ruler-vt ruler-cwe ruler-fwe --lengths 4k --limit 3 ;;

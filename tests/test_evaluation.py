@@ -19,6 +19,7 @@ from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.evaluation.methods import NAMES
 from focusllm.evaluation.methods import build as build_method
+from focusllm.evaluation.methods.snapkv import NEIGHBOURS, Compressed
 from focusllm.evaluation.methods.streaming import Stream
 from focusllm.store import Packed
 
@@ -39,7 +40,7 @@ def base_loss(llm: FocusLLM, ids: tuple[int, ...], labels: int) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_predicts_and_measures(name: str, llm: FocusLLM) -> None:
     method = build_method(name, llm)
-    example, text = (SHORT, loss_example(120)) if name == "full" else (LONG, loss_example(400))
+    example, text = (SHORT, loss_example(120)) if name in ("full", "snapkv") else (LONG, loss_example(400))
     assert method.fits(method.num_tokens(example)) is None
     prediction = method.generate(example)
     assert prediction.text
@@ -167,6 +168,57 @@ def test_streaming_sees_sinks_and_window_only() -> None:
     for place in (0, 84):  # the first sink, the first of the window
         changed = [*ids[:place], (ids[place] + 1) % 250 + 3, *ids[place + 1 :]]
         assert not torch.allclose(Stream(method).read(changed, 1), logits, atol=1e-5)
+
+
+def tiny_with_budget(budget: int, **changes: int) -> FocusLLM:
+    model = FocusForCausalLM(with_candidates(build(**changes)), SMALL.replace(local_length=budget))
+    return FocusLLM(model, byte_tokenizer(), "tiny")
+
+
+@pytest.mark.parametrize("window", [5, 40])
+def test_snapkv_keeps_what_a_heads_window_pays_most(window: int) -> None:
+    """Against transformers' own attention weights, a head and a token at a time."""
+    budget, half = 32, NEIGHBOURS // 2
+    llm = tiny_with_budget(budget)
+    ids, cache = random_ids(90), Compressed(build_method(f"snapkv:window={window}", llm))
+    logits = cache.read(ids)
+    base, window = llm.model.base, min(window, budget)
+    base.set_attn_implementation("eager")
+    whole = base(torch.tensor([ids]), output_attentions=True, use_cache=True)
+    assert torch.allclose(logits[0], whole.logits[0, -1], atol=1e-4)
+    num_earlier, num_kv_heads = 90 - window, base.config.num_key_value_heads
+    group = base.config.num_attention_heads // num_kv_heads
+    assert group > 1
+    for layer, weights in enumerate(whole.attentions):
+        held = whole.past_key_values.layers[layer]
+        for head in range(num_kv_heads):
+            paid = weights[0, head * group : (head + 1) * group, -window:, :num_earlier].sum((0, 1)).tolist()
+            smooth = [sum(paid[max(0, i - half) : i + half + 1]) for i in range(num_earlier)]
+            best = sorted(sorted(range(num_earlier), key=lambda i: -smooth[i])[: budget - window])
+            seen = [*best, *range(num_earlier, 90)]
+            keys, values = cache.kept.keys[layer][0, head], cache.kept.values[layer][0, head]
+            nearest = torch.cdist(keys, held.keys[0, head, seen]).argmin(1)
+            assert sorted(nearest.tolist()) == list(range(budget))  # the same ones, in any order
+            assert torch.allclose(keys, held.keys[0, head, seen][nearest], atol=1e-5)
+            assert torch.allclose(values, held.values[0, head, seen][nearest], atol=1e-5)
+
+
+def test_snapkv_goes_on_at_true_positions() -> None:
+    """Against the base model with a mask, where one head of one layer makes the choice."""
+    llm = tiny_with_budget(32, num_hidden_layers=1, num_key_value_heads=1)
+    method, example = build_method("snapkv:window=5", llm), loss_example(100, labels=11)
+    cache, ids = Compressed(method), list(example.text_ids)
+    cache.read(ids[:89])
+    whole = llm.model.base(torch.tensor([ids]), use_cache=True).past_key_values.layers[0].keys[0, 0]
+    seen = torch.cdist(cache.kept.keys[0][0, 0], whole).argmin(1)
+    assert len(set(seen.tolist())) == 32
+    mask = torch.ones(100, 100, dtype=torch.bool).tril()
+    mask[89:, :89] = False
+    mask[89:, seen] = True
+    logits = llm.model.base(torch.tensor([ids]), attention_mask=mask[None, None]).logits[0]
+    assert torch.allclose(cache.advance(ids[89:], 0), logits[89:], atol=1e-4)
+    expected = F.cross_entropy(logits[-12:-1], torch.tensor(ids[-11:]), reduction="sum")
+    assert method.loss(example)[0] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_truncation_keeps_both_ends_and_the_template(llm: FocusLLM) -> None:
