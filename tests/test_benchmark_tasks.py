@@ -144,18 +144,25 @@ def test_infinitebench(setting: Setting) -> None:
         "longbook_choice_eng": {"context": "Long.", "input": "Where to?", **options},
         "code_run": {"context": "def", "input": "What is func_3(-4) + 1?", "answer": -7},
         "math_find": {"context": "[3, 5]", "input": "The largest number of the list is:", "answer": 5},
-        "math_calc": {"context": "1 + 2", "input": "", "answer": [3]},
+        "math_calc": {"context": "1 + 2", "input": "", "answer": [1, 3]},
+        "passkey": {"context": "Long.", "input": "What is the pass key?", "answer": ["71432"]},
     }
     for name, row in rows.items():
         write(setting.data, f"{name}.jsonl", [row])
-    (choice,), (run,), (find,), (calc,) = (examples(f"infinitebench-{name}", setting) for name in rows)
-    assert choice.after.endswith("A. to sea\nB. home\nC. away\nD. back")
+    (choice,), (run,), (find,), (calc,), (key,) = (examples(f"infinitebench-{name}", setting) for name in rows)
+    assert choice.after.endswith("A. to sea\nB. home\nC. away\nD. back\n\nThe letter of the correct answer is")
     assert choice.references == ("home", "B")
-    assert "func_3(-4). Be concise" in run.after
-    assert "named func_3." in run.before
+    assert run.after.endswith("exact value of func_3(-4). The value of func_3(-4) is")
+    assert "called func_3 in" in run.before
     assert run.references == ("-7",)
     assert find.before == "What is the largest number in the following list?\n\n"
     assert scored("infinitebench-math_calc", "[1, 3]", *calc.references) == 1
+    assert scored("infinitebench-math_calc", "1, 4", *calc.references) == 0.5
+    assert scored("infinitebench-math_calc", "1" * 5000, *calc.references) == 0  # more digits than int() takes
+    write(setting.data, "math_calc.jsonl", [{**rows["math_calc"], "answer": [[1, 3]]}])
+    assert examples("infinitebench-math_calc", setting) == [calc]
+    assert key.after == "\n\nWhat is the pass key?\n\nThe pass key is"
+    assert not any(example.chat for example in (choice, run, find, calc, key))
 
 
 def test_leval_asks_every_question_of_a_document(setting: Setting) -> None:
@@ -223,13 +230,13 @@ def test_hub_rows_are_read_where_there_is_no_file(setting: Setting, monkeypatch:
 
     def rows(source: Any) -> Any:
         asked.append((source.path, source.subset, source.split))
-        yield {"context": "Long.", "question": "Who?", "answers": ["Ada"], "all_classes": []}
+        yield {"context": "Long.", "input": "Who?", "answers": ["Ada"], "all_classes": None}
 
     monkeypatch.setattr(benchmark, "dataset_rows", rows)
     setting.hub = True
     (example,) = examples("longbench-2wikimqa", setting)
     assert "Question: Who?" in example.after
-    assert asked == [("hf:Xnhyacinth/LongBench", "2wikimqa", "test")]
+    assert asked == [("hf:zai-org/LongBench/data.zip/data/2wikimqa.jsonl", None, "train")]
 
 
 def test_babilong_from_the_hub(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,11 +249,11 @@ def test_babilong_from_the_hub(setting: Setting, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("focusllm.evaluation.tasks.babilong.dataset_rows", rows)
     setting.hub, setting.data = True, None
-    for length in (5000, 8191, 9000, 2**20):
-        (example,) = examples("babilong-qa1", setting, length=length)
+    for length in (5000, 8191, 9000, 2**20, 2**21):
+        example = examples("babilong-qa1", setting, length=length)[-1]
         assert (example.id, example.context, example.references) == ("2", "Mary went to the garden.", ("garden",))
         assert "Where is Mary?" in example.after
-    assert [subset for _, subset, _ in asked] == ["4k", "4k", "8k", "1M"]
+    assert [subset for _, subset, _ in asked] == ["4k", "4k", "8k", "1M", "1M"]
     assert asked[0][::2] == ("hf:RMT-team/babilong", "qa1")
 
 
@@ -331,6 +338,18 @@ def test_babilong_hides_the_facts_in_order(number: int, setting: Setting) -> Non
     assert mary.before.endswith("\n\n<context>\n")
     room = setting.room(name, LENGTH, mary.before, mary.after, max_new_tokens=20)
     assert 0.9 * room < setting.num_tokens(mary.context) <= room
+
+
+def test_a_damaged_story_is_not_asked_about(setting: Setting) -> None:
+    good = "1 Mary went home.\n2 Where is Mary?\thome\t1"
+    damaged = "1 John took the milk.\nJohn went out.\n3 Where is John?\tout\t2\n1x Ann slept.\n2 Where is Ann?\tbed\t1"
+    assert setting.data is not None
+    (setting.data / f"{FILES[0]}_test.txt").write_text(f"{damaged}\n{good}")
+    (example,) = examples("babilong-qa1", setting, length=LENGTH)
+    assert example.after.endswith("Where is Mary?")
+    assert "3 Where" not in example.context
+    assert "facts in front of it are missing" in " ".join(setting.notes)
+    assert "4 of 7 rows up to here are left out." in setting.notes
 
 
 def test_babilong_counts_other_places_as_wrong() -> None:

@@ -267,6 +267,21 @@ def test_retrieval_finds_what_lies_across_two_passages(llm: FocusLLM) -> None:
     assert len(chosen) <= room
 
 
+def test_retrieval_may_be_held_to_the_local_budget(llm: FocusLLM) -> None:
+    method = build_method("retrieval:passage=8,to=local", llm)
+    chosen = method.choose(method.prompt(LONG), method.size - LONG.max_new_tokens)
+    assert len(chosen) + LONG.max_new_tokens <= llm.config.local_length == method.size
+    assert method.loss(loss_example(400, labels=12))[0] > 0
+    assert len(method.choose_text(loss_example(400, labels=12))) <= llm.config.local_length + 1
+
+
+def test_retrieval_searches_text_without_spaces(llm: FocusLLM) -> None:
+    method = build_method("retrieval", llm)
+    scores = method._scores(["今天天气很好。", "法国的首都是巴黎。", "a whale"], "首都在哪里?")
+    assert scores.argmax() == 1
+    assert scores[2] == 0
+
+
 def test_retrieval_searches_with_the_question_alone(llm: FocusLLM) -> None:
     method = build_method("retrieval", llm)
     assert method.prompt(LONG).query == "\nWhat is wide?"
@@ -283,6 +298,19 @@ def test_an_answer_that_may_not_be_empty_begins_with_something_else(llm: FocusLL
     method.ends.remove(first)
     assert method.generate(dataclasses.replace(SHORT, stop=(stop,))).text == ""
     assert method.generate(dataclasses.replace(SHORT, stop=(stop,), never_empty=True)).text
+
+
+def test_stop_strings_in_front_of_such_an_answer_are_left_out(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first token may be two line breaks, which is not the line break that ends an answer."""
+    method, texts = build_method("full", llm), {40: "\n\n", 41: "Yes", 42: "\n", 43: "no"}
+    monkeypatch.setattr(method, "decode", lambda made: "".join(texts[token] for token in made))
+    monkeypatch.setattr(method, "_stops", lambda example: {42})
+    one_hot = torch.eye(256)
+    example = dataclasses.replace(SHORT, stop=("\n",), never_empty=True)
+    for rest, expected in (((41, 42, 43), "Yes"), ((42, 43, 43), ""), ((41, 40, 43), "Yes")):
+        left = iter(rest)
+        monkeypatch.setattr(method, "start", lambda *_, left=left: (one_hot[40], lambda _: one_hot[next(left)]))
+        assert method.generate(example).text == expected
 
 
 @pytest.mark.parametrize("name", ["pi", "ntk", "yarn"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -21,8 +22,9 @@ from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation import runner, tasks
 from focusllm.evaluation.example import Setting
 from focusllm.evaluation.method import Method
+from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Plan
-from focusllm.evaluation.report import load, write_report
+from focusllm.evaluation.report import differences, load, write_report
 from focusllm.evaluation.runner import evaluate
 from focusllm.options import parse_lengths
 
@@ -104,7 +106,7 @@ def test_results_say_what_was_measured(small: FocusLLM, setting: Setting, tmp_pa
         "reason": "the base model has 256 positions",
     }
     assert results["plan"]["task_versions"] == {"passkey": 1}
-    assert set(results["versions"]) == {"focusllm", "torch", "transformers"}
+    assert set(results["versions"]) >= {"focusllm", "torch", "transformers"}
     assert len(results["adapter"]) == 16
     scores = [line["score"] for line in results["examples"] if line["method"] == "streaming" and line["length"] == 520]
     assert cells[520, "streaming"]["value"] == sum(scores) / 2
@@ -262,6 +264,60 @@ def test_nothing_selected_is_refused() -> None:
         Plan((), ("focus",))
 
 
+def test_a_length_that_a_task_cannot_be_made_at_is_said(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    plan = plan_for(setting, methods=("streaming",), lengths=(60, 300))
+    impossible, possible = evaluate(plan, small, tmp_path / "run")["results"]
+    assert impossible["value"] is None
+    assert "passkey at 60 tokens has no room for its text" in impossible["reason"]
+    assert possible["examples"] == 2
+    (row, _) = load([tmp_path / "run"])
+    assert row.left_out.startswith("streaming, at 60 tokens: left out, for passkey at 60 tokens has no room")
+    with pytest.raises(ConfigError, match="no room for its text"):
+        evaluate(plan_for(setting, lengths=(60,)), small, tmp_path / "none")
+
+
+def test_other_weights_are_refused(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    plan = plan_for(setting, methods=("streaming",), lengths=(200,), limit=1)
+    evaluate(plan, small, tmp_path / "run")
+    with torch.no_grad():
+        small.model.base.get_output_embeddings().weight[0, 0] += 1
+    with pytest.raises(ConfigError, match="holds a run with weights"):
+        evaluate(plan, small, tmp_path / "run")
+
+
+def test_another_machine_goes_on_and_is_named(
+    small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(setting, methods=("full",), lengths=(200, 520), limit=1)
+    first = evaluate(plan, small, tmp_path / "run")
+    assert "later_machines" not in first
+    monkeypatch.setattr(runner, "machine", lambda _: {"processor": "another"})
+    monkeypatch.setattr(type(build("full", small)), "fits", lambda *_: None)  # what did not fit there may fit here
+    second = evaluate(plan, small, tmp_path / "run")
+    assert second["machine"] == first["machine"]
+    assert second["later_machines"] == [{"processor": "another"}]
+    assert [cell["skipped"] for cell in first["results"]] == [0, 1]
+    assert [cell["skipped"] for cell in second["results"]] == [0, 0]
+    assert evaluate(plan, small, tmp_path / "run") == second
+
+
+def test_rows_that_are_left_out_are_in_the_results(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    row = json.dumps({"input": "Who?", "context": "Ada.", "answers": ["Ada"], "all_classes": None})
+    (tmp_path / "musique.jsonl").write_text(f"{row}\n{{broken\n{row}\n")
+    plan = plan_for(setting, tasks=("longbench-musique",), methods=("streaming",), lengths=(), data=str(tmp_path))
+    results = evaluate(plan, small, tmp_path / "run")
+    assert results["notes"]["longbench-musique"][-1] == "1 of 3 rows up to here are left out."
+    write_report([tmp_path / "run"], tmp_path / "report")
+    assert "1 of 3 rows up to here are left out." in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_an_error_of_perplexity_is_the_spread_over_texts() -> None:
+    lines = [{"nats": nats, "labels": 4} for nats in (8.0, 12.0, 10.0)]
+    found = runner.summarise("perplexity", lines)
+    assert found["value"] == pytest.approx(math.exp(2.5))
+    assert found["standard_error"] == pytest.approx(math.exp(2.5) * 0.5 / math.sqrt(3))  # losses 2, 3 and 2.5
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -283,12 +339,48 @@ def test_a_report_is_one_page_with_plots(small: FocusLLM, setting: Setting, tmp_
     for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG")
     overview = (tmp_path / "report" / "overview.md").read_text()
-    assert overview.startswith("| task | tokens | score | full | streaming |\n|---|---|---|---|---|\n")
-    assert re.search(r"\| passkey \| 520 \| accuracy \| - \| [\d.]+ ± [\d.]+ \|", overview)
+    assert overview.startswith("| task | tokens | score | examples | full | streaming |\n|---|---|---|---|---|---|\n")
+    assert re.search(r"\| passkey \| 520 \| accuracy \| 2 \| - \| [\d.]+ \|", overview)
     page = paths[0].read_text()
     assert "the base model has 256 positions" in page
     assert not re.search(r"(src|href)=.?https?:|<script", page)
     assert page.count("data:image/svg+xml") == len(pictures)
+
+
+def test_what_runs_of_a_task_differ_in_is_said(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    for name, changes in (
+        ("first", {}),
+        ("like it", {"methods": ("focus",)}),
+        ("other", {"methods": ("focus",), "seed": 7, "limit": 1, "lengths": (300,)}),
+        ("apart", {"tasks": ("needle",), "seed": 9}),
+    ):
+        evaluate(plan_for(setting, **{"lengths": (200,), "methods": ("streaming",)} | changes), small, tmp_path / name)
+    assert differences([tmp_path / "first", tmp_path / "like it", tmp_path / "apart"]) == {}
+    said = differences([tmp_path / "first", tmp_path / "other", tmp_path / "apart"])
+    assert said == {"passkey": "the runs differ in seed (first: 0; other: 7), limit (first: 2; other: 1)."}
+    write_report([tmp_path / "first", tmp_path / "other"], tmp_path / "report")
+    for page in ("overview.md", "report.html"):
+        assert "runs differ in seed (first: 0; other: 7)" in (tmp_path / "report" / page).read_text()
+
+
+def test_seconds_of_first_and_later_questions(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(
+        plan_for(setting, tasks=("document",), methods=("focus",), lengths=(500,), limit=3), small, tmp_path / "run"
+    )
+    (row,) = load([tmp_path / "run"])
+    (cell,) = json.loads((tmp_path / "run" / "timings.json").read_text())
+    times = [example["seconds"] for example in cell["examples"]]
+    assert row.first_seconds == times[0]
+    assert row.later_seconds == pytest.approx(sum(times[1:]) / 2)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"results": [{}], "examples": [], "plan": {}}'])
+def test_results_of_something_else_are_refused(content: str, tmp_path: Path, focusllm: Any) -> None:
+    (tmp_path / "results.json").write_text(content)
+    (tmp_path / "timings.json").write_text("[]")
+    code, _, err = focusllm("eval", "report", tmp_path, "-o", tmp_path / "report")
+    assert code == 2
+    assert "are not those of a run" in err
 
 
 def test_methods_of_two_runs_are_told_apart(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:

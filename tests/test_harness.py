@@ -101,6 +101,19 @@ def test_answers_do_not_depend_on_their_neighbours(lm: FocusHarness) -> None:
     assert lm.generate_until(requests, disable_tqdm=True) == together
 
 
+def test_names_for_the_longest_answer_and_greedy_settings(lm: FocusHarness) -> None:
+    """Tasks of the harness say it in several ways."""
+    (expected,) = lm.generate_until(asked("generate_until", (LONG, {"max_gen_toks": 5})), disable_tqdm=True)
+    for given in (
+        {"max_new_tokens": 5},
+        {"max_tokens": 5, "until": None},
+        {"max_gen_toks": 5, "temperature": 0},
+        {"max_gen_toks": 5, "do_sample": True, "temperature": 0.0},
+        {"max_gen_toks": 5, "do_sample": False, "temperature": 0.7},
+    ):
+        assert lm.generate_until(asked("generate_until", (LONG, given)), disable_tqdm=True) == [expected]
+
+
 def test_stop_strings_end_an_answer(lm: FocusHarness) -> None:
     free = {"until": [], "max_gen_toks": 8}
     (answer,) = lm.generate_until(asked("generate_until", (LONG, free)), disable_tqdm=True)

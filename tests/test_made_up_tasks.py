@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from focusllm import evaluation
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation import example as example_module
 from focusllm.evaluation import tasks
-from focusllm.evaluation.example import Setting
+from focusllm.evaluation.example import LengthError, Setting
 from focusllm.text import encode_ids, frame_ids
 
-MADE_UP = ["passkey", "needle", "document", "number-string", "key-value", "math-find"]
+MADE_UP = ["passkey", "passkey-paper", "needle", "document", "number-string", "key-value", "math-find"]
 
 
 @pytest.mark.parametrize("name", MADE_UP)
@@ -37,13 +38,31 @@ def test_made_up_tasks_fill_their_length(name: str, setting: Setting) -> None:
     assert examples != list(task.examples(3000, 12, dataclasses.replace(setting, seed=1)))
 
 
-@pytest.mark.parametrize("name", ["passkey", "needle", "number-string", "key-value"])
+@pytest.mark.parametrize("name", ["passkey", "passkey-paper", "needle", "number-string", "key-value"])
 def test_depths_go_from_the_beginning_to_the_end(name: str, setting: Setting) -> None:
     examples = list(tasks.get(name).examples(5000, 20, setting))
     for example in examples:
         place = example.context.index(example.references[0]) / len(example.context)
         assert place == pytest.approx(example.meta["depth"], abs=0.05)
     assert {example.meta["depth"] for example in examples} >= {0.0, 1.0}
+
+
+def test_the_authors_passkey_has_the_task_beside_the_question(setting: Setting) -> None:
+    task = tasks.get("passkey-paper")
+    for example in task.examples(3000, 10, setting):
+        (key,) = example.references
+        assert 1 <= int(key) < 50_000
+        assert example.max_new_tokens == setting.num_tokens(f" {key}")
+        front, line, behind = example.context.partition(
+            f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+        )
+        assert line
+        assert (front + behind).count("The grass is green. The sky is blue.") > 20
+        assert all(f"{text}There and ".startswith("The grass is green. ") for text in (front, behind) if len(text) > 20)
+        assert example.after.startswith("\nThere is an important info")
+        assert example.after.endswith("What is the pass key? The pass key is")
+        assert task.score(f" {key}", example) == 1
+        assert task.score(f"{key}0", example) == 0
 
 
 def test_math_find_answers_are_right(setting: Setting) -> None:
@@ -65,15 +84,17 @@ def test_a_document_is_the_same_for_all_its_questions(setting: Setting) -> None:
     assert all(example.references[0] in example.context for example in examples)
 
 
-def test_perplexity_has_the_same_labels_at_all_lengths(setting: Setting) -> None:
-    by_length = [list(tasks.get("perplexity").examples(length, 7, setting)) for length in (400, 3000)]
+@pytest.mark.parametrize("name", ["perplexity", "sliding-perplexity"])
+def test_perplexity_has_the_same_labels_at_all_lengths(name: str, setting: Setting) -> None:
+    setting = dataclasses.replace(setting, lengths=(400, 3000, 1_000_000))  # the last is longer than any document
+    by_length = [list(tasks.get(name).examples(length, 7, setting)) for length in (400, 3000)]
     for short, long in zip(*by_length, strict=True):
         assert short.id == long.id
         assert len(short.text_ids) == 400
         assert long.text_ids[-400:] == short.text_ids
     assert len(by_length[0]) == 7
-    with pytest.raises(DocumentError, match="no document"):
-        list(tasks.get("perplexity").examples(1_000_000, 1, setting))
+    with pytest.raises(LengthError, match="no document"):
+        list(tasks.get(name).examples(1_000_000, 1, setting))
 
 
 def test_documents_of_few_characters_may_have_many_tokens(setting: Setting, tmp_path: Path) -> None:
@@ -83,7 +104,9 @@ def test_documents_of_few_characters_may_have_many_tokens(setting: Setting, tmp_
 
 
 def test_sliding_windows_label_every_token_once(setting: Setting) -> None:
-    first, second = list(tasks.get("sliding-perplexity").examples(700, 2, setting))
+    found = list(tasks.get("sliding-perplexity").examples(700, 6, setting))
+    assert [example.id.split("-")[0] for example in found] == ["0", "1", "2"] * 2  # the documents take turns
+    first, second = found[0], found[3]
     assert second.text_ids[: 700 - 256] == first.text_ids[256:]
     assert first.labels == second.labels == 256
 
@@ -100,6 +123,11 @@ def test_lost_in_the_middle_reads_the_original_files(setting: Setting, tmp_path:
         keys = list(json.loads(example.context))
         assert keys.index("k0") == place
         assert [key for key in keys if key != "k0"] == [f"k{i}" for i in range(1, 75)]
+    plain = folder / "kv-retrieval-75_keys.jsonl"
+    (folder / "kv-retrieval-140_keys.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))  # as it is published
+    packed = list(tasks.get("lost-in-the-middle").examples(None, 3, setting))[3:]
+    assert [example.context for example in packed] == [example.context for example in examples]
+    assert setting.notes
     with pytest.raises(DocumentError, match="no lost_in_the_middle"):
         list(tasks.get("lost-in-the-middle").examples(None, 3, dataclasses.replace(setting, data=tmp_path / "text")))
 

@@ -88,6 +88,10 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         }
     ]
 
+    asked.clear()
+    list(dataset_rows(Source("hf:owner/name/data.zip/part/file.jsonl")))
+    assert asked[0]["data_files"] == "zip://part/file.jsonl::hf://datasets/owner/name/data.zip"
+
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("no such host")
 

@@ -65,7 +65,7 @@ ORDER = [
     "evaluation.tasks",
     "evaluation.method",
     *(f"evaluation.methods.{name}" for name in ("full", "truncate", "pi", "ntk", "yarn", "retrieval")),
-    *("evaluation.methods.streaming", "evaluation.methods.focus"),
+    *(f"evaluation.methods.{name}" for name in ("streaming", "snapkv", "focus")),
     "evaluation.methods",
     "evaluation.plan",
     "evaluation.runner",

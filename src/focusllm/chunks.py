@@ -215,6 +215,12 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     """
     digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
+    add_model(digest, model)
+    return digest.hexdigest()
+
+
+def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
+    """Add a base model's settings and weights, those of candidate projections left out, to a digest."""
     base_config: Any = model.config
     settings = {name: value for name, value in base_config.to_diff_dict().items() if name not in UNIMPORTANT}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -224,7 +230,6 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     theirs = (p for p in model.parameters() if id(p) not in ours)
     for tensor in (layout(model).inv_freq, *theirs):
         digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> Packed | RowFile | None:

@@ -51,6 +51,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def unknown(kind: str, name: str, known: Collection[str]) -> str:
     """One sentence on a mistyped name: what is near it, or what there is."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
     return f"there is no {kind} {name!r}; {hint}"

@@ -115,7 +115,7 @@ IN_NUMBERS = (
     "{0}\t", "key={0};",
 )  # fmt: skip
 IN_DECIMALS = ("{0}.{1}", ".{0}", "{0}.", "{1} or {0}.5", "v{0}.{0}.{1}", "{0},{1}")
-IN_LISTS = ("[3, {0}]", "{0}", "3\n{0}", "The values: 3, {0}, 4", "none", "", "٣ 3 {0}")
+IN_LISTS = ("[{0}]", "{0}", "3\n{0}", "The values: {0}, 4", "none", "", "٣ {0}")
 IN_LETTERS = (
     "{0}", "{0}.", " {0}", "{0}\n", "The answer is {0}", "The answer is {0}.", "{0}: yes", "none", "", " \n",
     "Because {0}) it is", "Option {0}", "{0}) and {1}.", "{0} and {1} ", "{0}, {1}.", "{0}.\n{1}.",
@@ -335,7 +335,7 @@ def originals(
     def one(task: str, number: bool = False, first: bool = False) -> Callable[..., float]:
         def score(said: str, right: list[str], _: object) -> float:
             label: Any = [json.loads(part) for part in right] if number else right
-            return float(compute_scores.get_score_one(said, label[0] if first else label, task, "gpt4"))
+            return float(compute_scores.get_score_one(said, label[0] if first else label, task, "yarn-mistral"))
 
         return score
 

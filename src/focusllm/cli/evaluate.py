@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ class _RunByDefault(typer.core.TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "--help"):
+            meant = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.7)  # no task is called so
+            if meant:
+                raise ConfigError(f"there is no task {args[0]!r}; did you mean `focusllm eval {meant[0]}`?")
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -136,6 +140,7 @@ def _show_results(folders: list[Path]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from focusllm.evaluation.report import differences
     from focusllm.evaluation.report import load as load_runs
 
     rows, console = load_runs(folders), Console()
@@ -152,3 +157,5 @@ def _show_results(folders: list[Path]) -> None:
         for row in mine.values():
             if row.left_out:
                 console.print(row.left_out)
+    for task, sentence in differences(folders).items():
+        console.print(f"{task}: {sentence}")

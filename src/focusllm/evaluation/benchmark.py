@@ -5,6 +5,7 @@ A row that cannot be used is named with its place, left out and counted; the oth
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
@@ -88,8 +89,6 @@ class Benchmark(Prompted):
     has_own_lengths = True
     fields: dict[str, type | tuple[type, ...]] = {}  # noqa: RUF012
     """What a row must have."""
-    hub_names: dict[str, str] = {}  # noqa: RUF012
-    """Fields that the data set on the hub calls otherwise."""
 
     def __init__(self, name: str, about: dict[str, Any], paths: tuple[str, ...], hub: Source):
         super().__init__(name, about)
@@ -103,11 +102,9 @@ class Benchmark(Prompted):
             LookupError, TypeError, ValueError: a row that is not as it should be.
         """
 
-    def examples(
-        self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
-    ) -> Iterator[Example]:
+    def examples(self, length: int | None, limit: int, setting: Setting, warn: Warn | None = None) -> Iterator[Example]:
         """As in the file, in its order."""
-        yield from islice(usable(self.rows(setting), self._scorable, warn), limit)
+        yield from islice(usable(self.rows(setting), self._scorable, warn or setting.warn), limit)
 
     def _scorable(self, key: str, row: Any) -> list[Example]:
         """The examples of a row, whose answers the metric can take."""
@@ -123,8 +120,7 @@ class Benchmark(Prompted):
         path = setting.file_unless_hub(*self.paths)
         if path is None:
             for number, row in enumerate(dataset_rows(self.hub), 1):
-                named = {self.hub_names.get(name, name): value for name, value in row.items()}
-                yield str(number), f"row {number} of {self.hub.path[3:]}", named
+                yield str(number), f"row {number} of {self.hub.path[3:]}", row
         else:
             yield from entries(path)
 
@@ -169,7 +165,7 @@ def entries(path: Path) -> Iterator[tuple[str, str, Any]]:
             for number, row in enumerate(rows["data"] if isinstance(rows, dict) else rows, 1):
                 yield str(number), f"{path}, entry {number}", row
         else:
-            with path.open("rb") as lines:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield str(number), f"{path}, line {number}", line

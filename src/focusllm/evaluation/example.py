@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from focusllm.text import TOKENS_OF_A_CHARACTER, encode_ids, encode_text, frame_
 from focusllm.training.config import Source
 from focusllm.training.corpus import documents
 
+logger = logging.getLogger(__name__)
+
 PRESETS = {
     "pg19": Source("hf:emozilla/pg19-test", split="test"),
     "proof-pile": Source("hf:hoskinson-center/proof-pile/test/proofpile_test.jsonl.gz"),
@@ -24,6 +27,10 @@ PRESETS = {
 """Texts of the paper's perplexity tables (section 4.2), as data sets on the hub."""
 HAYSTACK_CHARACTERS = 2**25
 """Made-up tasks need no more text than a few times the greatest length."""
+
+
+class LengthError(ConfigError):
+    """A task that cannot be made at a length; at others it can."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Example:
     stop: tuple[str, ...] = ()
     """Strings at which the answer ends (what comes before the first of them counts)."""
     never_empty: bool = False
-    """Whether the first token may neither end the answer nor be a stop string."""
+    """Whether the first token may neither end the answer nor be a stop string; stop strings in front are left out."""
     chat: bool = True
     """Whether the prompt goes into the model's chat template."""
     answer_prefix: str = ""
@@ -52,7 +59,7 @@ class Example:
     choices: tuple[str, ...] = ()
     """Classes or options, where the metric needs them."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """What reports group by (depth, dataset, ...), as JSON takes it."""
+    """More about it, as JSON takes it. Reports look at `depth` (0 to 1), and `document`, which questions may share."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Setting:
         data: folder with the benchmarks' files, in the originals' formats.
         text: plain text for haystacks and perplexity: a file, a folder, `hf:owner/name`, or one of `PRESETS`.
         hub: whether data sets may be loaded from the hub.
+        lengths: all that are measured, for tasks that take the same labels at each.
     """
 
     tokenizer: Any
@@ -83,6 +91,19 @@ class Setting:
     data: Path | None = None
     text: str | None = None
     hub: bool = False
+    lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.notes: dict[str, None] = {}
+        """What is to be known about the data, as results keep it; to be emptied between tasks."""
+        self._said: set[str] = set()
+
+    def warn(self, message: str) -> None:
+        """Note something about the data, and say it if it was not said before."""
+        self.notes[message] = None
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def rng(self, *parts: object) -> np.random.Generator:
         """A generator of its own for (task, length, example, ...), the same in every run and on every machine."""
@@ -96,12 +117,12 @@ class Setting:
         """Tokens that are left for the long text: a length counts the other parts, chat template and answer too.
 
         Raises:
-            ConfigError: none are left.
+            LengthError: none are left.
         """
         frame = sum(map(len, frame_ids(self.tokenizer)))
         needed = frame + sum(map(self.num_tokens, parts)) + max_new_tokens
         if length <= needed:
-            raise ConfigError(f"{task} at {length} tokens has no room for its text; use a length above {needed}.")
+            raise LengthError(f"{task} at {length} tokens has no room for its text; use a length above {needed}.")
         return length - needed
 
     @cached_property
@@ -152,7 +173,7 @@ class Setting:
         """Number and token ids of the documents that are long enough; each is tokenised once.
 
         Raises:
-            DocumentError: no text is given, or no document is so long.
+            DocumentError: no text is given. LengthError: no document is so long.
         """
         found = False
         for number, text in enumerate(self.texts()):
@@ -164,7 +185,7 @@ class Setting:
                 found = True
                 yield number, self._token_ids[number]
         if not found:
-            raise DocumentError(f"no document of {self.text} has {least_tokens:,} tokens; use a shorter length.")
+            raise LengthError(f"no document of {self.text} has {least_tokens:,} tokens; use a shorter length.")
 
     def count_fitting(self, items: Callable[[int], str], room: int) -> int:
         """How many of the items 0, 1, ... (alike in length) fit into a room of tokens, joined."""

@@ -30,6 +30,7 @@ try:
     import lm_eval.models  # noqa: F401  # before ours, so that its registry is complete
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise ConfigError("the harness needs the package lm_eval: pip install 'focusllm[lm-eval]'.") from error
 
@@ -183,12 +184,11 @@ class FocusHarness(TemplateLM):
         return results
 
     def _answers(self, texts: list[str], arguments: dict[str, Any]) -> list[str]:
-        given = dict(arguments)
-        until = given.pop("until", None) or []
-        until = [until] if isinstance(until, str) else list(until)
-        count = int(given.pop("max_gen_toks", MAX_NEW_TOKENS))
+        given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, MAX_NEW_TOKENS))
+        until, count = [stop for stop in given.pop("until") if stop], int(given.pop("max_gen_toks"))
         temperature = given.pop("temperature", None)
-        if given.setdefault("do_sample", bool(temperature)) and temperature:
+        given["do_sample"] = bool(given.get("do_sample") and temperature != 0)
+        if given["do_sample"] and temperature:
             given["temperature"] = temperature
         if until:
             given |= {"stop_strings": until, "tokenizer": self.tokenizer}

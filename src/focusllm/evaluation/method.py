@@ -72,6 +72,8 @@ class Method(ABC):
     """As the user types it."""
     defaults: ClassVar[dict[str, Any]] = {}
     """Its options."""
+    version: ClassVar[int] = 1
+    """Raised when what the model sees or how it answers changes: a run does not go on with another version."""
     least: ClassVar[dict[str, int]] = {}
     """The least value of those that are numbers; whole ones where the default is whole."""
 
@@ -106,6 +108,11 @@ class Method(ABC):
             return len(example.text_ids) - 1
         return len(self.prompt(example).ids) + example.max_new_tokens
 
+    @property
+    def sees(self) -> str:
+        """What of a text the model decodes from, in words, for reports."""
+        return "all of the text"
+
     def fits(self, num_tokens: int) -> str | None:
         """None, or the reason why so long a text cannot be read. By default the whole of it is attended to."""
         per_token = layout(self.base).kv_bytes_per_token * self.base.dtype.itemsize
@@ -137,13 +144,25 @@ class Method(ABC):
         first = time.perf_counter() - begin
         while token not in self.ends:
             made.append(token)
-            if len(made) == example.max_new_tokens or any(stop in self.decode(made) for stop in example.stop):
+            answer = self._answer(made, example)
+            if len(made) == example.max_new_tokens or any(stop in answer for stop in example.stop):
+                break
+            if example.never_empty and token in self._stops(example):
                 break
             token = int(step(token).argmax())
-        text = self.decode(made)
+        text = self._answer(made, example)
         for stop in example.stop:
             text = text.partition(stop)[0]
         return Prediction(text, time.perf_counter() - begin, first)
+
+    def _answer(self, made: list[int], example: Example) -> str:
+        """What generated tokens say; of an answer that is not to be empty from behind the stop strings it begins with,
+        as one token may be two of them.
+        """
+        text = self.decode(made)
+        while example.never_empty and text.startswith(example.stop):
+            text = text.removeprefix(next(stop for stop in example.stop if text.startswith(stop)))
+        return text
 
     def _stops(self, example: Example) -> set[int]:
         """The tokens that end stop strings."""

@@ -12,6 +12,7 @@ import importlib
 import logging
 import re
 import string
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -212,7 +213,7 @@ def first_number(prediction: str, reference: str) -> float:
     if found is None:
         return 0.0
     whole = found[0].isdecimal() and reference.isdecimal()  # compared exactly, however long
-    return float(int(found[0]) == int(reference) if whole else float(found[0]) == float(reference))
+    return float(_same_integer(found[0], reference) if whole else float(found[0]) == float(reference))
 
 
 @first
@@ -226,17 +227,19 @@ def last_integer(prediction: str, reference: str) -> float:
 
 
 def first_values(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of the values that are right before the first wrong one; the expression's first number is not one of them.
-
-    InfiniteBench. Signs are not read, as there.
-    """
-    values = [int(digits) for digits in re.findall(r"[0-9]+", prediction)][1:]
+    """Share of the values that are right before the first wrong one. InfiniteBench. Signs are not read, as there."""
+    values = re.findall(r"[0-9]+", prediction)
     right = 0
     for value, reference in zip(values, references, strict=False):
-        if value != int(reference):
+        if not _same_integer(value, reference):
             break
         right += 1
     return right / len(references)
+
+
+def _same_integer(digits: str, reference: str) -> bool:
+    """Whether digits are a number; of thousands of them, which Python's `int` refuses, they are none of ours."""
+    return len(digits) <= sys.int_info.default_max_str_digits and int(digits) == int(reference)
 
 
 def _behind(text: str, prefixes: Sequence[str], answers: Sequence[str]) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from focusllm.errors import ConfigError
 from focusllm.evaluation import methods, tasks
-from focusllm.evaluation.example import Example, Setting, Task
+from focusllm.evaluation.example import Example, LengthError, Setting, Task
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,30 @@ class Plan:
 
     def setting(self, tokenizer: Any) -> Setting:
         """What the tasks may draw on."""
-        return Setting(tokenizer, self.seed, Path(self.data) if self.data else None, self.text, self.hub)
+        data = Path(self.data) if self.data else None
+        return Setting(tokenizer, self.seed, data, self.text, self.hub, self.lengths)
 
     def check_examples(self, setting: Setting) -> None:
         """Make and score every task's first example at every length, so that missing files and packages show at once.
 
         Raises:
-            ConfigError, DocumentError: by the task; or it has no examples.
+            ConfigError, DocumentError: by the task; or it has no examples; or nothing can be made at these lengths.
         """
+        some, impossible = False, None
         for name, length in dict.fromkeys((cell.task, cell.length) for cell in self.cells):
             made: Iterator[Any] = iter(self.task(name).examples(length, 1, setting))
-            example = next(made, None)
+            try:
+                example = next(made, None)
+            except LengthError as error:
+                impossible = error
+                continue
             if example is None:
                 raise ConfigError(f"{name} has no examples{f' at {length} tokens' if length else ''}; leave it out.")
             if isinstance(example, Example):
                 self.task(name).score("a prediction", example)
+            some = True
+        if impossible is not None and not some:
+            raise impossible
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the tasks' versions, as JSON gives them back."""

@@ -2,7 +2,7 @@
 
 All tasks by all methods in one table, also as Markdown; a table a task (methods by lengths); plots of score against
 length, seconds and memory; a heat map of depth by length where examples have a depth. Several runs are joined; methods
-that two of them have, or that were run otherwise, are told apart by run.
+that two of them have, or that were run otherwise, are told apart by run; what else runs of a task differ in is said.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import html
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em aut
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}.note{color:#666;font-size:13px}img{max-width:100%}"""
 
-WAY = ("model", "adapter", "dtype", "device", "settings")
+WAY = ("model", "weights", "adapter", "dtype", "device", "settings")
 """What results must have in common to stand under one method's name."""
 
 
@@ -52,6 +52,10 @@ class Row:
     """Mean share of an example's chunks that needed no reading: they repeat, or the example before has them."""
     by_depth: dict[float, float]
     """Mean score by depth."""
+    first_seconds: float | None = None
+    """Mean of the first questions' of documents that several questions share."""
+    later_seconds: float | None = None
+    """Mean of the others'."""
 
     @property
     def is_loss(self) -> bool:
@@ -73,10 +77,9 @@ class Row:
         if self.value is None:
             return "-"
         some = f" ({self.examples} of {self.examples + self.skipped})" if self.skipped else ""
-        if self.is_loss:
-            return f"{self.value:,.2f}{some}"
-        error = "" if self.standard_error is None else f" ± {100 * self.standard_error:.1f}"
-        return f"{100 * self.value:.1f}{error}{some}"
+        scale, places = (1, 2) if self.is_loss else (100, 1)
+        error = f" ± {scale * self.standard_error:,.{places}f}" if self.standard_error else ""  # none of equal scores
+        return f"{scale * self.value:,.{places}f}{error}{some}"
 
 
 def load(folders: Sequence[Path]) -> list[Row]:
@@ -87,41 +90,98 @@ def load(folders: Sequence[Path]) -> list[Row]:
     """
     if not folders:
         raise ConfigError("no runs are named; give the folders that `focusllm eval ... --output` has written.")
-    rows, ways, versions = [], [], []
-    names = Counter(folder.name for folder in folders)
-    for folder in folders:
+    rows, ways, versions = list[Row](), list[str](), list[int]()
+    for name, folder in _named(folders).items():
+        results, timings = _content(folder)
         try:
-            results = json.loads((folder / "results.json").read_text())
-            timings = json.loads((folder / "timings.json").read_text())
-        except OSError as error:
-            raise DocumentError(f"{folder} has no results; repeat the run's command until it is finished.") from error
-        except ValueError as error:
-            raise DocumentError(f"the results in {folder} are damaged ({error}); repeat the run's command.") from error
-        seconds = {(cell["task"], cell["length"], cell["method"]): cell for cell in timings}
-        for cell in results["results"]:
-            ways.append(json.dumps([results.get(name) for name in WAY], sort_keys=True))
-            versions.append(results["plan"]["task_versions"][cell["task"]])
-            key = (cell["task"], cell["length"], cell["method"])
-            mine = [line for line in results["examples"] if (line["task"], line["length"], line["method"]) == key]
-            rows.append(
-                Row(
-                    run=folder.name if names[folder.name] == 1 else str(folder),
-                    task=cell["task"],
-                    length=cell["length"],
-                    method=cell["method"],
-                    metric=cell["metric"],
-                    value=cell["value"],
-                    standard_error=cell.get("standard_error"),
-                    examples=cell["examples"],
-                    skipped=cell["skipped"],
-                    reason=cell.get("reason", ""),
-                    seconds=seconds[key]["seconds"],
-                    memory=seconds[key].get("peak_memory"),
-                    known=seconds[key].get("known_chunks"),
-                    by_depth=_by_depth(mine),
-                )
-            )
+            rows += _rows(name, results, timings)
+            ways += [json.dumps([results.get(part) for part in WAY], sort_keys=True)] * len(results["results"])
+            versions += [results["plan"]["task_versions"][cell["task"]] for cell in results["results"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DocumentError(
+                f"the results in {folder} are not those of a run ({type(error).__name__}: {error}); repeat its command."
+            ) from error
     return _told_apart(rows, ways, versions)
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by their names, or by their paths where names are alike."""
+    names = Counter(folder.name for folder in folders)
+    return {folder.name if names[folder.name] == 1 else str(folder): folder for folder in folders}
+
+
+def _content(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's results and timings."""
+    try:
+        return json.loads((folder / "results.json").read_text()), json.loads((folder / "timings.json").read_text())
+    except OSError as error:
+        raise DocumentError(f"{folder} has no results; repeat the run's command until it is finished.") from error
+    except ValueError as error:
+        raise DocumentError(f"the results in {folder} are damaged ({error}); repeat the run's command.") from error
+
+
+def _rows(run: str, results: dict[str, Any], timings: list[dict[str, Any]]) -> Iterator[Row]:
+    seconds = {(cell["task"], cell["length"], cell["method"]): cell for cell in timings}
+    for cell in results["results"]:
+        key = (cell["task"], cell["length"], cell["method"])
+        mine = [line for line in results["examples"] if (line["task"], line["length"], line["method"]) == key]
+        timed = seconds[key]
+        first, later = _by_question(mine, timed["examples"])
+        yield Row(
+            run=run,
+            task=cell["task"],
+            length=cell["length"],
+            method=cell["method"],
+            metric=cell["metric"],
+            value=cell["value"],
+            standard_error=cell.get("standard_error"),
+            examples=cell["examples"],
+            skipped=cell["skipped"],
+            reason=cell.get("reason", ""),
+            seconds=timed["seconds"],
+            memory=timed.get("peak_memory"),
+            known=timed.get("known_chunks"),
+            by_depth=_by_depth(mine),
+            first_seconds=first,
+            later_seconds=later,
+        )
+
+
+def differences(folders: Sequence[Path]) -> dict[str, str]:
+    """By task, in what the runs that have it differ besides method and adapter: a sentence. Of the others nothing.
+
+    Raises:
+        DocumentError: as `load`.
+    """
+    found = {}
+    runs = {name: _content(folder)[0] for name, folder in _named(folders).items()}
+    for task in dict.fromkeys(name for results in runs.values() for name in results["plan"]["tasks"]):
+        facts = {name: _facts(results, task) for name, results in runs.items() if task in results["plan"]["tasks"]}
+        parts = []
+        for fact in next(iter(facts.values())):
+            values = {name: of_run[fact] for name, of_run in facts.items()}
+            if len(set(values.values())) > 1:
+                parts.append(f"{fact} ({'; '.join(f'{name}: {value}' for name, value in values.items())})")
+        if parts:
+            found[task] = f"the runs differ in {', '.join(parts)}."
+    return found
+
+
+def _facts(results: dict[str, Any], task: str) -> dict[str, str]:
+    """What must be equal for numbers of two runs to be compared."""
+    plan, inputs = results["plan"], results.get("inputs", {})
+    facts = {
+        "model": f"{results.get('model')} {results.get('weights', '')}",
+        "type": results.get("dtype"),
+        "machine": results.get("machine", {}).get("processor"),
+        "version of the task": plan["task_versions"][task],
+        "text": f"{plan.get('text')} {inputs.get('text')}",
+        "data": f"{plan.get('data')} {inputs.get('data')}",
+        "seed": plan.get("seed"),
+        "limit": plan.get("limit"),
+        "local budget": results.get("settings", {}).get("local_length"),
+    }
+    return {name: str(value).strip() for name, value in facts.items()}
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -130,13 +190,18 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         ConfigError, DocumentError: as `load`; or matplotlib is not installed.
     """
-    rows = load(folders)
+    rows, differ = load(folders), differences(folders)
     output.mkdir(parents=True, exist_ok=True)
     paths, parts = [output / "report.html", output / "overview.md"], [_as_html(overview(rows))]
-    paths[1].write_text(_as_markdown(overview(rows)), encoding="utf-8")
+    notes = "".join(f"\n{task}: {sentence}\n" for task, sentence in differ.items())
+    paths[1].write_text(_as_markdown(overview(rows)) + notes, encoding="utf-8")
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
         parts.append(f"<h2>{html.escape(task)}</h2>\n{table(mine)}")
+        said = [differ[task].capitalize()] if task in differ else []
+        said += dict.fromkeys(note for folder in folders for note in _content(folder)[0].get("notes", {}).get(task, ()))
+        if said:
+            parts.append(f'<p class="note">{"<br>".join(map(html.escape, said))}</p>')
         for name, figure in figures(mine):
             paths.append(output / f"{task}-{name}.png")
             figure.savefig(paths[-1], dpi=150)
@@ -154,12 +219,14 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
 def overview(rows: Sequence[Row]) -> list[list[str]]:
     """All results as a table, its first line the head: a line a task and length, a column a method."""
     methods = list(dict.fromkeys(row.method for row in rows))
-    lines = [["task", "tokens", "score", *methods]]
+    lines = [["task", "tokens", "score", "examples", *methods]]
     for task, length in dict.fromkeys((row.task, row.length) for row in rows):
         cells = {row.method: row for row in rows if (row.task, row.length) == (task, length)}
         first = next(iter(cells.values()))
         shown = [cells[method].shown if method in cells else "" for method in methods]
-        lines.append([task, f"{length:,}" if length else "its own", first.metric, *shown])
+        counts = sorted({cell.examples for cell in cells.values() if cell.examples})
+        count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
+        lines.append([task, f"{length:,}" if length else "its own", first.metric, count, *shown])
     return lines
 
 
@@ -189,6 +256,11 @@ def table(rows: Sequence[Row]) -> str:
             if row.known:
                 where = f"at {row.length:,} tokens" if row.length else "at its own lengths"
                 notes.append(f"{method}, {where}: {row.known:.0%} of the chunks needed no reading.")
+            if row.first_seconds is not None and row.later_seconds is not None:
+                notes.append(
+                    f"{method}{f', {row.length:,} tokens' if row.length else ''}: {row.first_seconds:.1f} s for a "
+                    f"document's first question, {row.later_seconds:.1f} s for later ones."
+                )
     counts = sorted({row.examples for row in rows if row.examples})
     notes.append(f"Examples a cell: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}." if counts else "")
     below = "<br>".join(map(html.escape, notes))
@@ -308,6 +380,18 @@ def _by_depth(lines: Sequence[dict[str, Any]]) -> dict[float, float]:
         if "score" in line and "depth" in line["meta"]:
             scores.setdefault(line["meta"]["depth"], []).append(line["score"])
     return {depth: sum(found) / len(found) for depth, found in scores.items()}
+
+
+def _by_question(lines: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Mean seconds of the first and of the later questions on documents that several share."""
+    seconds = {line["id"]: line["seconds"] for line in timed}
+    asked: dict[str, list[float]] = {}
+    for line in lines:
+        if "document" in line["meta"] and line["id"] in seconds:
+            asked.setdefault(line["meta"]["document"], []).append(seconds[line["id"]])
+    first = [times[0] for times in asked.values() if len(times) > 1]
+    later = [each for times in asked.values() for each in times[1:]]
+    return (sum(first) / len(first), sum(later) / len(later)) if later else (None, None)
 
 
 def _scaled(row: Row) -> float:

@@ -1,6 +1,7 @@
 """One loop over tasks, lengths, methods and examples that may be killed at any moment and goes on when run again.
 
-config.json       what is measured, on which machine; written first. Another configuration is refused
+config.json       what is measured, on which machine; written first. Another configuration is refused; other machines
+                  that go on with it are added
 examples.jsonl    a line for every finished example, appended and flushed; half a line at the end is dropped
 results.json      at the end: configuration, versions, machine, means, and every example with prediction and score.
                   Nothing that a clock or another run could change: byte for byte that of an unbroken run
@@ -14,21 +15,23 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import xxhash
 from filelock import FileLock, Timeout
 
 from focusllm import __version__
 from focusllm.adapter import injected, sink_token
 from focusllm.chunk_cache import LastText
+from focusllm.chunks import add_model
 from focusllm.cost import forget_peak_memory, peak_memory
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.evaluation.example import Example, LossExample
+from focusllm.evaluation.example import Example, LengthError, LossExample, Setting
 from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Cell, Plan
@@ -39,6 +42,8 @@ from focusllm.packed import packed_bytes
 
 OWN_LENGTH = 8192
 """What an example of a task with own lengths counts for in the progress."""
+PACKAGES = ("torch", "transformers", "tokenizers", "bm25s", "rouge", "rouge-score", "jieba", "wonderwords", "datasets")
+"""What numbers depend on, as far as it is installed."""
 TIMINGS = ("seconds", "first_token_seconds", "peak_memory", "known_chunks")
 Report = Callable[[str, float, float], None]
 """Called with (what is measured, tokens done, tokens in all)."""
@@ -61,40 +66,49 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
     methods = {spec: build(spec, llm, chunks) for spec in plan.methods}
     plan.check_examples(setting)
     with _only_one(folder):
-        config = _settled(folder / "config.json", _config(plan, llm, folder), llm)
+        config, moved = _settled(folder / "config.json", _config(plan, llm, folder, methods), llm)
         total = sum(_weight(cell, plan) for cell in plan.cells)
         lines: dict[Cell, list[Line]] = {}
+        notes: dict[str, list[str]] = {}
         before = 0.0
         with closing(_Log(folder / "examples.jsonl")) as log:
+            if moved:  # what one machine had no memory for may fit here
+                log.known = {key: line for key, line in log.known.items() if "skipped" not in line}
             for cell in plan.cells:
                 title = f"{cell.task} {f'{cell.length:,} ' if cell.length else ''}{cell.method}"
                 lines[cell] = []
                 report(title, before, total)
                 chunks.clear()  # another method's memory is not this one's
+                setting.notes.clear()
                 for line in _cell(cell, plan, methods[cell.method], setting, log):
                     lines[cell].append(line)
                     share = len(lines[cell]) / plan.limit
                     report(title, before + min(share, 1) * _weight(cell, plan), total)
                 before += _weight(cell, plan)
+                if setting.notes:
+                    notes[cell.task] = list(setting.notes)
         report("done", total, total)
-        results = _results(config, plan, lines)
+        results = _results({**config, "notes": notes}, plan, lines)
         _write(folder / "results.json", results)
         _write(folder / "timings.json", [_timing(cell, made) for cell, made in lines.items()])
     return results
 
 
-def _cell(cell: Cell, plan: Plan, method: Method, setting: Any, log: _Log) -> Iterator[Line]:
+def _cell(cell: Cell, plan: Plan, method: Method, setting: Setting, log: _Log) -> Iterator[Line]:
     """The lines of a cell, from the log or measured now. A length that the method cannot hold ends it."""
     task = plan.task(cell.task)
-    for example in task.examples(cell.length, plan.limit, setting):
-        key = (cell.task, cell.length, cell.method, example.id)
-        line = log.known.get(key)
-        if line is None:
-            line = dict(zip(("task", "length", "method", "id"), key, strict=True)) | _measure(task, method, example)
-            log.append(line)
-        yield line
-        if "skipped" in line and not task.has_own_lengths and method.fits(method.num_tokens(example)) is not None:
-            return
+    of_cell = {"task": cell.task, "length": cell.length, "method": cell.method}
+    try:
+        for example in task.examples(cell.length, plan.limit, setting):
+            line = log.known.get((cell.task, cell.length, cell.method, example.id))
+            if line is None:
+                line = {**of_cell, "id": example.id, **_measure(task, method, example)}
+                log.append(line)
+            yield line
+            if "skipped" in line and not task.has_own_lengths and method.fits(method.num_tokens(example)) is not None:
+                return
+    except LengthError as error:
+        yield {**of_cell, "id": "", "skipped": str(error).rstrip("."), "meta": {}}
 
 
 def _measure(task: Any, method: Method, example: Example | LossExample) -> Line:
@@ -144,20 +158,26 @@ def _results(config: dict[str, Any], plan: Plan, lines: dict[Cell, list[Line]]) 
 
 
 def summarise(metric: str, lines: Sequence[Line]) -> dict[str, Any]:
-    """The value of a cell: a mean score with its standard error, or the perplexity of all labels."""
+    """The value of a cell, a mean score or the perplexity of all labels, and its standard error over the examples."""
     skipped = [line for line in lines if "skipped" in line]
     done = [line for line in lines if "skipped" not in line]
     found: dict[str, Any] = {"metric": metric, "value": None, "examples": len(done), "skipped": len(skipped)}
     if skipped:
         found["reason"] = skipped[0]["skipped"]
-    if done and "nats" in done[0]:
-        found["value"] = math.exp(sum(line["nats"] for line in done) / sum(line["labels"] for line in done))
-    elif done:
-        scores = [line["score"] for line in done]
-        mean = found["value"] = sum(scores) / len(scores)
-        if len(scores) > 1:
-            variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
-            found["standard_error"] = math.sqrt(variance / len(scores))
+    if not done:
+        return found
+    if "nats" in done[0]:
+        labels = sum(line["labels"] for line in done)
+        found["value"] = math.exp(sum(line["nats"] for line in done) / labels)
+        slope = found["value"]  # of the exponential there
+        measured = [line["nats"] * len(done) / labels for line in done]  # their mean is the loss a label
+    else:
+        measured, slope = [line["score"] for line in done], 1.0
+        found["value"] = sum(measured) / len(measured)
+    if len(measured) > 1:
+        mean = sum(measured) / len(measured)
+        variance = sum((value - mean) ** 2 for value in measured) / (len(measured) - 1)
+        found["standard_error"] = slope * math.sqrt(variance / len(measured))
     return found
 
 
@@ -170,19 +190,39 @@ def _timing(cell: Cell, lines: Sequence[Line]) -> dict[str, Any]:
     return {**asdict(cell), **means, "examples": timed}
 
 
-def _config(plan: Plan, llm: FocusLLM, folder: Path) -> dict[str, Any]:
+def _config(plan: Plan, llm: FocusLLM, folder: Path, methods: dict[str, Method]) -> dict[str, Any]:
     """Everything that the numbers depend on."""
     return {
         "plan": plan.to_dict(),
         "inputs": {name: _inputs(path, folder) for name, path in (("data", plan.data), ("text", plan.text))},
         "model": llm.name,
+        "weights": _base_digest(llm),
         "device": llm.model.device.type,
         "packed": packed_bytes(llm.model) > 0,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "settings": llm.config.resolved().to_dict(),
         "adapter": _digest(llm),
-        "versions": {"focusllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "sees": {spec: method.sees for spec, method in methods.items()},
+        "method_versions": {spec: method.version for spec, method in methods.items()},
+        "versions": {"focusllm": __version__, **_versions()},
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _base_digest(llm: FocusLLM) -> str:
+    """Sixteen hexadecimal digits of the base model's settings and weights, and of what its tokenizer makes of text."""
+    digest = xxhash.xxh3_128()
+    add_model(digest, llm.model.base)
+    words = sorted(llm.tokenizer.get_vocab().items())
+    digest.update(json.dumps([words, llm.tokenizer.chat_template]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _inputs(path: str | None, run: Path) -> str | None:
@@ -210,28 +250,34 @@ def _digest(llm: FocusLLM) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _settled(path: Path, config: dict[str, Any], llm: FocusLLM) -> dict[str, Any]:
-    """The folder's configuration with its machine; written if there is none.
+def _settled(path: Path, config: dict[str, Any], llm: FocusLLM) -> tuple[dict[str, Any], bool]:
+    """The folder's configuration with its machines, written if there is none, and whether this machine is a new one.
 
     Raises:
         ConfigError: it is another one.
     """
+    here = machine(llm.model.device)
     if not path.exists():
-        config = {**config, "machine": machine(llm.model.device)}
+        config = {**config, "machine": here}
         _write(path, config)
-        return config
+        return config, False
     try:
         old: dict[str, Any] = json.loads(path.read_text())
         before, now = _flat(old), _flat(config)
     except (ValueError, AttributeError) as error:
         raise DocumentError(f"{path} is damaged ({error}); choose another --output.") from error
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name) and not name.startswith("machine."):
+    for name in {**now, **before}:  # what was asked for first
+        if before.get(name) != now.get(name) and not name.startswith(("machine.", "later_machines")):
             raise ConfigError(
                 f"{path.parent} holds a run with {name} {before.get(name)!r}, and this one has {now.get(name)!r}; "
                 f"choose another --output, or repeat that run's command to go on with it."
             )
-    return old
+    machines = [old.get("machine"), *old.get("later_machines", ())]
+    if here == machines[-1]:
+        return old, False
+    old = {**old, "later_machines": [*machines[1:], here]}
+    _write(path, old)
+    return old, True
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

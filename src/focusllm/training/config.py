@@ -29,7 +29,7 @@ class Source:
 
     path: str
     """A folder or file of text, a JSONL file, or a Hugging Face dataset as `hf:owner/name`, or a JSONL file in it as
-    `hf:owner/name/folder/file.jsonl`."""
+    `hf:owner/name/folder/file.jsonl`, or in a zip archive of it as `hf:owner/name/files.zip/folder/file.jsonl`."""
     weight: float = 1.0
     """How often it is drawn from, relative to the other sources."""
     column: str = "text"

@@ -207,8 +207,9 @@ def _conversation(messages: list[Any], tokenizer: Any, place: str) -> tuple[list
 
 
 def dataset_rows(source: Source) -> Iterator[dict[str, Any]]:
-    """The rows of a data set on the hub, or of a JSON Lines file in its repository (`hf:owner/name/folder/file.jsonl`:
-    data sets that come with a program of their own are loaded no longer), read in a stream.
+    """The rows of a data set on the hub, or of a JSON Lines file in its repository (`hf:owner/name/folder/file.jsonl`,
+    or `hf:owner/name/files.zip/folder/file.jsonl`: data sets that come with a program of their own are loaded no
+    longer), read in a stream.
 
     Raises:
         ConfigError: the package datasets is not installed; DocumentError: the data set cannot be read.
@@ -220,7 +221,9 @@ def dataset_rows(source: Source) -> Iterator[dict[str, Any]]:
     name = source.path[3:]
     selection: dict[str, Any] = {"path": name, "name": source.subset, "split": source.split}
     if ".jsonl" in name:
-        selection = {"path": "json", "data_files": f"hf://datasets/{name}", "split": "train"}
+        archive, inside, file = name.partition(".zip/")
+        place = f"zip://{file}::hf://datasets/{archive}.zip" if inside else f"hf://datasets/{name}"
+        selection = {"path": "json", "data_files": place, "split": "train"}
     try:
         yield from load_dataset(**selection, streaming=True)
     except Exception as error:  # whatever the hub, its client, a proxy or a malformed file objects to

@@ -47,6 +47,11 @@ class Focus(Method):
             )
         self.budget = self.config.local_length
 
+    @property
+    def sees(self) -> str:
+        """The local context; the rest through candidates."""
+        return f"{self.budget:,} tokens of local context, all before it as candidates of chunks"
+
     def fits(self, num_tokens: int) -> str | None:
         """As many chunks as the base model has positions for, and the memory room."""
         try:

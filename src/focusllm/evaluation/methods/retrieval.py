@@ -1,7 +1,9 @@
-"""Retrieval: passages of the text that share words with the question (BM25), in their order, in the base's window.
+"""Retrieval: passages of the text that share words with the question (BM25), in their order, in the base's window
+(`to=base`, the default) or in the local budget (`to=local`).
 
 Neighbouring passages share half of their tokens, so that what is no longer than that is whole in one of them. Searched
-with the question; for losses with the last tokens of the given text, as many as the local budget holds.
+with the question; for losses with the last tokens of the given text, as many as the local budget holds. Words are those
+of bm25s, and single Chinese, Japanese and Korean characters. Where no passage has any of them, the first are taken.
 """
 
 from __future__ import annotations
@@ -17,22 +19,39 @@ from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt, WindowMethod
 from focusllm.llm import FocusLLM
 
+ONE_BY_ONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+WORDS = rf"(?u)[{ONE_BY_ONE}]|(?:(?![{ONE_BY_ONE}])\w){{2,}}"
+"""bm25s's own pattern (two letters or more), but for scripts that put no spaces between words."""
+
 
 class Retrieval(WindowMethod):
     """Passages of `passage` tokens, the best first, as many as fit."""
 
     name = "retrieval"
-    defaults = {"passage": 128}  # noqa: RUF012
+    version = 2
+    defaults = {"passage": 128, "to": "base"}  # noqa: RUF012
     least = {"passage": 2}  # noqa: RUF012
 
     def __init__(self, llm: FocusLLM, **options: Any):
         super().__init__(llm, **options)
+        if self.options["to"] not in ("base", "local"):
+            raise ConfigError(f"retrieval into {self.options['to']!r} is unknown; it must be base or local.")
         # Where JAX is installed, bm25s imports it, and JAX would take three quarters of a GPU's memory for itself.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             import bm25s  # noqa: F401
         except ImportError as error:
             raise ConfigError("retrieval needs the package bm25s: pip install 'focusllm[eval]'.") from error
+
+    @property
+    def size(self) -> int:
+        """Most tokens that the model is given, the answer included."""
+        return self.window if self.options["to"] == "base" else self.budget
+
+    @property
+    def sees(self) -> str:
+        """Passages."""
+        return f"passages of {self.options['passage']} tokens, {self.size:,} with question, template and answer"
 
     def fits(self, num_tokens: int) -> str | None:
         """Always."""
@@ -50,10 +69,12 @@ class Retrieval(WindowMethod):
 
     def choose_text(self, example: LossExample) -> Sequence[int]:
         """The best passages, then the end of the text."""
-        near = max(self.budget, example.labels + 1)
+        near = max(self.budget if self.options["to"] == "base" else self.budget // 2, example.labels + 1)
         far, local = list(example.text_ids[:-near]), list(example.text_ids[-near:])
+        if self.size < len(local):
+            raise ConfigError(f"{example.labels} labels leave no room for passages in {self.size} tokens.")
         query = self.decode(local[: -example.labels])
-        return [*self._best(far, query, self.window + 1 - len(local)), *local]
+        return [*self._best(far, query, self.size + 1 - len(local)), *local]
 
     def _best(self, ids: list[int], query: str, room: int) -> list[int]:
         if len(ids) <= room:
@@ -71,7 +92,7 @@ class Retrieval(WindowMethod):
     def _scores(self, passages: list[str], query: str) -> np.ndarray:
         import bm25s
 
-        words = bm25s.tokenize([*passages, query], return_ids=False, show_progress=False)
+        words = bm25s.tokenize([*passages, query], token_pattern=WORDS, return_ids=False, show_progress=False)
         index = bm25s.BM25()
         index.index(words[:-1], show_progress=False)
         known = {word for passage in words[:-1] for word in passage}

@@ -32,6 +32,11 @@ class SnapKV(Full):
     defaults = {"window": 64}  # noqa: RUF012
     least = {"window": 1}  # noqa: RUF012
 
+    @property
+    def sees(self) -> str:
+        """What is kept."""
+        return f"{self.budget:,} tokens a head and layer, chosen after all of the text was read"
+
     def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
         """Read and compress the prompt, then one token at a time."""
         cache = Compressed(self)

@@ -33,6 +33,11 @@ class Streaming(Method):
         self.sinks: int = self.options["sinks"]
         self.block = min(256, self.budget)
 
+    @property
+    def sees(self) -> str:
+        """Sinks and window."""
+        return f"the first {self.sinks} and the last {self.budget:,} tokens"
+
     def fits(self, num_tokens: int) -> str | None:
         """Always: the cache does not grow."""
         return None

@@ -30,6 +30,11 @@ class Truncate(WindowMethod):
         """Most tokens that are kept, the answer included."""
         return self.window if self.options["to"] == "base" else self.budget
 
+    @property
+    def sees(self) -> str:
+        """Both ends."""
+        return f"the first and last tokens, {self.size:,} with template and answer; for losses the last ones"
+
     def fits(self, num_tokens: int) -> str | None:
         """Always."""
         return None

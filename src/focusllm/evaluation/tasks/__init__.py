@@ -30,10 +30,10 @@ def get(name: str) -> Task:
 
 
 def expand(name: str) -> list[str]:
-    """A task's name as it is, and a family's (`longbench`; of two tasks at least) as those of its tasks.
+    """A task's name as it is, and a family's (`longbench`, `ruler-niah`; of two tasks at least) as those of its tasks.
 
     Raises:
         ConfigError: neither.
     """
-    family = [found for found in registry() if found.startswith(f"{name}-")]
+    family = [found for found in registry() if found.startswith((f"{name}-", f"{name}_"))]
     return [get(name).name] if name in registry() or len(family) < 2 else family

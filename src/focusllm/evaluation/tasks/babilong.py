@@ -12,20 +12,18 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
-from focusllm.errors import ConfigError
 from focusllm.evaluation.benchmark import (
     Prompted,
     Warn,
     around,
     entries,
     largest,
-    logger,
     prompts,
     sentences_of,
     spread,
     usable,
 )
-from focusllm.evaluation.example import Example, Setting
+from focusllm.evaluation.example import Example, LengthError, Setting
 from focusllm.evaluation.tasks.passkey import must_have
 from focusllm.training.config import Source
 from focusllm.training.corpus import dataset_rows
@@ -35,20 +33,36 @@ FILES = (
     "qa5_three-arg-relations", "qa6_yes-no-questions", "qa7_counting", "qa8_lists-sets", "qa9_simple-negation",
     "qa10_indefinite-knowledge",
 )  # fmt: skip
+HUB_SIZES = {"0k": 0, **{f"{2**i}k": 2 ** (10 + i) for i in range(10)}, "1M": 2**20, "10M": 10 * 2**20}
+"""Subsets of the data set on the hub, and the tokens that their texts have at most."""
 LEAST_TOKENS = 10
 """Shorter sentences of the books are left out."""
 
 
 class Story:
-    """Reads the lines of a bAbI file: facts add up until the next story begins; a question has its answer behind it."""
+    """Reads the lines of a bAbI file: facts add up until the next story begins; a question has its answer behind it.
+
+    Lines are numbered, from 1 in every story. Behind one that cannot be read a fact may be missing, so the rest of that
+    story cannot be asked about.
+    """
 
     facts: tuple[str, ...] = ()
+    last: int | None = 0
+    """Number of the line before, in its story; None: it could not be read."""
 
     def read(self, key: str, line: bytes) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
-        """(key, facts, question, answer) if the line is a question."""
+        """(key, facts, question, answer) if the line is a question.
+
+        Raises:
+            ValueError: it has no number, or not the next one.
+        """
+        last, self.last = self.last, None
         number, _, text = line.decode().strip().partition(" ")
         if int(number) == 1:
-            self.facts = ()
+            self.facts, last = (), 0
+        if last is None or int(number) != last + 1:
+            raise ValueError("facts in front of it are missing")
+        self.last = int(number)
         question, *answer = re.split(r"[\t|]", text)
         if answer:
             yield key, self.facts, question.strip(), answer[0]
@@ -61,9 +75,7 @@ class Babilong(Prompted):
 
     version = 2
 
-    def examples(
-        self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
-    ) -> Iterator[Example]:
+    def examples(self, length: int | None, limit: int, setting: Setting, warn: Warn | None = None) -> Iterator[Example]:
         """Questions in a drawn order; those whose facts alone are too long are passed over."""
         length, given = must_have(self, length), 0
         path = setting.file_unless_hub(
@@ -72,7 +84,7 @@ class Babilong(Prompted):
         if path is None:
             yield from islice(self._from_hub(length, setting), limit)
             return
-        questions = list(usable(entries(path), Story().read, warn))
+        questions = list(usable(entries(path), Story().read, warn or setting.warn))
         for index in setting.rng(self.name).permutation(len(questions)):
             key, facts, question, answer = questions[index]
             before, after = around(self.about["prompt"], {"question": question})
@@ -86,12 +98,11 @@ class Babilong(Prompted):
             given += 1
             yield self._asked(key, question, context, answer)
         if not given:
-            raise ConfigError(f"{self.name} at {length} tokens has no room for its facts; use a greater length.")
+            raise LengthError(f"{self.name} at {length} tokens has no room for its facts; use a greater length.")
 
     def _from_hub(self, length: int, setting: Setting) -> Iterator[Example]:
         """The data set's own texts of the greatest size that is no longer, as far as they fit in these tokens."""
-        thousands = 2 ** (length // 1024).bit_length() // 2
-        size = f"{thousands}k" if thousands < 1024 else f"{thousands // 1024}M"
+        size = next(name for name, least in reversed(HUB_SIZES.items()) if length >= least)
         split = self.name.removeprefix("babilong-")
         for number, row in enumerate(dataset_rows(Source("hf:RMT-team/babilong", subset=size, split=split)), 1):
             before, after = around(self.about["prompt"], {"question": row["question"]})

@@ -33,7 +33,7 @@ class DocumentQuestions(Task):
         text = setting.haystack.with_inserts(start, room, list(zip(depths, lines, strict=True)))
         for i in rng.permutation(limit):
             _, question, number = facts[i]
-            meta = {"depth": round(depths[i], 2)}
+            meta = {"depth": round(depths[i], 2), "document": "one"}
             yield Example(str(i), "", text, question, (number,), max_new_tokens=24, meta=meta)
 
 

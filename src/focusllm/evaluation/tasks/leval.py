@@ -1,4 +1,4 @@
-"""L-Eval's tasks with exact answers (arXiv 2307.11088): lectures, stories and listening tests with options, and topics.
+"""L-Eval's multiple-choice tasks (arXiv 2307.11088: lectures, stories, listening tests) and its topics.
 
 Files: `<task>.jsonl`, a document (input) a row with its questions (instructions) and answers (outputs).
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from focusllm.evaluation.benchmark import Benchmark, Warn, logger, prompts
+from focusllm.evaluation.benchmark import Benchmark, Warn, prompts
 from focusllm.evaluation.example import Example, Setting
 from focusllm.training.config import Source
 
@@ -20,9 +20,7 @@ class LEval(Benchmark):
     version = 2
     fields = {"input": str, "instructions": list, "outputs": list}  # noqa: RUF012
 
-    def examples(
-        self, length: int | None, limit: int, setting: Setting, warn: Warn = logger.warning
-    ) -> Iterator[Example]:
+    def examples(self, length: int | None, limit: int, setting: Setting, warn: Warn | None = None) -> Iterator[Example]:
         """Chosen question by question; given document by document, so that each is read once."""
         every = list(super().examples(length, sys.maxsize, setting, warn))
         by_question = sorted(every, key=lambda example: int(example.id.split(".")[1]))
@@ -32,7 +30,7 @@ class LEval(Benchmark):
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:
         """One example a question."""
         for number, (asked, answer) in enumerate(zip(row["instructions"], row["outputs"], strict=True), 1):
-            yield self.example(f"{key}.{number}", {"input": asked}, row["input"], [answer])
+            yield self.example(f"{key}.{number}", {"input": asked}, row["input"], [answer], meta={"document": key})
 
 
 TASKS = tuple(

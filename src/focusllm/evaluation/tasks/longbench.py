@@ -18,7 +18,6 @@ class LongBench(Benchmark):
     """A task of v1. Score: the best over the references."""
 
     fields = {"input": str, "context": str, "answers": list}  # noqa: RUF012
-    hub_names = {"question": "input"}  # noqa: RUF012
 
     def read(self, key: str, row: dict[str, Any]) -> Iterator[Example]:
         """One example a row."""
@@ -52,7 +51,7 @@ TASKS = (
             f"longbench-{name}",
             about,
             (f"longbench/{name}.jsonl", f"longbench/data/{name}.jsonl", f"{name}.jsonl"),
-            Source("hf:Xnhyacinth/LongBench", subset=name, split="test"),
+            Source(f"hf:zai-org/LongBench/data.zip/data/{name}.jsonl"),
         )
         for name, about in prompts("longbench").items()
     ),

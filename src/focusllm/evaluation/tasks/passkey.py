@@ -1,8 +1,10 @@
 """One sentence hidden in a long text, at depths from the beginning to the end.
 
-passkey   a number of five digits in repeated sentences, continued without a chat template (Mohtashami and Jaggi, arXiv
-          2305.16300; FocusLLM, section 4.4)
-needle    a made-up fact in plain text (--text), asked for in the chat template (needle in a haystack)
+passkey         a number of five digits in repeated sentences, continued without a chat template: the sentences of
+                Mohtashami and Jaggi (arXiv 2305.16300), laid out as in InfiniteBench, the task in front of all
+passkey-paper   the same as FocusLLM's authors ask for it (section 4.4, their eval_passkey.py): a number below 50,000,
+                the task behind the text, beside the question; the answer is as many tokens as the number has
+needle          a made-up fact in plain text (--text), asked for in the chat template (needle in a haystack)
 
 With N examples, depths are N evenly spaced ones, and from N = 10 on ten again and again.
 """
@@ -14,11 +16,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from focusllm.errors import ConfigError
-from focusllm.evaluation.example import Example, Setting, Task
+from focusllm.evaluation.benchmark import largest
+from focusllm.evaluation.example import Example, LengthError, Setting, Task
 
 INTRO = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there.\n"  # noqa: E501
 GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 LEAD = "What is the pass key? The pass key is"
+BELOW = 50_000
+"""Numbers of `passkey-paper`."""
 DEPTHS = 10
 ROLES = (
     "harbour master",
@@ -57,6 +62,34 @@ class Passkey(Task):
     def score(self, prediction: str, example: Example) -> float:
         """Exact."""
         return float(prediction.strip()[:5] == example.references[0])
+
+
+class PaperPasskey(Task):
+    """Right when the answer is the number. Other than there depths are evenly spaced, not drawn."""
+
+    name = "passkey-paper"
+
+    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
+        """Repeated sentences, cut at any character."""
+        length, garbage, after = must_have(self, length), GARBAGE.replace("\n", " "), f"\n{INTRO}{LEAD}"
+        for i in range(limit):
+            key, depth = str(setting.rng(self.name, length, i).integers(1, BELOW)), depth_of(i, limit)
+            count = setting.num_tokens(f" {key}")
+            room = setting.room(self.name, length, after, max_new_tokens=count)
+
+            def text(size: int, key: str = key, depth: float = depth) -> str:
+                endless, before = garbage * (size // len(garbage) + 1), round(depth * size)
+                return f"{endless[:before]}\n{needle_line(key)}{endless[: size - before]}"
+
+            context = largest(text, setting, room)
+            if context is None:
+                raise LengthError(f"{self.name} at {length} tokens has no room for its line; use a greater length.")
+            meta = {"depth": round(depth, 2)}
+            yield Example(str(i), "", context, after, (key,), max_new_tokens=count, chat=False, meta=meta)
+
+    def score(self, prediction: str, example: Example) -> float:
+        """Exact."""
+        return float(prediction.strip() == example.references[0])
 
 
 class Needle(Task):
@@ -106,4 +139,4 @@ def must_have(task: Task, length: int | None) -> int:
     return length
 
 
-TASKS: tuple[Task, ...] = (Passkey(), Needle())
+TASKS: tuple[Task, ...] = (Passkey(), PaperPasskey(), Needle())

@@ -1,44 +1,44 @@
 """Perplexity of plain text (--text: a file, a folder, hf:owner/name, or the presets pg19, proof-pile, codeparrot).
 
 perplexity           the last 256 tokens of a text of the given length (FocusLLM, arXiv 2408.11745, section 4.2). Texts
-                     end at the end of a document and every 4096 tokens before it, so all lengths have the same labels
-sliding-perplexity   a window of the given length that slides by 256 tokens from the beginning of each document, each
-                     time with the 256 new ones as labels (Press et al., arXiv 2108.12409, appendix B)
+                     end at the end of a document and every 4096 tokens before it
+sliding-perplexity   a window of the given length that slides by 256 tokens from the beginning of a document, each time
+                     with the 256 new ones as labels (Press et al., arXiv 2108.12409, appendix B)
 
-Documents that are shorter than the length are left out. No token is put in front of a text.
+All lengths of a run have the same labels: documents and ends are those of the longest texts that there are. No token is
+put in front of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice, zip_longest
 
-from focusllm.errors import ConfigError
-from focusllm.evaluation.example import LossExample, Setting, Task
+from focusllm.evaluation.example import LengthError, LossExample, Setting, Task
 
 LABELS = 256
 APART = 4096
 
 
 class Perplexity(Task):
-    """Texts that end where their document ends, and earlier; a few documents give many texts."""
+    """A few documents give many texts."""
 
-    name, needs, metric = "perplexity", "text", "perplexity"
+    name, needs, metric, version = "perplexity", "text", "perplexity", 2
+
+    def ends(self, num_tokens: int, length: int) -> Sequence[int]:
+        """Where the texts of a document of so many tokens end, in the order in which they are taken."""
+        return range(num_tokens, length - 1, -APART)
 
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[LossExample]:
-        """Document by document, then the next earlier end of each."""
+        """The first text of every document, then the second."""
         if length is None or length <= LABELS:
-            raise ConfigError(f"{self.name} at length {length} has no text before its labels; use one above {LABELS}.")
-        found = []
-        for number, ids in setting.documents(length):
-            found.append((number, ids))
-            if len(found) == limit:
-                break
-        for back in range(0, max(len(ids) for _, ids in found) - length + 1, APART):
-            for number, ids in found:
-                end = len(ids) - back
-                if end >= length and limit > 0:
-                    yield LossExample(f"{number}-{end}", tuple(ids[end - length : end].tolist()), LABELS)
-                    limit -= 1
+            raise LengthError(f"{self.name} at length {length} has no text before its labels; use one above {LABELS}.")
+        longest = greatest(length, setting)
+        found = dict(islice(setting.documents(longest), limit))
+        of_each = [[(number, end) for end in self.ends(len(ids), longest)] for number, ids in found.items()]
+        in_turn = filter(None, chain.from_iterable(zip_longest(*of_each)))
+        for number, end in islice(in_turn, limit):
+            yield LossExample(f"{number}-{end}", tuple(found[number][end - length : end].tolist()), LABELS)
 
 
 class SlidingPerplexity(Perplexity):
@@ -46,16 +46,24 @@ class SlidingPerplexity(Perplexity):
 
     name = "sliding-perplexity"
 
-    def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[LossExample]:
-        """Window by window, document by document."""
-        if length is None or length <= LABELS:
-            raise ConfigError(f"{self.name} at length {length} has no text before its labels; use one above {LABELS}.")
-        for number, ids in setting.documents(length):
-            for end in range(length, len(ids) + 1, LABELS):
-                if limit == 0:
-                    return
-                yield LossExample(f"{number}-{end}", tuple(ids[end - length : end].tolist()), LABELS)
-                limit -= 1
+    def ends(self, num_tokens: int, length: int) -> Sequence[int]:
+        """From the beginning."""
+        return range(length, num_tokens + 1, LABELS)
+
+
+def greatest(length: int, setting: Setting) -> int:
+    """The greatest length of the run, this one at least, that a document has.
+
+    Raises:
+        LengthError: not even this one. DocumentError: no text is given.
+    """
+    for longer in sorted((other for other in setting.lengths if other > length), reverse=True):
+        try:
+            next(setting.documents(longer))
+        except LengthError:
+            continue
+        return longer
+    return length
 
 
 TASKS: tuple[Task, ...] = (Perplexity(), SlidingPerplexity())

@@ -2,7 +2,7 @@
 
 number-string        ten digits in repeated sentences (InfiniteBench's Retrieve.Number)
 key-value            a value in a JSON object of UUIDs (Retrieve.KV)
-lost-in-the-middle   the same from the original's files kv-retrieval-{75,140,300}_keys.jsonl under --data
+lost-in-the-middle   the same from the original's files kv-retrieval-{75,140,300}_keys.jsonl (or .jsonl.gz) under --data
 math-find            a number by its rank in a list (Math.Find)
 """
 
@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from focusllm.errors import ConfigError, DocumentError
+from focusllm.errors import DocumentError
 from focusllm.evaluation.benchmark import checked, entries, usable
-from focusllm.evaluation.example import Example, Setting, Task
+from focusllm.evaluation.example import Example, LengthError, Setting, Task
 from focusllm.evaluation.tasks.passkey import GARBAGE, depth_of, must_have
 
 EXTRACT = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
+FOLDERS = ("lost_in_the_middle", "kv_retrieval_data", "bench/lost_in_the_middle")
 LEAST_NUMBERS = 3
 RANKS = {"largest": -1, "second largest": -2, "third largest": -3, "smallest": 0, "second smallest": 1, "median": None}
 
@@ -75,7 +76,7 @@ class LostInTheMiddle(Task):
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
         """From each file that is there `limit` rows, the asked key going from the first to the last."""
         for count, path in _files(setting):
-            rows = usable(entries(path), lambda _, row: [_pairs_of(row)])
+            rows = usable(entries(path), lambda _, row: [_pairs_of(row)], setting.warn)
             for i, (pairs, asked) in zip(range(limit), rows, strict=False):
                 depth = depth_of(i, limit)
                 others = [pair for pair in pairs if pair != asked]
@@ -104,7 +105,7 @@ class MathFind(Task):
             numbers = numbers[: setting.count_fitting(partial(_number, numbers), room)]
             ranked = np.unique(numbers)
             if len(ranked) < LEAST_NUMBERS:
-                raise ConfigError(
+                raise LengthError(
                     f"{self.name} at {length} tokens has room for {len(ranked)} numbers; use a length that has for "
                     f"{LEAST_NUMBERS}."
                 )
@@ -136,7 +137,7 @@ class _Pairs:
 
 
 def pair_example(name: str, pairs: list[tuple[str, str]], depth: float, **meta: object) -> Example:
-    """The prompt of Lost in the Middle, without a chat template as there; the asked key at a depth."""
+    """The prompt of Lost in the Middle, without a chat template, as there for base models; the asked key at a depth."""
     key, value = pairs[round(depth * (len(pairs) - 1))]
     data = "{" + ",\n ".join(f'"{k}": "{v}"' for k, v in pairs) + "}"
     meta = {"depth": round(depth, 2), "num_keys": len(pairs), **meta}
@@ -169,9 +170,10 @@ def _files(setting: Setting) -> list[tuple[int, Path]]:
     """The files that are there, with their numbers of keys."""
     found, missing = [], None
     for count in (75, 140, 300):
-        name = f"lost_in_the_middle/kv-retrieval-{count}_keys.jsonl"
+        name = f"kv-retrieval-{count}_keys.jsonl"
+        names = [f"{folder}/{name}{end}" for folder in FOLDERS for end in ("", ".gz")]
         try:
-            found.append((count, setting.file(name, f"bench/{name}")))
+            found.append((count, setting.file(*names)))
         except DocumentError as error:
             missing = error
     if not found and missing is not None:

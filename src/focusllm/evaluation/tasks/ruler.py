@@ -18,7 +18,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from focusllm.errors import ConfigError
 from focusllm.evaluation.benchmark import (
     Prompted,
     around,
@@ -31,7 +30,7 @@ from focusllm.evaluation.benchmark import (
     spread,
     usable,
 )
-from focusllm.evaluation.example import Example, Setting
+from focusllm.evaluation.example import Example, LengthError, Setting
 from focusllm.evaluation.metrics import library
 from focusllm.evaluation.tasks.passkey import must_have
 
@@ -95,7 +94,7 @@ class Ruler(Prompted):
             room = setting.room(self.name, length, *parts, max_new_tokens=self.about["max_new_tokens"])
             context = largest(case.build, setting, room)
             if context is None:
-                raise ConfigError(
+                raise LengthError(
                     f"{self.name} at {length} tokens has no room for what is asked; use a greater length."
                 )
             yield self.example(i, case.values, context, case.references)
@@ -164,7 +163,7 @@ def chain(draw: random.Random, name_length: int) -> Case:
     steps = [f"VAR {name} = VAR {last} " for name, last in zip(others, names, strict=False)]
 
     def build(size: int) -> str:
-        places = sorted(random.Random(seed).choices(range(max(size, 1)), k=NUM_HOPS + 1))
+        places = sorted(random.Random(seed).sample(range(max(size, NUM_HOPS + 1)), k=NUM_HOPS + 1))
         return "\n".join(spread([NOISE] * size, [f"VAR {first} = {value}", *steps], places))
 
     return Case({"query": value, "count": str(NUM_HOPS + 1)}, list(names), build)
