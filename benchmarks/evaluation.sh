@@ -12,8 +12,8 @@
 set -eu
 data=$1 runs=$2 books=$1/books/test
 shift 2
-names=${*:-made-up keys ruler passkey babilong leval longbench
-    made-up-focus keys-focus ruler-focus passkey-focus babilong-focus leval-focus longbench-focus ruler-16k-focus perplexity-focus
+names=${*:-made-up keys ruler passkey passkey-paper babilong leval longbench
+    made-up-focus keys-focus ruler-focus passkey-focus passkey-paper-focus babilong-focus leval-focus longbench-focus ruler-16k-focus perplexity-focus
     made-up-snapkv keys-snapkv ruler-snapkv passkey-snapkv babilong-snapkv leval-snapkv longbench-snapkv perplexity-snapkv}
 
 cheap="--method streaming --method retrieval"
@@ -51,6 +51,7 @@ for name in $names; do
     keys) run $name "$books" "$cheap $whole" lost-in-the-middle --limit 5 --data "$data/bench" ;;
     ruler) run $name "$books" "$cheap --method full" $needles ruler-vt ruler-cwe ruler-fwe --lengths 4k --limit 3 ;;
     passkey) run $name "$books" "$cheap --method truncate:to=local --method full" passkey --lengths 4k,16k --limit 10 ;;
+    passkey-paper) run $name "$books" "$cheap --method full" passkey-paper --lengths 4k,16k --limit 10 ;;
     babilong) run $name "$books" "$cheap --method full" babilong-qa1 babilong-qa2 babilong-qa3 --lengths 4k,16k --limit 5 --data "$data/bench/babi_en" ;;
     leval) run $name "$books" "$cheap $whole" leval --limit 3 --data "$data/bench/leval" ;;
     longbench) run $name "$books" "$cheap $whole" $longbench --limit 2 --data "$data/bench/longbench_v1_mini" ;;
