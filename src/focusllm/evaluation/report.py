@@ -26,9 +26,6 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em aut
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}.note{color:#666;font-size:13px}img{max-width:100%}"""
 
-WAY = ("model", "weights", "adapter", "dtype", "device", "settings")
-"""What results must have in common to stand under one method's name."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -95,7 +92,7 @@ def load(folders: Sequence[Path]) -> list[Row]:
         results, timings = _content(folder)
         try:
             rows += _rows(name, results, timings)
-            ways += [json.dumps([results.get(part) for part in WAY], sort_keys=True)] * len(results["results"])
+            ways += [_way(results, cell["method"]) for cell in results["results"]]
             versions += [results["plan"]["task_versions"][cell["task"]] for cell in results["results"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise DocumentError(
@@ -372,6 +369,14 @@ def _told_apart(rows: list[Row], ways: Sequence[str], versions: Sequence[int]) -
     return [
         Row(**{**vars(row), "method": f"{row.method} ({row.run})"}) if row.method in shared else row for row in rows
     ]
+
+
+def _way(results: dict[str, Any], method: str) -> str:
+    """What results must have in common to stand under a method's name; the adapter has a part in FocusLLM's alone."""
+    of_focus = method.partition(":")[0] == "focus"
+    parts = [results.get(name) for name in ("model", "dtype", "device")]
+    parts += [results["adapter"], results["settings"]] if of_focus else [results["settings"]["local_length"]]
+    return json.dumps(parts, sort_keys=True)
 
 
 def _by_depth(lines: Sequence[dict[str, Any]]) -> dict[float, float]:
