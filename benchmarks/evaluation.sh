@@ -7,14 +7,14 @@
 #     focusllm eval report RUNS/ruler RUNS/ruler-focus RUNS/ruler-snapkv --output RUNS/ruler-report
 #
 # DATA: the folder with books/test and bench. RUNS: where runs go. NAME: only these. All that are run without a NAME take half a day
-# on two cores, in two shells that share the names between them, each with OMP_NUM_THREADS=1. `perplexity` and `ruler-16k` are for
+# to a day on two cores, in two shells that share the names between them, each with OMP_NUM_THREADS=1. `perplexity` and `ruler-16k` are for
 # a GPU: there methods attend to the whole of texts beyond 8192 tokens, which takes minutes to hours a text on a CPU.
 set -eu
 data=$1 runs=$2 books=$1/books/test
 shift 2
 names=${*:-made-up keys ruler passkey passkey-paper babilong leval longbench
     made-up-focus keys-focus ruler-focus passkey-focus passkey-paper-focus babilong-focus leval-focus longbench-focus ruler-16k-focus perplexity-focus
-    made-up-snapkv keys-snapkv ruler-snapkv passkey-snapkv babilong-snapkv leval-snapkv longbench-snapkv perplexity-snapkv}
+    made-up-snapkv keys-snapkv ruler-snapkv passkey-snapkv passkey-paper-snapkv babilong-snapkv leval-snapkv longbench-snapkv perplexity-snapkv}
 
 cheap="--method streaming --method retrieval"
 whole="--method full --method truncate"
@@ -44,7 +44,8 @@ run() {
 }
 
 for name in $names; do
-    kind=${name%-focus} kind=${kind%-snapkv}
+    kind=${name%-focus}
+    kind=${kind%-snapkv}
     # shellcheck disable=SC2086  # the lists above are meant to be split
     case $kind in
     made-up) run $name "$books" "$cheap --method full" needle number-string key-value math-find document --lengths 4k --limit 5 ;;
@@ -54,7 +55,7 @@ for name in $names; do
     passkey-paper) run $name "$books" "$cheap --method full" passkey-paper --lengths 4k,16k --limit 10 ;;
     babilong) run $name "$books" "$cheap --method full" babilong-qa1 babilong-qa2 babilong-qa3 --lengths 4k,16k --limit 5 --data "$data/bench/babi_en" ;;
     leval) run $name "$books" "$cheap $whole" leval --limit 3 --data "$data/bench/leval" ;;
-    longbench) run $name "$books" "$cheap $whole" $longbench --limit 2 --data "$data/bench/longbench_v1_mini" ;;
+    longbench) run $name "$books" "$cheap --method truncate" $longbench --limit 1 --data "$data/bench/longbench_v1_mini" ;;
     ruler-16k) run $name "$books" "$cheap --method yarn" $needles --lengths 16k --limit 2 ;;
     perplexity) run $name "$long" "--method streaming --method truncate:to=local --method full $scaled" perplexity $lengths --limit 4 ;;
     *) echo "there is no run $name" >&2 && exit 2 ;;

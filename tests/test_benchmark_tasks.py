@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ from focusllm.evaluation import benchmark, metrics
 from focusllm.evaluation.example import Example, Setting, Task
 from focusllm.evaluation.tasks import registry
 from focusllm.evaluation.tasks.babilong import FILES
-from focusllm.evaluation.tasks.ruler import NOISE
+from focusllm.evaluation.tasks.ruler import NOISE, chain
 
 SCORED = Path(__file__).parent / "data" / "benchmark_scores.jsonl"
 SCORES = [json.loads(line) for line in SCORED.read_text("utf-8").splitlines()]
@@ -295,12 +296,15 @@ def test_ruler_needles(setting: Setting) -> None:
 
 
 def test_ruler_chains_and_counts(setting: Setting) -> None:
-    (chain,) = examples("ruler-vt", setting, 1, LENGTH)
-    steps = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", chain.context)
-    assert [name for name, _ in steps] == list(chain.references)
-    assert [source for _, source in steps] == [steps[0][1], *chain.references[:-1]]
-    assert f"5 variables are assigned the value {steps[0][1]}" in chain.answer_prefix
-    assert "variables are assigned" in chain.before  # the solved one in front
+    (asked,) = examples("ruler-vt", setting, 1, LENGTH)
+    steps = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", asked.context)
+    assert [name for name, _ in steps] == list(asked.references)
+    assert [source for _, source in steps] == [steps[0][1], *asked.references[:-1]]
+    assert f"5 variables are assigned the value {steps[0][1]}" in asked.answer_prefix
+    assert "variables are assigned" in asked.before  # the solved one in front
+    for size in range(9):  # in order among few sentences too
+        case = chain(random.Random(size), 5)
+        assert [name for name, _ in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", case.build(size))] == case.references
     (common,) = examples("ruler-cwe", setting, 1, LENGTH)
     counts = Counter(re.findall(r"\d+\. (\S+)", common.context)).most_common()
     assert {word for word, _ in counts[:10]} == set(common.references)

@@ -271,8 +271,10 @@ def test_retrieval_may_be_held_to_the_local_budget(llm: FocusLLM) -> None:
     method = build_method("retrieval:passage=8,to=local", llm)
     chosen = method.choose(method.prompt(LONG), method.size - LONG.max_new_tokens)
     assert len(chosen) + LONG.max_new_tokens <= llm.config.local_length == method.size
-    assert method.loss(loss_example(400, labels=12))[0] > 0
-    assert len(method.choose_text(loss_example(400, labels=12))) <= llm.config.local_length + 1
+    text = loss_example(400, labels=12)
+    chosen_text = method.choose_text(text)
+    assert len(chosen_text) <= llm.config.local_length + 1
+    assert tuple(chosen_text[-13:]) == text.text_ids[-13:]
 
 
 def test_retrieval_searches_text_without_spaces(llm: FocusLLM) -> None:

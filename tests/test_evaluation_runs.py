@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -73,7 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model_folder: Path, setting: Set
     assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     lines = [json.loads(line) for line in (broken / "examples.jsonl").read_text().splitlines()]
     keys = [(line["task"], line["length"], line["method"], line["id"]) for line in lines]
-    assert len(set(keys)) == len(keys) == 22  # 2 tasks, 2 lengths, 3 methods, 2 examples; at 700 full skips
+    assert len(set(keys)) == len(keys) == 20  # 2 tasks, 2 lengths, 3 methods, 2 examples; full does not fit at 700
 
 
 def plan_for(setting: Setting, **changes: Any) -> Plan:
@@ -290,15 +291,37 @@ def test_another_machine_goes_on_and_is_named(
 ) -> None:
     plan = plan_for(setting, methods=("full",), lengths=(200, 520), limit=1)
     first = evaluate(plan, small, tmp_path / "run")
-    assert "later_machines" not in first
     monkeypatch.setattr(runner, "machine", lambda _: {"processor": "another"})
+    assert evaluate(plan, small, tmp_path / "run") == first  # which measures nothing
     monkeypatch.setattr(type(build("full", small)), "fits", lambda *_: None)  # what did not fit there may fit here
     second = evaluate(plan, small, tmp_path / "run")
     assert second["machine"] == first["machine"]
-    assert second["later_machines"] == [{"processor": "another"}]
     assert [cell["skipped"] for cell in first["results"]] == [0, 1]
     assert [cell["skipped"] for cell in second["results"]] == [0, 0]
-    assert evaluate(plan, small, tmp_path / "run") == second
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    assert [cell["examples"][0]["processor"] for cell in timings] == [first["machine"]["processor"], "another"]
+    assert "another" in differences([tmp_path / "run", run_beside(plan, small, tmp_path, monkeypatch)])["passkey"]
+
+
+def run_beside(plan: Plan, llm: FocusLLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(runner, "machine", lambda _: {"processor": "a third"})
+    evaluate(plan, llm, folder / "beside")
+    return folder / "beside"
+
+
+def test_packages_that_are_installed_later_do_not_end_a_run(
+    small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(setting, methods=("streaming",), lengths=(200,), limit=1)
+    versions = runner._versions()
+    without = {name: number for name, number in versions.items() if name != "bm25s"}
+    monkeypatch.setattr(runner, "_versions", lambda: without)
+    evaluate(plan, small, tmp_path / "run")
+    monkeypatch.setattr(runner, "_versions", lambda: versions)
+    evaluate(plan, small, tmp_path / "run")
+    monkeypatch.setattr(runner, "_versions", lambda: {**versions, "torch": "1.0"})
+    with pytest.raises(ConfigError, match=r"holds a run with versions\.torch"):
+        evaluate(plan, small, tmp_path / "run")
 
 
 def test_rows_that_are_left_out_are_in_the_results(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
@@ -316,6 +339,15 @@ def test_an_error_of_perplexity_is_the_spread_over_texts() -> None:
     found = runner.summarise("perplexity", lines)
     assert found["value"] == pytest.approx(math.exp(2.5))
     assert found["standard_error"] == pytest.approx(math.exp(2.5) * 0.5 / math.sqrt(3))  # losses 2, 3 and 2.5
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("lst", "list"), ("reprot", "report"), ("raport", "report")])
+def test_a_mistyped_command_is_no_task(typed: str, meant: str, focusllm: Any) -> None:
+    code, _, err = focusllm("eval", typed)
+    assert code == 2
+    assert f"there is no task {typed!r}; did you mean `focusllm eval {meant}`?" in err
+    for name in tasks.registry():  # and no task is taken for a command
+        assert not difflib.get_close_matches(name, ["run", "list", "report"], cutoff=0.7)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -351,16 +383,31 @@ def test_what_runs_of_a_task_differ_in_is_said(small: FocusLLM, setting: Setting
     for name, changes in (
         ("first", {}),
         ("like it", {"methods": ("focus",)}),
-        ("other", {"methods": ("focus",), "seed": 7, "limit": 1, "lengths": (300,)}),
+        ("Other", {"methods": ("focus",), "seed": 7, "limit": 1, "lengths": (300,)}),
         ("apart", {"tasks": ("needle",), "seed": 9}),
     ):
         evaluate(plan_for(setting, **{"lengths": (200,), "methods": ("streaming",)} | changes), small, tmp_path / name)
     assert differences([tmp_path / "first", tmp_path / "like it", tmp_path / "apart"]) == {}
-    said = differences([tmp_path / "first", tmp_path / "other", tmp_path / "apart"])
-    assert said == {"passkey": "the runs differ in seed (first: 0; other: 7), limit (first: 2; other: 1)."}
-    write_report([tmp_path / "first", tmp_path / "other"], tmp_path / "report")
+    said = differences([tmp_path / "first", tmp_path / "Other", tmp_path / "apart"])
+    assert said == {"passkey": "the runs differ in seed (first: 0; Other: 7), limit (first: 2; Other: 1)."}
+    write_report([tmp_path / "first", tmp_path / "Other"], tmp_path / "report")
     for page in ("overview.md", "report.html"):
-        assert "runs differ in seed (first: 0; other: 7)" in (tmp_path / "report" / page).read_text()
+        assert "runs differ in seed (first: 0; Other: 7)" in (tmp_path / "report" / page).read_text()
+    for name, lengths in (("short", (300,)), ("long", (300, 2000))):  # whose texts of 300 tokens are others
+        evaluate(
+            plan_for(setting, tasks=("perplexity",), methods=("streaming",), lengths=lengths), small, tmp_path / name
+        )
+    said = differences([tmp_path / "short", tmp_path / "long"])
+    assert said == {"perplexity": "the runs differ in greatest length (short: 300; long: 2000)."}
+
+
+def test_a_run_without_a_digest_of_weights_is_not_told_apart(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        evaluate(plan_for(setting, lengths=(200,), methods=("streaming",), limit=1), small, tmp_path / name)
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    for weights, expected in ((None, {}), ("f" * 16, {"passkey"})):
+        (tmp_path / "first" / "results.json").write_text(json.dumps(results | {"weights": weights}))
+        assert set(differences([tmp_path / "first", tmp_path / "second"])) == set(expected)
 
 
 def test_seconds_of_first_and_later_questions(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:

@@ -57,8 +57,10 @@ def test_the_authors_passkey_has_the_task_beside_the_question(setting: Setting) 
             f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
         )
         assert line
-        assert (front + behind).count("The grass is green. The sky is blue.") > 20
-        assert all(f"{text}There and ".startswith("The grass is green. ") for text in (front, behind) if len(text) > 20)
+        sentences = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+        for text in (front, behind):
+            assert " ".join([sentences] * 40).startswith(text)
+        assert len(front) / len(front + behind) == pytest.approx(example.meta["depth"], abs=0.01)
         assert example.after.startswith("\nThere is an important info")
         assert example.after.endswith("What is the pass key? The pass key is")
         assert task.score(f" {key}", example) == 1

@@ -156,6 +156,6 @@ def _show_results(folders: list[Path]) -> None:
         console.print(table)
         for row in mine.values():
             if row.left_out:
-                console.print(row.left_out)
+                console.print(row.left_out, markup=False)
     for task, sentence in differences(folders).items():
-        console.print(f"{task}: {sentence}")
+        console.print(f"{task}: {sentence}", markup=False)

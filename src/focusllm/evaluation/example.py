@@ -95,7 +95,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.notes: dict[str, None] = {}
-        """What is to be known about the data, as results keep it; to be emptied between tasks."""
+        """What is to be known about the data, as results keep it; the runner empties it."""
         self._said: set[str] = set()
 
     def warn(self, message: str) -> None:

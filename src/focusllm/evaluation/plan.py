@@ -89,6 +89,7 @@ class Plan:
             try:
                 example = next(made, None)
             except LengthError as error:
+                setting.warn(f"left out: {error}")
                 impossible = error
                 continue
             if example is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from focusllm.errors import ConfigError, DocumentError
+from focusllm.evaluation import tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,8 +76,12 @@ class Row:
             return "-"
         some = f" ({self.examples} of {self.examples + self.skipped})" if self.skipped else ""
         scale, places = (1, 2) if self.is_loss else (100, 1)
-        error = f" ± {scale * self.standard_error:,.{places}f}" if self.standard_error else ""  # none of equal scores
+        error = f" ± {scale * self.standard_error:,.{places}f}" if self.standard_error else ""  # equal scores have none
         return f"{scale * self.value:,.{places}f}{error}{some}"
+
+
+Runs = dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]
+"""Results and timings of runs, by the runs' names."""
 
 
 def load(folders: Sequence[Path]) -> list[Row]:
@@ -85,36 +90,46 @@ def load(folders: Sequence[Path]) -> list[Row]:
     Raises:
         ConfigError: no folders. DocumentError: a folder without finished results.
     """
+    return _rows_of(_read(folders))
+
+
+def differences(folders: Sequence[Path]) -> dict[str, str]:
+    """By task, in what the runs that have it differ besides method and adapter: a sentence. Of the others nothing.
+
+    Raises:
+        ConfigError, DocumentError: as `load`.
+    """
+    return _differences(_read(folders))
+
+
+def _read(folders: Sequence[Path]) -> Runs:
+    """Runs by the names of their folders, or by their paths where names are alike."""
     if not folders:
         raise ConfigError("no runs are named; give the folders that `focusllm eval ... --output` has written.")
+    names, runs = Counter(folder.name for folder in folders), {}
+    for folder in folders:
+        try:
+            found = [json.loads((folder / name).read_text()) for name in ("results.json", "timings.json")]
+        except OSError as error:
+            raise DocumentError(f"{folder} has no results; repeat the run's command until it is finished.") from error
+        except ValueError as error:
+            raise DocumentError(f"the results in {folder} are damaged ({error}); repeat the run's command.") from error
+        runs[folder.name if names[folder.name] == 1 else str(folder)] = (found[0], found[1])
+    return runs
+
+
+def _rows_of(runs: Runs) -> list[Row]:
     rows, ways, versions = list[Row](), list[str](), list[int]()
-    for name, folder in _named(folders).items():
-        results, timings = _content(folder)
+    for name, (results, timings) in runs.items():
         try:
             rows += _rows(name, results, timings)
             ways += [_way(results, cell["method"]) for cell in results["results"]]
             versions += [results["plan"]["task_versions"][cell["task"]] for cell in results["results"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise DocumentError(
-                f"the results in {folder} are not those of a run ({type(error).__name__}: {error}); repeat its command."
+                f"the results of {name} are not those of a run ({type(error).__name__}: {error}); repeat its command."
             ) from error
     return _told_apart(rows, ways, versions)
-
-
-def _named(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders by their names, or by their paths where names are alike."""
-    names = Counter(folder.name for folder in folders)
-    return {folder.name if names[folder.name] == 1 else str(folder): folder for folder in folders}
-
-
-def _content(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A run's results and timings."""
-    try:
-        return json.loads((folder / "results.json").read_text()), json.loads((folder / "timings.json").read_text())
-    except OSError as error:
-        raise DocumentError(f"{folder} has no results; repeat the run's command until it is finished.") from error
-    except ValueError as error:
-        raise DocumentError(f"the results in {folder} are damaged ({error}); repeat the run's command.") from error
 
 
 def _rows(run: str, results: dict[str, Any], timings: list[dict[str, Any]]) -> Iterator[Row]:
@@ -144,41 +159,41 @@ def _rows(run: str, results: dict[str, Any], timings: list[dict[str, Any]]) -> I
         )
 
 
-def differences(folders: Sequence[Path]) -> dict[str, str]:
-    """By task, in what the runs that have it differ besides method and adapter: a sentence. Of the others nothing.
-
-    Raises:
-        DocumentError: as `load`.
-    """
+def _differences(runs: Runs) -> dict[str, str]:
     found = {}
-    runs = {name: _content(folder)[0] for name, folder in _named(folders).items()}
-    for task in dict.fromkeys(name for results in runs.values() for name in results["plan"]["tasks"]):
-        facts = {name: _facts(results, task) for name, results in runs.items() if task in results["plan"]["tasks"]}
+    for task in dict.fromkeys(name for results, _ in runs.values() for name in results["plan"]["tasks"]):
+        facts = {name: _facts(*run, task) for name, run in runs.items() if task in run[0]["plan"]["tasks"]}
         parts = []
         for fact in next(iter(facts.values())):
             values = {name: of_run[fact] for name, of_run in facts.items()}
-            if len(set(values.values())) > 1:
+            if None not in values.values() and len(set(values.values())) > 1:
                 parts.append(f"{fact} ({'; '.join(f'{name}: {value}' for name, value in values.items())})")
         if parts:
             found[task] = f"the runs differ in {', '.join(parts)}."
     return found
 
 
-def _facts(results: dict[str, Any], task: str) -> dict[str, str]:
-    """What must be equal for numbers of two runs to be compared."""
-    plan, inputs = results["plan"], results.get("inputs", {})
+def _facts(results: dict[str, Any], timings: list[dict[str, Any]], task: str) -> dict[str, str | None]:
+    """What must be equal for numbers of two runs to be compared; None: it is not known."""
+    plan, inputs, about = results["plan"], results["inputs"], tasks.registry().get(task)
+    needs = about.needs if about is not None else "text and files"
+    measured = [cell for cell in timings if cell["task"] == task]
+    processors = {each.get("processor") for cell in measured for each in cell["examples"]} - {None}
     facts = {
-        "model": f"{results.get('model')} {results.get('weights', '')}",
-        "type": results.get("dtype"),
-        "machine": results.get("machine", {}).get("processor"),
+        "model": results["model"],
+        "weights": results.get("weights"),
+        "type": results["dtype"],
+        "processor": ", ".join(sorted(processors or {results["machine"]["processor"]})),
         "version of the task": plan["task_versions"][task],
-        "text": f"{plan.get('text')} {inputs.get('text')}",
-        "data": f"{plan.get('data')} {inputs.get('data')}",
-        "seed": plan.get("seed"),
-        "limit": plan.get("limit"),
-        "local budget": results.get("settings", {}).get("local_length"),
+        "text": inputs["text"] or plan["text"] or "none" if "text" in needs else "any",
+        "data": inputs["data"] or plan["data"] or "none" if "data" in needs or "files" in needs else "any",
+        "seed": plan["seed"],
+        "limit": plan["limit"],
+        "local budget": results["settings"]["local_length"],
     }
-    return {name: str(value).strip() for name, value in facts.items()}
+    if about is not None and about.metric == "perplexity":
+        facts["greatest length"] = max(plan["lengths"])  # it says which texts are taken
+    return {name: None if value is None else str(value) for name, value in facts.items()}
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -187,7 +202,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     Raises:
         ConfigError, DocumentError: as `load`; or matplotlib is not installed.
     """
-    rows, differ = load(folders), differences(folders)
+    runs = _read(folders)
+    rows, differ = _rows_of(runs), _differences(runs)
     output.mkdir(parents=True, exist_ok=True)
     paths, parts = [output / "report.html", output / "overview.md"], [_as_html(overview(rows))]
     notes = "".join(f"\n{task}: {sentence}\n" for task, sentence in differ.items())
@@ -195,16 +211,17 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
         parts.append(f"<h2>{html.escape(task)}</h2>\n{table(mine)}")
-        said = [differ[task].capitalize()] if task in differ else []
-        said += dict.fromkeys(note for folder in folders for note in _content(folder)[0].get("notes", {}).get(task, ()))
+        said = [f"Note: {differ[task]}"] if task in differ else []
+        for results, _ in runs.values():
+            said += [note for note in results.get("notes", {}).get(task, ()) if note not in said]
         if said:
             parts.append(f'<p class="note">{"<br>".join(map(html.escape, said))}</p>')
         for name, figure in figures(mine):
             paths.append(output / f"{task}-{name}.png")
             figure.savefig(paths[-1], dpi=150)
             parts.append(_inline(figure, f"{task}: {name.replace('-', ' ')}"))
-    runs = "".join(f"<h3>{html.escape(folder.name)}</h3>\n{_about(folder)}" for folder in folders)
-    body = "\n".join([*parts, "<h2>Runs</h2>", runs])
+    about = "".join(f"<h3>{html.escape(name)}</h3>\n{_about(results)}" for name, (results, _) in runs.items())
+    body = "\n".join([*parts, "<h2>Runs</h2>", about])
     paths[0].write_text(
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>FocusLLM evaluation</title>\n'
         f"<style>{STYLE}</style>\n<h1>FocusLLM evaluation</h1>\n{body}\n</html>\n",
@@ -253,7 +270,7 @@ def table(rows: Sequence[Row]) -> str:
             if row.known:
                 where = f"at {row.length:,} tokens" if row.length else "at its own lengths"
                 notes.append(f"{method}, {where}: {row.known:.0%} of the chunks needed no reading.")
-            if row.first_seconds is not None and row.later_seconds is not None:
+            if row.known is not None and row.first_seconds is not None and row.later_seconds is not None:
                 notes.append(
                     f"{method}{f', {row.length:,} tokens' if row.length else ''}: {row.first_seconds:.1f} s for a "
                     f"document's first question, {row.later_seconds:.1f} s for later ones."
@@ -346,9 +363,8 @@ def _inline(figure: Figure, title: str) -> str:
     return f'<p><img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}"></p>'
 
 
-def _about(folder: Path) -> str:
-    results = json.loads((folder / "results.json").read_text())
-    facts = {name: value for name, value in results.items() if name not in ("results", "examples")}
+def _about(results: dict[str, Any]) -> str:
+    facts = {name: value for name, value in results.items() if name not in ("results", "examples", "notes")}
     lines = []
     for name, value in facts.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
@@ -388,15 +404,15 @@ def _by_depth(lines: Sequence[dict[str, Any]]) -> dict[float, float]:
 
 
 def _by_question(lines: Sequence[dict[str, Any]], timed: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
-    """Mean seconds of the first and of the later questions on documents that several share."""
+    """Mean seconds of the first and of the later questions on documents that several share (None: there are none)."""
     seconds = {line["id"]: line["seconds"] for line in timed}
-    asked: dict[str, list[float]] = {}
+    asked: dict[str, list[float | None]] = {}
     for line in lines:
-        if "document" in line["meta"] and line["id"] in seconds:
-            asked.setdefault(line["meta"]["document"], []).append(seconds[line["id"]])
-    first = [times[0] for times in asked.values() if len(times) > 1]
-    later = [each for times in asked.values() for each in times[1:]]
-    return (sum(first) / len(first), sum(later) / len(later)) if later else (None, None)
+        if "document" in line["meta"]:
+            asked.setdefault(line["meta"]["document"], []).append(seconds.get(line["id"]))
+    first = [times[0] for times in asked.values() if len(times) > 1 and times[0] is not None]
+    later = [each for times in asked.values() for each in times[1:] if each is not None]
+    return (sum(first) / len(first), sum(later) / len(later)) if first and later else (None, None)
 
 
 def _scaled(row: Row) -> float:

@@ -1,11 +1,11 @@
 """One loop over tasks, lengths, methods and examples that may be killed at any moment and goes on when run again.
 
-config.json       what is measured, on which machine; written first. Another configuration is refused; other machines
-                  that go on with it are added
+config.json       what is measured, on which machine; written first. Another configuration is refused
 examples.jsonl    a line for every finished example, appended and flushed; half a line at the end is dropped
 results.json      at the end: configuration, versions, machine, means, and every example with prediction and score.
                   Nothing that a clock or another run could change: byte for byte that of an unbroken run
-timings.json      at the end: seconds, memory and the share of chunks that needed no reading, of the same examples
+timings.json      at the end: seconds, memory, the share of chunks that needed no reading and the processor, of the
+                  same examples
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from focusllm.packed import packed_bytes
 
 OWN_LENGTH = 8192
 """What an example of a task with own lengths counts for in the progress."""
-PACKAGES = ("torch", "transformers", "tokenizers", "bm25s", "rouge", "rouge-score", "jieba", "wonderwords", "datasets")
+PACKAGES = ("torch", "transformers", "tokenizers", "bm25s", "rouge", "rouge-score", "jieba", "wonderwords")
 """What numbers depend on, as far as it is installed."""
 TIMINGS = ("seconds", "first_token_seconds", "peak_memory", "known_chunks")
+MOST_NOTES = 10
 Report = Callable[[str, float, float], None]
 """Called with (what is measured, tokens done, tokens in all)."""
 Line = dict[str, Any]
@@ -66,14 +67,12 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
     methods = {spec: build(spec, llm, chunks) for spec in plan.methods}
     plan.check_examples(setting)
     with _only_one(folder):
-        config, moved = _settled(folder / "config.json", _config(plan, llm, folder, methods), llm)
+        config = _settled(folder / "config.json", _config(plan, llm, folder, methods), llm)
         total = sum(_weight(cell, plan) for cell in plan.cells)
         lines: dict[Cell, list[Line]] = {}
         notes: dict[str, list[str]] = {}
         before = 0.0
         with closing(_Log(folder / "examples.jsonl")) as log:
-            if moved:  # what one machine had no memory for may fit here
-                log.known = {key: line for key, line in log.known.items() if "skipped" not in line}
             for cell in plan.cells:
                 title = f"{cell.task} {f'{cell.length:,} ' if cell.length else ''}{cell.method}"
                 lines[cell] = []
@@ -86,9 +85,9 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
                     report(title, before + min(share, 1) * _weight(cell, plan), total)
                 before += _weight(cell, plan)
                 if setting.notes:
-                    notes[cell.task] = list(setting.notes)
+                    notes[cell.task] = list(dict.fromkeys([*notes.get(cell.task, ()), *setting.notes]))
         report("done", total, total)
-        results = _results({**config, "notes": notes}, plan, lines)
+        results = _results({**config, "notes": {task: _few(said) for task, said in notes.items()}}, plan, lines)
         _write(folder / "results.json", results)
         _write(folder / "timings.json", [_timing(cell, made) for cell, made in lines.items()])
     return results
@@ -98,23 +97,26 @@ def _cell(cell: Cell, plan: Plan, method: Method, setting: Setting, log: _Log) -
     """The lines of a cell, from the log or measured now. A length that the method cannot hold ends it."""
     task = plan.task(cell.task)
     of_cell = {"task": cell.task, "length": cell.length, "method": cell.method}
+    processor = machine(method.base.device)["processor"]
     try:
         for example in task.examples(cell.length, plan.limit, setting):
+            of_example = {**of_cell, "id": example.id}
+            reason = method.fits(method.num_tokens(example))
+            if reason is not None:  # found out anew every time: it is quick, and another machine may have more memory
+                yield {**of_example, "skipped": reason, "meta": example.meta}
+                if task.has_own_lengths:
+                    continue
+                return
             line = log.known.get((cell.task, cell.length, cell.method, example.id))
             if line is None:
-                line = {**of_cell, "id": example.id, **_measure(task, method, example)}
+                line = {**of_example, **_measure(task, method, example), "processor": processor}
                 log.append(line)
             yield line
-            if "skipped" in line and not task.has_own_lengths and method.fits(method.num_tokens(example)) is not None:
-                return
     except LengthError as error:
         yield {**of_cell, "id": "", "skipped": str(error).rstrip("."), "meta": {}}
 
 
 def _measure(task: Any, method: Method, example: Example | LossExample) -> Line:
-    reason = method.fits(method.num_tokens(example))
-    if reason is not None:
-        return {"skipped": reason, "meta": example.meta}
     device, chunks = method.base.device, method.chunks
     forget_peak_memory(device)
     asked, read = chunks.num_asked, chunks.num_read
@@ -153,8 +155,14 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _results(config: dict[str, Any], plan: Plan, lines: dict[Cell, list[Line]]) -> dict[str, Any]:
     cells = [{**asdict(cell), **summarise(plan.task(cell.task).metric, made)} for cell, made in lines.items()]
-    kept = [{name: line[name] for name in line if name not in TIMINGS} for made in lines.values() for line in made]
+    apart = (*TIMINGS, "processor")
+    kept = [{name: line[name] for name in line if name not in apart} for made in lines.values() for line in made]
     return {**config, "results": cells, "examples": kept}
+
+
+def _few(notes: list[str]) -> list[str]:
+    """The first ones and the last one, which counts them."""
+    return notes if len(notes) <= MOST_NOTES else [*notes[: MOST_NOTES - 2], "...", notes[-1]]
 
 
 def summarise(metric: str, lines: Sequence[Line]) -> dict[str, Any]:
@@ -182,7 +190,8 @@ def summarise(metric: str, lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _timing(cell: Cell, lines: Sequence[Line]) -> dict[str, Any]:
-    timed = [{name: line[name] for name in ("id", *TIMINGS) if name in line} for line in lines if "seconds" in line]
+    told = ("id", *TIMINGS, "processor")
+    timed = [{name: line[name] for name in told if name in line} for line in lines if "seconds" in line]
     means = {}
     for name in TIMINGS:
         found = [line[name] for line in timed if name in line]
@@ -216,12 +225,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _base_digest(llm: FocusLLM) -> str:
-    """Sixteen hexadecimal digits of the base model's settings and weights, and of what its tokenizer makes of text."""
+def _base_digest(llm: FocusLLM) -> str | None:
+    """Sixteen hexadecimal digits of the base model's settings and parameters, its vocabulary and chat template; None:
+    parameters are of a kind that cannot be looked at.
+    """
     digest = xxhash.xxh3_128()
-    add_model(digest, llm.model.base)
+    try:
+        add_model(digest, llm.model.base)
+    except (NotImplementedError, RuntimeError):
+        return None
     words = sorted(llm.tokenizer.get_vocab().items())
-    digest.update(json.dumps([words, llm.tokenizer.chat_template]).encode())
+    digest.update(repr((words, getattr(llm.tokenizer, "chat_template", None))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -250,34 +264,28 @@ def _digest(llm: FocusLLM) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _settled(path: Path, config: dict[str, Any], llm: FocusLLM) -> tuple[dict[str, Any], bool]:
-    """The folder's configuration with its machines, written if there is none, and whether this machine is a new one.
+def _settled(path: Path, config: dict[str, Any], llm: FocusLLM) -> dict[str, Any]:
+    """The folder's configuration with the machine that it was begun on; written if there is none.
 
     Raises:
         ConfigError: it is another one.
     """
-    here = machine(llm.model.device)
     if not path.exists():
-        config = {**config, "machine": here}
+        config = {**config, "machine": machine(llm.model.device)}
         _write(path, config)
-        return config, False
+        return config
     try:
         old: dict[str, Any] = json.loads(path.read_text())
         before, now = _flat(old), _flat(config)
     except (ValueError, AttributeError) as error:
         raise DocumentError(f"{path} is damaged ({error}); choose another --output.") from error
-    for name in {**now, **before}:  # what was asked for first
-        if before.get(name) != now.get(name) and not name.startswith(("machine.", "later_machines")):
+    for name in now:  # not what only one of them has: a package that was installed since, say
+        if name in before and before[name] != now[name]:
             raise ConfigError(
-                f"{path.parent} holds a run with {name} {before.get(name)!r}, and this one has {now.get(name)!r}; "
+                f"{path.parent} holds a run with {name} {before[name]!r}, and this one has {now[name]!r}; "
                 f"choose another --output, or repeat that run's command to go on with it."
             )
-    machines = [old.get("machine"), *old.get("later_machines", ())]
-    if here == machines[-1]:
-        return old, False
-    old = {**old, "later_machines": [*machines[1:], here]}
-    _write(path, old)
-    return old, True
+    return old
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,8 +2,9 @@
 (`to=base`, the default) or in the local budget (`to=local`).
 
 Neighbouring passages share half of their tokens, so that what is no longer than that is whole in one of them. Searched
-with the question; for losses with the last tokens of the given text, as many as the local budget holds. Words are those
-of bm25s, and single Chinese, Japanese and Korean characters. Where no passage has any of them, the first are taken.
+with the question (what stands behind the text); for losses with the last tokens of the given text, as many as the local
+budget holds, or half of it if all is to fit there. Words are those of bm25s, and single Chinese, Japanese and Korean
+characters. Where no passage has any of them, the first are taken.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SnapKV (arXiv 2404.14469): the whole prompt is read; then every head keeps what the prompt's end attends to.
 
 A key-value head scores an earlier token by the attention that the last `window` tokens pay it, a mean over them and the
-query heads that share the head, smoothed over neighbours. As many are kept as make up the local budget with the window,
-at their true positions; what is read or generated afterwards is added.
+query heads that share the head (as kvpress does for models with such heads), smoothed over neighbours. As many are kept
+as make up the local budget with the window, at their true positions; what is read or generated afterwards is added.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from focusllm.focus import local_pass
 from focusllm.kv import KV, Segment, concat
 
 NEIGHBOURS = 5
-"""Scores are means over so many tokens, as in the paper's ablations: so what is kept are pieces of text."""
+"""Scores are means over so many tokens, as in the authors' code, so that what is kept are pieces of text."""
 
 
 class SnapKV(Full):

@@ -82,7 +82,13 @@ class Babilong(Prompted):
             *(f"{folder}{self.about['file']}" for folder in ("babilong/", "babi/", "en/", ""))
         )
         if path is None:
-            yield from islice(self._from_hub(length, setting), limit)
+            for example in islice(self._from_hub(length, setting), limit):
+                given += 1
+                yield example
+            if not given:
+                raise LengthError(
+                    f"{self.name} at {length} tokens: no text on the hub is so short; use another length."
+                )
             return
         questions = list(usable(entries(path), Story().read, warn or setting.warn))
         for index in setting.rng(self.name).permutation(len(questions)):

@@ -2,11 +2,11 @@
 
 perplexity           the last 256 tokens of a text of the given length (FocusLLM, arXiv 2408.11745, section 4.2). Texts
                      end at the end of a document and every 4096 tokens before it
-sliding-perplexity   a window of the given length that slides by 256 tokens from the beginning of a document, each time
-                     with the 256 new ones as labels (Press et al., arXiv 2108.12409, appendix B)
+sliding-perplexity   a window of the given length that slides by 256 tokens, each time with the 256 new ones as labels,
+                     until the end of the document (Press et al., arXiv 2108.12409, appendix B)
 
-All lengths of a run have the same labels: documents and ends are those of the longest texts that there are. No token is
-put in front of a text.
+All lengths of a run have the same labels, those of its greatest length that a document has: texts of that length begin
+at a document's beginning and later, shorter ones are their ends. No token is put in front of a text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Perplexity(Task):
 
 
 class SlidingPerplexity(Perplexity):
-    """Every token is a label once, those of the first window excepted."""
+    """Every token behind the first of the longest windows is a label once."""
 
     name = "sliding-perplexity"
 
@@ -52,10 +52,10 @@ class SlidingPerplexity(Perplexity):
 
 
 def greatest(length: int, setting: Setting) -> int:
-    """The greatest length of the run, this one at least, that a document has.
+    """The greatest length of the run that a document has, or this one.
 
     Raises:
-        LengthError: not even this one. DocumentError: no text is given.
+        DocumentError: no text is given.
     """
     for longer in sorted((other for other in setting.lengths if other > length), reverse=True):
         try:

@@ -164,6 +164,7 @@ def chain(draw: random.Random, name_length: int) -> Case:
 
     def build(size: int) -> str:
         places = sorted(random.Random(seed).sample(range(max(size, NUM_HOPS + 1)), k=NUM_HOPS + 1))
+        places = [min(place, size) for place in places]  # of fewer sentences than steps, in order at the end
         return "\n".join(spread([NOISE] * size, [f"VAR {first} = {value}", *steps], places))
 
     return Case({"query": value, "count": str(NUM_HOPS + 1)}, list(names), build)
