@@ -25,7 +25,7 @@ from focusllm.evaluation.example import Setting
 from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Plan
-from focusllm.evaluation.report import differences, load, write_report
+from focusllm.evaluation.report import by_sentence, differences, load, write_report
 from focusllm.evaluation.runner import evaluate
 from focusllm.options import parse_lengths
 
@@ -383,11 +383,13 @@ def test_what_runs_of_a_task_differ_in_is_said(small: FocusLLM, setting: Setting
     for name, changes in (
         ("first", {}),
         ("like it", {"methods": ("focus",)}),
-        ("Other", {"methods": ("focus",), "seed": 7, "limit": 1, "lengths": (300,)}),
+        ("Other", {"methods": ("focus",), "seed": 7, "limit": 1, "lengths": (200, 300)}),
+        ("longer", {"methods": ("focus",), "limit": 1, "lengths": (300,)}),
         ("apart", {"tasks": ("needle",), "seed": 9}),
     ):
         evaluate(plan_for(setting, **{"lengths": (200,), "methods": ("streaming",)} | changes), small, tmp_path / name)
-    assert differences([tmp_path / "first", tmp_path / "like it", tmp_path / "apart"]) == {}
+    assert differences([tmp_path / name for name in ("first", "like it", "longer", "apart")]) == {}
+    assert by_sentence({"a": "x.", "b": "y.", "c": "x."}) == ["a, c: x.", "b: y."]
     said = differences([tmp_path / "first", tmp_path / "Other", tmp_path / "apart"])
     assert said == {"passkey": "the runs differ in seed (first: 0; Other: 7), limit (first: 2; Other: 1)."}
     write_report([tmp_path / "first", tmp_path / "Other"], tmp_path / "report")

@@ -140,7 +140,7 @@ def _show_results(folders: list[Path]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from focusllm.evaluation.report import differences
+    from focusllm.evaluation.report import by_sentence, differences
     from focusllm.evaluation.report import load as load_runs
 
     rows, console = load_runs(folders), Console()
@@ -157,5 +157,5 @@ def _show_results(folders: list[Path]) -> None:
         for row in mine.values():
             if row.left_out:
                 console.print(row.left_out, markup=False)
-    for task, sentence in differences(folders).items():
-        console.print(f"{task}: {sentence}", markup=False)
+    for line in by_sentence(differences(folders)):
+        console.print(line, markup=False)

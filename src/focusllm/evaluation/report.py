@@ -163,14 +163,29 @@ def _differences(runs: Runs) -> dict[str, str]:
     found = {}
     for task in dict.fromkeys(name for results, _ in runs.values() for name in results["plan"]["tasks"]):
         facts = {name: _facts(*run, task) for name, run in runs.items() if task in run[0]["plan"]["tasks"]}
+        lengths = [length for name in facts for length in _lengths(runs[name][0], task)]
         parts = []
         for fact in next(iter(facts.values())):
             values = {name: of_run[fact] for name, of_run in facts.items()}
+            if fact == "limit" and len(lengths) == len(set(lengths)):
+                continue  # the examples of other lengths are others anyway
             if None not in values.values() and len(set(values.values())) > 1:
                 parts.append(f"{fact} ({'; '.join(f'{name}: {value}' for name, value in values.items())})")
         if parts:
             found[task] = f"the runs differ in {', '.join(parts)}."
     return found
+
+
+def _lengths(results: dict[str, Any], task: str) -> set[int | None]:
+    return {cell["length"] for cell in results["results"] if cell["task"] == task}
+
+
+def by_sentence(differ: dict[str, str]) -> list[str]:
+    """Differences as lines of text, tasks of which the same is said together."""
+    tasks_of: dict[str, list[str]] = {}
+    for task, sentence in differ.items():
+        tasks_of.setdefault(sentence, []).append(task)
+    return [f"{', '.join(named)}: {sentence}" for sentence, named in tasks_of.items()]
 
 
 def _facts(results: dict[str, Any], timings: list[dict[str, Any]], task: str) -> dict[str, str | None]:
@@ -206,7 +221,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     rows, differ = _rows_of(runs), _differences(runs)
     output.mkdir(parents=True, exist_ok=True)
     paths, parts = [output / "report.html", output / "overview.md"], [_as_html(overview(rows))]
-    notes = "".join(f"\n{task}: {sentence}\n" for task, sentence in differ.items())
+    notes = "".join(f"\n{line}\n" for line in by_sentence(differ))
     paths[1].write_text(_as_markdown(overview(rows)) + notes, encoding="utf-8")
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
