@@ -163,21 +163,21 @@ def _differences(runs: Runs) -> dict[str, str]:
     found = {}
     for task in dict.fromkeys(name for results, _ in runs.values() for name in results["plan"]["tasks"]):
         facts = {name: _facts(*run, task) for name, run in runs.items() if task in run[0]["plan"]["tasks"]}
-        lengths = [length for name in facts for length in _lengths(runs[name][0], task)]
+        limits: dict[int | None, set[str | None]] = {}
+        for name, of_run in facts.items():
+            for cell in runs[name][0]["results"]:
+                if cell["task"] == task:
+                    limits.setdefault(cell["length"], set()).add(of_run["limit"])
         parts = []
         for fact in next(iter(facts.values())):
             values = {name: of_run[fact] for name, of_run in facts.items()}
-            if fact == "limit" and len(lengths) == len(set(lengths)):
+            if fact == "limit" and all(len(of_length) == 1 for of_length in limits.values()):
                 continue  # the examples of other lengths are others anyway
             if None not in values.values() and len(set(values.values())) > 1:
                 parts.append(f"{fact} ({'; '.join(f'{name}: {value}' for name, value in values.items())})")
         if parts:
             found[task] = f"the runs differ in {', '.join(parts)}."
     return found
-
-
-def _lengths(results: dict[str, Any], task: str) -> set[int | None]:
-    return {cell["length"] for cell in results["results"] if cell["task"] == task}
 
 
 def by_sentence(differ: dict[str, str]) -> list[str]:
