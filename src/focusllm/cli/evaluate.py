@@ -70,7 +70,7 @@ def evaluate(
     )
     chosen = {**focus.given(), **dict(map(parse_setting, settings or []))}
     make_folder(output)
-    llm = load(model, chosen, quiet=as_json)
+    llm = load(model, chosen, quiet=as_json, needs_candidates=any(name.startswith("focus") for name in methods))
     with calm_libraries(), evaluation_progress(as_json) as report:
         from focusllm.evaluation.runner import evaluate as run_evaluation
 

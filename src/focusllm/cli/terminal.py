@@ -24,13 +24,13 @@ def notify(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def load(options: ModelOptions, settings: dict[str, Any], quiet: bool) -> FocusLLM:
-    """The model with its settings; says so if its candidates are untrained."""
+def load(options: ModelOptions, settings: dict[str, Any], quiet: bool, needs_candidates: bool = True) -> FocusLLM:
+    """The model with its settings; says so if its candidates are untrained, and needed."""
     with calm_libraries(), status("Loading the model", quiet):
         from focusllm.llm import FocusLLM
 
         llm = FocusLLM.from_pretrained(**vars(options), notify=notify, **settings)
-    if not llm.has_trained_candidates:
+    if needs_candidates and not llm.has_trained_candidates:
         notify(
             "Note: no trained candidate projections are loaded, so little of the text beyond the local context will "
             "reach the answer (--adapter loads some)."
