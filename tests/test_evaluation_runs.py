@@ -25,7 +25,7 @@ from focusllm.evaluation.example import Setting
 from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Plan
-from focusllm.evaluation.report import by_sentence, differences, load, write_report
+from focusllm.evaluation.report import by_sentence, differences, load, overview, write_report
 from focusllm.evaluation.runner import evaluate
 from focusllm.options import parse_lengths
 
@@ -401,6 +401,18 @@ def test_what_runs_of_a_task_differ_in_is_said(small: FocusLLM, setting: Setting
         )
     said = differences([tmp_path / "short", tmp_path / "long"])
     assert said == {"perplexity": "the runs differ in greatest length (short: 300; long: 2000)."}
+
+
+def test_families_have_a_mean_of_the_methods_that_have_all(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting, methods=("streaming", "full"), lengths=(300, 200)), small, tmp_path / "run")
+    row, other = (row for row in load([tmp_path / "run"]) if row.length == 200)
+    values = {"family-a": 0.5, "family-b": 1.0, "family-c": 0.0}
+    rows = [dataclasses.replace(row, task=task, value=value) for task, value in values.items()]
+    rows += [dataclasses.replace(other, task=task, value=1.0) for task in ("family-a", "family-b", "pair-a", "pair-b")]
+    assert [line for line in overview(rows) if "mean" in line[0]] == [
+        ["family: mean of 3 tasks", "200", "mean", "", "50.0", ""]
+    ]
+    assert [line[1] for line in overview(load([tmp_path / "run"]))[1:]] == ["200", "300"]
 
 
 def test_a_run_without_a_digest_of_weights_is_not_told_apart(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:
 td:first-child,th:first-child{text-align:left}.note{color:#666;font-size:13px}img{max-width:100%}"""
 
 
+LEAST_OF_FAMILY = 3
+"""Tasks of which a mean is shown."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A cell of a run."""
@@ -246,16 +250,42 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
 
 
 def overview(rows: Sequence[Row]) -> list[list[str]]:
-    """All results as a table, its first line the head: a line a task and length, a column a method."""
+    """All results as a table, its first line the head: a line a task and length, a column a method; at the end the
+    means of families of tasks, of methods that have all of them.
+    """
     methods = list(dict.fromkeys(row.method for row in rows))
     lines = [["task", "tokens", "score", "examples", *methods]]
-    for task, length in dict.fromkeys((row.task, row.length) for row in rows):
+    order = list(dict.fromkeys(row.task for row in rows))
+    for task, length in sorted(
+        {(row.task, row.length) for row in rows}, key=lambda at: (order.index(at[0]), at[1] or 0)
+    ):
         cells = {row.method: row for row in rows if (row.task, row.length) == (task, length)}
         first = next(iter(cells.values()))
         shown = [cells[method].shown if method in cells else "" for method in methods]
         counts = sorted({cell.examples for cell in cells.values() if cell.examples})
         count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
         lines.append([task, f"{length:,}" if length else "its own", first.metric, count, *shown])
+    return lines + _means(rows, methods)
+
+
+def _means(rows: Sequence[Row], methods: Sequence[str]) -> list[list[str]]:
+    """A line a family (`ruler` of `ruler-vt` and others) and length."""
+    families: dict[tuple[str, int | None], list[Row]] = {}
+    for row in rows:
+        family, hyphen, _ = row.task.partition("-")
+        if hyphen and not row.is_loss:
+            families.setdefault((family, row.length), []).append(row)
+    lines = []
+    for (family, length), members in families.items():
+        names = {row.task for row in members}
+        if len(names) < LEAST_OF_FAMILY:
+            continue
+        means = []
+        for method in methods:
+            scores = [row.value for row in members if row.method == method and row.value is not None]
+            means.append(f"{100 * sum(scores) / len(scores):.1f}" if len(scores) == len(names) else "")
+        title = f"{family}: mean of {len(names)} tasks"
+        lines.append([title, f"{length:,}" if length else "its own", "mean", "", *means])
     return lines
 
 
