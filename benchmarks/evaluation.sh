@@ -54,7 +54,7 @@ for name in $names; do
     passkey) run $name "$books" "$cheap --method truncate:to=local --method full" passkey --lengths 4k,16k --limit 10 ;;
     passkey-paper) run $name "$books" "$cheap --method full" passkey-paper --lengths 4k,16k --limit 10 ;;
     babilong) run $name "$books" "$cheap --method full" babilong-qa1 babilong-qa2 babilong-qa3 --lengths 4k,16k --limit 5 --data "$data/bench/babi_en" ;;
-    leval) run $name "$books" "$cheap $whole" leval --limit 3 --data "$data/bench/leval" ;;
+    leval) run $name "$books" "$cheap $whole" leval --limit 2 --data "$data/bench/leval" ;;
     longbench) run $name "$books" "$cheap --method truncate" $longbench --limit 1 --data "$data/bench/longbench_v1_mini" ;;
     ruler-16k) run $name "$books" "$cheap --method yarn" $needles --lengths 16k --limit 2 ;;
     perplexity) run $name "$long" "--method streaming --method truncate:to=local --method full $scaled" perplexity $lengths --limit 4 ;;
