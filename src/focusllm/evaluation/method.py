@@ -209,6 +209,26 @@ class WindowMethod(Method):
         return sum_of_losses(logits, ids[0, -example.labels :]), example.labels
 
 
+class ShortenedMethod(WindowMethod):
+    """Texts of any length, cut to the base model's window (`to=base`, the default) or the local budget (`to=local`)."""
+
+    defaults = {"to": "base"}  # noqa: RUF012
+
+    def __init__(self, llm: FocusLLM, chunks: LastText | None = None, **options: Any):
+        super().__init__(llm, chunks, **options)
+        if self.options["to"] not in ("base", "local"):
+            raise ConfigError(f"{self.name}: to is {self.options['to']!r}; it must be base or local.")
+
+    @property
+    def size(self) -> int:
+        """Most tokens that the model is given, the answer included."""
+        return self.window if self.options["to"] == "base" else self.budget
+
+    def fits(self, num_tokens: int) -> str | None:
+        """Always."""
+        return None
+
+
 def sum_of_losses(logits: Tensor, labels: Tensor) -> float:
     """Cross entropies [n, V] x [n] in nats, summed; in float32 whatever the model's type."""
     return float(F.cross_entropy(logits.float(), labels, reduction="sum"))

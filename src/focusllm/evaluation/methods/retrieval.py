@@ -17,7 +17,7 @@ import numpy as np
 
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
-from focusllm.evaluation.method import Prompt, WindowMethod
+from focusllm.evaluation.method import Prompt, ShortenedMethod
 from focusllm.llm import FocusLLM
 
 ONE_BY_ONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -25,18 +25,16 @@ WORDS = rf"(?u)[{ONE_BY_ONE}]|(?:(?![{ONE_BY_ONE}])\w){{2,}}"
 """bm25s's own pattern (two letters or more), but for scripts that put no spaces between words."""
 
 
-class Retrieval(WindowMethod):
+class Retrieval(ShortenedMethod):
     """Passages of `passage` tokens, the best first, as many as fit."""
 
     name = "retrieval"
     version = 2
-    defaults = {"passage": 128, "to": "base"}  # noqa: RUF012
+    defaults = {"passage": 128, **ShortenedMethod.defaults}  # noqa: RUF012
     least = {"passage": 2}  # noqa: RUF012
 
     def __init__(self, llm: FocusLLM, **options: Any):
         super().__init__(llm, **options)
-        if self.options["to"] not in ("base", "local"):
-            raise ConfigError(f"retrieval into {self.options['to']!r} is unknown; it must be base or local.")
         # Where JAX is installed, bm25s imports it, and JAX would take three quarters of a GPU's memory for itself.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
@@ -45,18 +43,9 @@ class Retrieval(WindowMethod):
             raise ConfigError("retrieval needs the package bm25s: pip install 'focusllm[eval]'.") from error
 
     @property
-    def size(self) -> int:
-        """Most tokens that the model is given, the answer included."""
-        return self.window if self.options["to"] == "base" else self.budget
-
-    @property
     def sees(self) -> str:
         """Passages."""
         return f"passages of {self.options['passage']} tokens, {self.size:,} with question, template and answer"
-
-    def fits(self, num_tokens: int) -> str | None:
-        """Always."""
-        return None
 
     def choose(self, prompt: Prompt, room: int) -> list[int]:
         """The prompt with the best passages in the place of its long text."""

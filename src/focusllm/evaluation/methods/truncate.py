@@ -6,38 +6,21 @@ The chat template stays whole. For losses the end of the text is kept, for that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
-from focusllm.evaluation.method import Prompt, WindowMethod
-from focusllm.llm import FocusLLM
+from focusllm.evaluation.method import Prompt, ShortenedMethod
 
 
-class Truncate(WindowMethod):
-    """Into the base model's window (`to=base`, the default) or into the local budget (`to=local`)."""
+class Truncate(ShortenedMethod):
+    """Both ends are kept, whatever they say."""
 
     name = "truncate"
-    defaults = {"to": "base"}  # noqa: RUF012
-
-    def __init__(self, llm: FocusLLM, **options: Any):
-        super().__init__(llm, **options)
-        if self.options["to"] not in ("base", "local"):
-            raise ConfigError(f"truncate to {self.options['to']!r} is unknown; it must be base or local.")
-
-    @property
-    def size(self) -> int:
-        """Most tokens that are kept, the answer included."""
-        return self.window if self.options["to"] == "base" else self.budget
 
     @property
     def sees(self) -> str:
         """Both ends."""
         return f"the first and last tokens, {self.size:,} with template and answer; for losses the last ones"
-
-    def fits(self, num_tokens: int) -> str | None:
-        """Always."""
-        return None
 
     def choose(self, prompt: Prompt, room: int) -> list[int]:
         """The template, and the first and last half of what it leaves room for."""
