@@ -194,7 +194,7 @@ def by_sentence(differ: dict[str, str]) -> list[str]:
 
 def _facts(results: dict[str, Any], timings: list[dict[str, Any]], task: str) -> dict[str, str | None]:
     """What must be equal for numbers of two runs to be compared; None: it is not known."""
-    plan, inputs, about = results["plan"], results["inputs"], tasks.registry().get(task)
+    plan, inputs, about = results["plan"], results.get("inputs", {}), tasks.registry().get(task)
     needs = about.needs if about is not None else "text and files"
     measured = [cell for cell in timings if cell["task"] == task]
     processors = {each.get("processor") for cell in measured for each in cell["examples"]} - {None}
@@ -202,10 +202,10 @@ def _facts(results: dict[str, Any], timings: list[dict[str, Any]], task: str) ->
         "model": results["model"],
         "weights": results.get("weights"),
         "type": results["dtype"],
-        "processor": ", ".join(sorted(processors or {results["machine"]["processor"]})),
+        "processor": ", ".join(sorted(processors or {results.get("machine", {}).get("processor", "unknown")})),
         "version of the task": plan["task_versions"][task],
-        "text": inputs["text"] or plan["text"] or "none" if "text" in needs else "any",
-        "data": inputs["data"] or plan["data"] or "none" if "data" in needs or "files" in needs else "any",
+        "text": inputs.get("text") or plan["text"] or "none" if "text" in needs else "any",
+        "data": inputs.get("data") or plan["data"] or "none" if "data" in needs or "files" in needs else "any",
         "seed": plan["seed"],
         "limit": plan["limit"],
         "local budget": results["settings"]["local_length"],
