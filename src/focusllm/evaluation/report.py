@@ -282,7 +282,9 @@ def _means(rows: Sequence[Row], methods: Sequence[str]) -> list[list[str]]:
             continue
         means = []
         for method in methods:
-            scores = [row.value for row in members if row.method == method and row.value is not None]
+            scores = [
+                row.value for row in members if row.method == method and row.value is not None and not row.skipped
+            ]
             means.append(f"{100 * sum(scores) / len(scores):.1f}" if len(scores) == len(names) else "")
         title = f"{family}: mean of {len(names)} tasks"
         lines.append([title, f"{length:,}" if length else "its own", "mean", "", *means])
