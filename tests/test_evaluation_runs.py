@@ -25,7 +25,8 @@ from focusllm.evaluation.example import Setting
 from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Plan
-from focusllm.evaluation.report import by_sentence, differences, load, overview, write_report
+from focusllm.evaluation.report import overview, write_report
+from focusllm.evaluation.results import by_sentence, differences, load
 from focusllm.evaluation.runner import evaluate
 from focusllm.options import parse_lengths
 

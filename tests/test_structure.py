@@ -69,6 +69,7 @@ ORDER = [
     "evaluation.methods",
     "evaluation.plan",
     "evaluation.runner",
+    "evaluation.results",
     "evaluation.report",
     "bench.plan",
     "bench.measure",
@@ -85,7 +86,8 @@ WITHOUT_TORCH = [
     *("errors", "options", "files", "machine", "config", "chunking", "readers", "text", "embedded"),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
-    *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.report"),
+    *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),
+    "evaluation.report",
     *(name for name in ORDER if name.startswith("evaluation.tasks.")),
     *("bench.plan", "bench.contenders", "bench.report"),
 ]

@@ -122,8 +122,8 @@ def report_evaluation(
     as_json: Json = False,
 ) -> None:
     """Make one page with tables and plots of several runs."""
-    from focusllm.evaluation.report import load as load_runs
     from focusllm.evaluation.report import write_report
+    from focusllm.evaluation.results import load as load_runs
 
     make_folder(output)
     paths = write_report(runs, output)
@@ -140,10 +140,10 @@ def _show_results(folders: list[Path]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from focusllm.evaluation.report import by_sentence, differences
-    from focusllm.evaluation.report import load as load_runs
+    from focusllm.evaluation.results import by_sentence, differences_of, read, rows_of
 
-    rows, console = load_runs(folders), Console()
+    runs, console = read(folders), Console()
+    rows = rows_of(runs)
     for task in dict.fromkeys(row.task for row in rows):
         mine = {(row.method, row.length): row for row in rows if row.task == task}
         lengths = sorted({length for _, length in mine}, key=lambda length: length or 0)
@@ -157,5 +157,5 @@ def _show_results(folders: list[Path]) -> None:
         for row in mine.values():
             if row.left_out:
                 console.print(row.left_out, markup=False)
-    for line in by_sentence(differences(folders)):
+    for line in by_sentence(differences_of(runs)):
         console.print(line, markup=False)
