@@ -398,6 +398,19 @@ def test_the_last_text_makes_room_before_the_next_is_read(llm: FocusLLM, monkeyp
     assert alive == [False] * 4
 
 
+def test_labels_over_a_whole_text_read_every_full_chunk_once(llm: FocusLLM) -> None:
+    method = build_method("focus", llm)
+    example = loss_example(400, labels=390)
+    found, _ = method.loss(example)
+    size = method.budget // 2
+    stops = range(10 + size, 400 + size, size)
+    full = len(cut(400 - method.budget, method.config)) - 1
+    assert full < method.chunks.num_read <= full + len(stops) < method.chunks.num_asked / 2
+    pieces = [(example.text_ids[: min(stop, 400)], min(stop, 400) - stop + size) for stop in stops]
+    alone = [build_method("focus", llm).loss(LossExample("", ids, labels))[0] for ids, labels in pieces]
+    assert sum(alone) == pytest.approx(found, rel=1e-5)
+
+
 def test_a_second_question_reads_nothing(llm: FocusLLM) -> None:
     method = build_method("focus", llm)
     method.generate(LONG)

@@ -119,7 +119,8 @@ def test_lost_in_the_middle_reads_the_original_files(setting: Setting, tmp_path:
     row = json.dumps({"ordered_kv_records": [[f"k{i}", f"v{i}"] for i in range(75)], "key": "k0", "value": "v0"})
     damaged = '{"ordered_kv_records": []}\n\n{"ordered'
     (folder / "kv-retrieval-75_keys.jsonl").write_text(f"{row}\n" * 2 + f"{damaged}\n{row}\n")
-    examples = list(tasks.get("lost-in-the-middle").examples(None, 3, setting))
+    examples = list(tasks.get("lost-in-the-middle-75").examples(None, 3, setting))
+    assert {example.max_new_tokens for example in examples} == {100}
     assert {example.references for example in examples} == {("v0",)}
     for example, place in zip(examples, (0, 37, 74), strict=True):  # the pair moves, the others keep their order
         keys = list(json.loads(example.context))
@@ -127,11 +128,11 @@ def test_lost_in_the_middle_reads_the_original_files(setting: Setting, tmp_path:
         assert [key for key in keys if key != "k0"] == [f"k{i}" for i in range(1, 75)]
     plain = folder / "kv-retrieval-75_keys.jsonl"
     (folder / "kv-retrieval-140_keys.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))  # as it is published
-    packed = list(tasks.get("lost-in-the-middle").examples(None, 3, setting))[3:]
+    packed = list(tasks.get("lost-in-the-middle-140").examples(None, 3, setting))
     assert [example.context for example in packed] == [example.context for example in examples]
     assert setting.notes
     with pytest.raises(DocumentError, match="no lost_in_the_middle"):
-        list(tasks.get("lost-in-the-middle").examples(None, 3, dataclasses.replace(setting, data=tmp_path / "text")))
+        list(tasks.get("lost-in-the-middle-75").examples(None, 3, dataclasses.replace(setting, data=tmp_path / "text")))
 
 
 def test_a_short_haystack_goes_round(setting: Setting, tmp_path: Path) -> None:

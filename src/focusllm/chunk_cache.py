@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ class ChunkCache:
 
 
 class LastText:
-    """The chunks of the last text, which a beginning of it shares; any other text takes their place.
+    """The chunks of the last text, whose beginnings share its full ones; any other text takes their place.
 
     Args:
         model: the base model.
@@ -95,19 +96,20 @@ class LastText:
 
     def clear(self) -> None:
         """Keep nothing."""
-        self._pieces: list[Piece] = []
-        self._blocks: list[ChunkBlock] = []
-        self._kv_dtype = ""
+        self._full, self._shorter = _Kept(), _Kept()
 
     def blocks(self, token_ids: Sequence[int], config: FocusConfig) -> list[ChunkBlock]:
         """A text cut into chunks and encoded: one block of the full chunks, one of the shorter last chunk."""
-        pieces = _pieces(token_ids, config)
+        pieces, found = _pieces(token_ids, config), list[ChunkBlock]()
         self.num_asked += len(pieces)
-        if config.kv_dtype != self._kv_dtype or pieces != self._pieces[: len(pieces)]:
-            self.clear()  # first, so that there are never two
-            self._blocks = self._read(pieces, config)
-            self._pieces, self._kv_dtype = pieces, config.kv_dtype
-        return first_blocks(self._blocks, len(pieces))
+        full = [piece for piece in pieces if len(piece) == config.chunk_length]
+        for kept, wanted in ((self._full, full), (self._shorter, pieces[len(full) :])):
+            if config.kv_dtype != kept.kv_dtype or wanted != kept.pieces[: len(wanted)]:
+                kept.pieces, kept.blocks = [], []  # first, so that there are never two
+                kept.blocks = self._read(wanted, config)
+                kept.pieces, kept.kv_dtype = wanted, config.kv_dtype
+            found += first_blocks(kept.blocks, len(wanted))
+        return found
 
     def _read(self, pieces: list[Piece], config: FocusConfig) -> list[ChunkBlock]:
         repeated = {piece for piece, count in Counter(pieces).items() if count > 1}
@@ -123,6 +125,15 @@ class LastText:
             return kv
 
         return _blocks(self.model, pieces, config, encoded)
+
+
+@dataclass
+class _Kept:
+    """Chunks of one length, and their block."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    blocks: list[ChunkBlock] = field(default_factory=list)
+    kv_dtype: str = ""
 
 
 def _pieces(token_ids: Sequence[int], config: FocusConfig) -> list[Piece]:

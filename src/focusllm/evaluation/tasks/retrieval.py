@@ -2,7 +2,7 @@
 
 number-string        ten digits in repeated sentences (InfiniteBench's Retrieve.Number)
 key-value            a value in a JSON object of UUIDs (Retrieve.KV)
-lost-in-the-middle   the same from the original's files kv-retrieval-{75,140,300}_keys.jsonl (or .jsonl.gz) under --data
+lost-in-the-middle-N the same from the original's file kv-retrieval-N_keys.jsonl (or .jsonl.gz) under --data
 math-find            a number by its rank in a list (Math.Find)
 """
 
@@ -12,18 +12,18 @@ import re
 import uuid
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from focusllm.errors import DocumentError
 from focusllm.evaluation.benchmark import checked, entries, usable
 from focusllm.evaluation.example import Example, LengthError, Setting, Task
 from focusllm.evaluation.tasks.passkey import GARBAGE, depth_of, must_have
 
 EXTRACT = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
 FOLDERS = ("lost_in_the_middle", "kv_retrieval_data", "bench/lost_in_the_middle")
+PAIR_TOKENS = 48
+"""A UUID and a few words."""
 LEAST_NUMBERS = 3
 RANKS = {"largest": -1, "second largest": -2, "third largest": -3, "smallest": 0, "second smallest": 1, "median": None}
 
@@ -60,7 +60,7 @@ class KeyValue(Task):
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
         """Each time other pairs."""
         length = must_have(self, length)
-        room = setting.room(self.name, length, EXTRACT, _asked(str(uuid.UUID(int=0))), max_new_tokens=48)
+        room = setting.room(self.name, length, EXTRACT, _asked(str(uuid.UUID(int=0))), max_new_tokens=PAIR_TOKENS)
         for i in range(limit):
             rng = setting.rng(self.name, length, i)
             pairs = _Pairs(rng)
@@ -69,20 +69,28 @@ class KeyValue(Task):
 
 
 class LostInTheMiddle(Task):
-    """Right when the value occurs in the answer."""
+    """Right when the value occurs in the answer.
 
-    name, needs, has_own_lengths, version = "lost-in-the-middle", "data", True, 2
+    Args:
+        count: pairs in a row, which the file is named after.
+    """
+
+    needs, has_own_lengths, version = "data", True, 3
+
+    def __init__(self, count: int):
+        self.name = f"lost-in-the-middle-{count}"
+        file = f"kv-retrieval-{count}_keys.jsonl"
+        self.paths = [f"{folder}/{file}{end}" for folder in FOLDERS for end in ("", ".gz")]
 
     def examples(self, length: int | None, limit: int, setting: Setting) -> Iterator[Example]:
-        """From each file that is there `limit` rows, the asked key going from the first to the last."""
-        for count, path in _files(setting):
-            rows = usable(entries(path), lambda _, row: [_pairs_of(row)], setting.warn)
-            for i, (pairs, asked) in zip(range(limit), rows, strict=False):
-                depth = depth_of(i, limit)
-                others = [pair for pair in pairs if pair != asked]
-                place = round(depth * len(others))  # as in the original, the row's pair is moved
-                moved = [*others[:place], asked, *others[place:]]
-                yield pair_example(f"{count}-{i}", moved, depth, dataset=f"{count} keys")
+        """The file's rows, the asked key going from the first to the last."""
+        rows = usable(entries(setting.file(*self.paths)), lambda _, row: [_pairs_of(row)], setting.warn)
+        for i, (pairs, asked) in zip(range(limit), rows, strict=False):
+            depth = depth_of(i, limit)
+            others = [pair for pair in pairs if pair != asked]
+            place = round(depth * len(others))  # as in the original, the row's pair is moved
+            moved = [*others[:place], asked, *others[place:]]
+            yield pair_example(str(i), moved, depth, max_new_tokens=100)  # as in the original's command
 
 
 class MathFind(Task):
@@ -136,12 +144,12 @@ class _Pairs:
         return [self[index] for index in range(count)]
 
 
-def pair_example(name: str, pairs: list[tuple[str, str]], depth: float, **meta: object) -> Example:
+def pair_example(name: str, pairs: list[tuple[str, str]], depth: float, max_new_tokens: int = PAIR_TOKENS) -> Example:
     """The prompt of Lost in the Middle, without a chat template, as there for base models; the asked key at a depth."""
     key, value = pairs[round(depth * (len(pairs) - 1))]
     data = "{" + ",\n ".join(f'"{k}": "{v}"' for k, v in pairs) + "}"
-    meta = {"depth": round(depth, 2), "num_keys": len(pairs), **meta}
-    return Example(name, EXTRACT, data, _asked(key), (value,), max_new_tokens=48, chat=False, meta=meta)
+    meta = {"depth": round(depth, 2), "num_keys": len(pairs)}
+    return Example(name, EXTRACT, data, _asked(key), (value,), max_new_tokens=max_new_tokens, chat=False, meta=meta)
 
 
 def _pair_line(pairs: _Pairs, index: int) -> str:
@@ -166,23 +174,8 @@ def _number(numbers: np.ndarray, index: int) -> str:
     return f"{numbers[index]}, "
 
 
-def _files(setting: Setting) -> list[tuple[int, Path]]:
-    """The files that are there, with their numbers of keys."""
-    found, missing = [], None
-    for count in (75, 140, 300):
-        name = f"kv-retrieval-{count}_keys.jsonl"
-        names = [f"{folder}/{name}{end}" for folder in FOLDERS for end in ("", ".gz")]
-        try:
-            found.append((count, setting.file(*names)))
-        except DocumentError as error:
-            missing = error
-    if not found and missing is not None:
-        raise missing
-    return found
-
-
 def _asked(key: str) -> str:
     return f'\n\nKey: "{key}"\nCorresponding value:'
 
 
-TASKS: tuple[Task, ...] = (NumberString(), KeyValue(), LostInTheMiddle(), MathFind())
+TASKS: tuple[Task, ...] = (NumberString(), KeyValue(), *map(LostInTheMiddle, (75, 140, 300)), MathFind())
