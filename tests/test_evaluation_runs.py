@@ -211,10 +211,13 @@ def test_a_method_does_not_count_what_another_has_read(
     small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Big(LastText):
+        def clear(self) -> None:
+            super().clear()
+            self.more = torch.empty(0)
+
         def blocks(self, *arguments: Any) -> Any:
-            found = super().blocks(*arguments)
-            self._blocks = [*self._blocks, torch.ones(2**26)]  # 256 MiB more than it takes
-            return found
+            self.more = torch.ones(2**26)  # 256 MiB more than it takes
+            return super().blocks(*arguments)
 
     monkeypatch.setattr(runner, "LastText", Big)
     plan = plan_for(setting, methods=("focus", "streaming"), lengths=(300,), limit=1)
@@ -493,7 +496,7 @@ def test_a_missing_package_is_named_before_anything_is_generated(
     small: FocusLLM, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score(self: object, prediction: str, example: object) -> float:
-        raise ConfigError("this task needs the package rouge: pip install 'focusllm[eval]'.")
+        raise ConfigError("this task needs the package rouge: pip install '.[eval]'.")
 
     monkeypatch.setattr(type(tasks.get("passkey")), "score", score)
     with pytest.raises(ConfigError, match="needs the package rouge"):

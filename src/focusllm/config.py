@@ -23,8 +23,8 @@ class FocusConfig:
     """
 
     chunk_length: int = 1024
-    """Length of one chunk of the far context (paper section 3.1; the released code calls it stride). Shorter ones look
-    up more precisely, longer ones are asked again sooner (docs/method.md)."""
+    """Length of one chunk of the far context (paper section 3.1; the released code calls it stride). Longer ones are
+    asked again sooner; which look up more precisely depends on the candidate projections (docs/method.md)."""
     chunk_overlap: int | None = None
     """Tokens that a chunk begins with and the one before it ends with: what is no longer than that is whole in one of
     them, wherever a text is cut. None: 64, or a quarter of a shorter chunk."""

@@ -43,3 +43,8 @@ class TrainingError(FocusError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind if it has none: the reason inside a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def missing_package(what: str, package: str, extra: str) -> ConfigError:
+    """A package that only some things need is not installed: which thing, and the extra that brings it."""
+    return ConfigError(f"{what} the package {package}: pip install '.[{extra}]' in a clone of focusllm.")

@@ -74,8 +74,9 @@ class FocusLLM:
 
         Args:
             model: `smollm2-135m`, a folder, or a hub id.
-            adapter: folder or hub id of candidate projections; None: those saved with the model, else those that come
-                with this package for it, else untrained ones; "none": untrained ones.
+            adapter: folder or hub id of candidate projections, or `smollm2-135m` for those in this package (with a copy
+                of that model in a folder, say); None: those saved with the model, else those in this package for it,
+                else untrained ones; "none": untrained ones.
             dtype: a type of torch or its name; `auto`: the checkpoint's own, but float32 on CPUs that have no
                 instructions for a 16-bit one.
             device: where to compute; None: a GPU if there is one, else the CPU.

@@ -306,8 +306,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: what `AutoModelForCausalLM.from_pretrained` takes.
             focus_config: lengths and options; None: those saved in the folder, else the defaults.
-            adapter: folder or hub repository of candidate projections; None: those saved in the folder, else those
-                that come with this package for the model, if any; "none": untrained ones.
+            adapter: folder or hub repository of candidate projections, or `smollm2-135m` for those in this package;
+                None: those saved in the folder, else those in this package for the model; "none": untrained ones.
             kwargs: passed on (dtype, device_map, revision, ...).
 
         Raises:
@@ -381,7 +381,8 @@ def find_saved(
 
     Args:
         name: the model, as it was asked for. path: where it lies, a folder or a hub repository of this revision.
-        adapter: as it was asked for: a folder or hub repository, "none", or None for what there is.
+        adapter: as it was asked for: a folder or hub repository, the name of a model that this package has some for,
+            "none", or None for what there is.
         config: as it was asked for; None: what was saved with the model, else the defaults.
 
     Raises:
@@ -389,7 +390,8 @@ def find_saved(
     """
     looks = adapter is None or config is None
     folder = _saved_folder(path, revision) if looks else Path(path)
-    found = None if adapter == UNTRAINED else adapter or saved_adapter(folder) or boxed_adapter(name)
+    asked = adapter and (boxed_adapter(adapter) or adapter)
+    found = None if adapter == UNTRAINED else asked or saved_adapter(folder) or boxed_adapter(name)
     return found, config or saved_settings(folder) or FocusConfig()
 
 

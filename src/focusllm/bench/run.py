@@ -334,7 +334,7 @@ def _with_gguf(plan: Plan, notify: Callable[[str], None]) -> tuple[Plan, dict[st
     specs = []
     for spec in plan.specs:
         if spec.kind == "llama.cpp" and find_spec("llama_cpp") is None:
-            absent[spec.name] = "not installed (pip install 'focusllm[bench]' compiles it)"
+            absent[spec.name] = "not installed (pip install '.[bench]' in a clone of focusllm compiles it)"
         elif spec.kind == "llama.cpp" and spec.gguf is None and plan.model.lower() != ALIAS:
             absent[spec.name] = "it reads GGUF files; name this model's with --gguf"
         elif spec.kind == "llama.cpp" and spec.gguf is None:

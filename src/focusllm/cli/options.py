@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")]
-Adapter = Annotated[str | None, typer.Option(help="Candidate projections: a folder, a hub id, or none.")]
+Adapter = Annotated[str | None, typer.Option(help="Candidate projections: folder, hub id, smollm2-135m (ours), none.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
 Packed = Annotated[
@@ -38,7 +38,7 @@ class FocusOptions:
     """The settings of `FocusConfig` that are asked for most; what is not given keeps its default."""
 
     chunk_length: Annotated[
-        int | None, typer.Option(help="Tokens of a chunk: 256 looks up more precisely, 1024 is asked again sooner.")
+        int | None, typer.Option(help="Tokens of a chunk; the longer, the faster are second questions.")
     ] = None
     chunk_overlap: Annotated[
         int | None,

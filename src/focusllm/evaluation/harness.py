@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from focusllm.config import FocusConfig
 from focusllm.embedded import ALIAS, resolve_model
-from focusllm.errors import ConfigError, FocusError
+from focusllm.errors import ConfigError, FocusError, missing_package
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt
 from focusllm.evaluation.methods.focus import Focus
@@ -32,7 +32,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    raise ConfigError("the harness needs the package lm_eval: pip install 'focusllm[lm-eval]'.") from error
+    raise missing_package("the harness needs", "lm_eval", "lm-eval") from error
 
 MAX_NEW_TOKENS = 256
 """Where a task does not say how long an answer may be; the harness's own."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-from focusllm.errors import ConfigError
+from focusllm.errors import missing_package
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 CHINESE_PUNCTUATION = (
@@ -42,7 +42,7 @@ def library(name: str) -> Any:
             warnings.simplefilter("ignore")  # old packages: invalid escapes, deprecated imports
             return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"this task needs the package {name}: pip install 'focusllm[eval]'.") from error
+        raise missing_package("this task needs", name, "eval") from error
 
 
 def best(metric: Callable[[str, str], float]) -> Metric:

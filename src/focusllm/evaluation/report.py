@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from focusllm.errors import ConfigError
+from focusllm.errors import missing_package
 from focusllm.evaluation.results import Row, by_sentence, differences_of, read, rows_of
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("a report needs the package matplotlib: pip install 'focusllm[eval]'.") from error
+        raise missing_package("a report needs", "matplotlib", "eval") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

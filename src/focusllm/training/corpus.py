@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from focusllm.errors import ConfigError, DocumentError, first_line
+from focusllm.errors import ConfigError, DocumentError, first_line, missing_package
 from focusllm.files import remove_parts, whole_folder
 from focusllm.readers import DOCUMENT_SUFFIXES, read_text
 from focusllm.text import encode_ids
@@ -217,7 +217,7 @@ def dataset_rows(source: Source) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ConfigError("Hugging Face datasets need the package datasets: pip install 'focusllm[train]'.") from error
+        raise missing_package("Hugging Face datasets need", "datasets", "train") from error
     name = source.path[3:]
     selection: dict[str, Any] = {"path": name, "name": source.subset, "split": source.split}
     if ".jsonl" in name:

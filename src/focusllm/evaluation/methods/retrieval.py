@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from focusllm.errors import ConfigError
+from focusllm.errors import ConfigError, missing_package
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt, ShortenedMethod
 from focusllm.llm import FocusLLM
@@ -40,7 +40,7 @@ class Retrieval(ShortenedMethod):
         try:
             import bm25s  # noqa: F401
         except ImportError as error:
-            raise ConfigError("retrieval needs the package bm25s: pip install 'focusllm[eval]'.") from error
+            raise missing_package("retrieval needs", "bm25s", "eval") from error
 
     @property
     def sees(self) -> str:
