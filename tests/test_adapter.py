@@ -208,7 +208,16 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"projections": "qx"}, "letters"), ({"projections": ""}, "letters"), ({"rank": 0}, "rank is 0")],
+    [
+        ({"projections": "qx"}, "letters"),
+        ({"projections": ""}, "letters"),
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 8.0}, "rank is 8.0"),
+        ({"alpha": "32"}, "alpha is '32'"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"sink_token": -1}, "sink_token is -1"),
+        ({"sink_token": "1"}, "sink_token is '1'"),
+    ],
 )
 def test_bad_adapter_settings(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

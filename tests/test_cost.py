@@ -47,6 +47,26 @@ def test_estimate_equals_what_is_held(
     assert cost.to_dict()["total"] == cost.total
 
 
+@pytest.mark.parametrize("refresh_rows", [2, 12])
+def test_what_is_generated_becomes_chunks_and_does_not_stay_behind_every_row(refresh_rows: int) -> None:
+    model = with_candidates(build())
+    config = SMALL.replace(chunk_overlap=0, refresh_rows=refresh_rows)
+    request = start_request(model, encode(model, random_ids(24 * 8), config), random_ids(20), config)
+    prefill(model, request, config)
+    generated = random_ids(100)  # more than the local context ever holds, and no more positions than there are
+    for token in generated:
+        decode(model, [request], [token], config)
+    made = sum(block.kv.nbytes for block in request.blocks[1:])
+    assert made
+    held = estimate(model, config, 24 * 8, num_new_tokens=len(generated)).rows
+    assert held == pytest.approx(request.nbytes + made, rel=0.1)
+
+
+def test_only_the_place_that_is_taken_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("focusllm.cost.free_disk", lambda _: pytest.fail("it was looked at"))
+    assert find_place(build(), SMALL, 1000, tmp_path) == "device"
+
+
 def test_a_model_that_is_not_loaded(llama: nn.Module) -> None:
     with torch.device("meta"):
         skeleton = build()

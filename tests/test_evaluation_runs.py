@@ -241,6 +241,7 @@ def test_lengths_are_read() -> None:
         (["passkey", "--lengths", "0"], "the length '0' is not a number of at least 1"),
         (["passkey", "--lengths", "1k", "--limit", "0"], "the limit is 0"),
         (["passkey", "--lengths", "1k", "--set", "chunk_length"], "name=value"),
+        (["passkey", "--lengths", "1k", "--set", "dtype=float32"], "unknown setting dtype; known settings are: chunk_"),
         (["report"], "Missing argument"),
         (["report", "nowhere"], "nowhere has no results"),
         (["passkey", "--lengths", "1k", "--output", "/dev/null/run"], "/dev/null/run cannot be written"),

@@ -256,6 +256,7 @@ def test_refused_uses(model: FocusForCausalLM) -> None:
         model(TEXT, attention_mask=torch.zeros_like(TEXT))
     with pytest.raises(ConfigError, match="assisted generation"):
         FocusState().crop(3)
+    assert not FocusState().is_croppable
 
 
 @pytest.mark.parametrize("content", ["{", '{"window": 3}', '{"chunk_length": -1}', "[]"])

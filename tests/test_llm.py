@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import SMALL, build, byte_tokenizer, random_ids
-from focusllm import ConfigError, Document, DocumentError, FocusLLM, MemoryLimitError, ModelError
+from focusllm import ConfigError, Document, DocumentError, FocusForCausalLM, FocusLLM, MemoryLimitError, ModelError
 from focusllm.cost import _tokens_of_a_request, estimate
 from focusllm.engine import prefill, start_request
 from focusllm.text import decode_ids, encode_text, frame_question
@@ -71,8 +71,23 @@ def test_a_question_that_would_not_fit_is_refused(tiny_llm: FocusLLM, monkeypatc
     refused = pytest.raises(MemoryLimitError, match=r"a question about .* chunks needs .* ask about fewer documents")
     with refused:
         tiny_llm.ask([document] * 12, "Why?", max_new_tokens=2)
-    with refused:
+    with pytest.raises(MemoryLimitError, match=r"fewer tokens than 10,000 \(max_new_tokens\), ask about"):
         tiny_llm.ask(document, "Why?", max_new_tokens=10_000)
+
+
+def test_odd_questions_and_tokenizers_are_one_sentence(tiny_llm: FocusLLM, model_folder: Path) -> None:
+    document = tiny_llm.read(TEXT)
+    with pytest.raises(DocumentError, match="the question is not Unicode text"):
+        tiny_llm.ask(document, "caf\udce9?")
+    (model_folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Newer"}}')
+    with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
+        FocusLLM.from_pretrained(model_folder)
+
+
+def test_settings_are_checked_before_weights_are_loaded(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FocusForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match="kv_dtype is 'int5'"):
+        FocusLLM.from_pretrained(model_folder, kv_dtype="int5")
 
 
 def test_what_a_question_takes_is_known_for_many_short_documents(tiny_llm: FocusLLM) -> None:
@@ -309,7 +324,7 @@ def test_document_of_another_reader(tiny_llm: FocusLLM) -> None:
 
 
 def test_not_enough_memory_is_said_before(tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 400_000)
+    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 2_000_000)
     with pytest.raises(MemoryLimitError, match=r"are free; use .*a text of at most"):
         tiny_llm.read(TEXT * 15)
 

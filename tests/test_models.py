@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -95,6 +96,11 @@ def test_refused(name: str) -> None:
     assert reason in str(raised.value)
 
 
+def test_a_window_over_all_positions_limits_nothing() -> None:
+    model = build("mistral", sliding_window=256)
+    assert layout(model).max_positions == 256
+
+
 def test_encoder_decoder_is_refused() -> None:
     config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
     with pytest.raises(ModelError, match="t5 models are not supported: it is an encoder-decoder"):
@@ -148,18 +154,25 @@ def test_unknown_setting() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"chunk_length": 256}, "use a chunk_length of at most 128"),
-        ({"chunk_length": 200}, "takes 912 positions"),
+        ({}, r"up to 712 local tokens takes 912 positions, .* has 256; use a smaller local_length"),
+        ({"local_length": 40}, "use a chunk_length of at most 176, or a smaller local_length"),
+        ({"local_length": 150}, "use a chunk_length of at most 53, or a smaller local_length"),
         (
-            {"chunk_length": 200, "rechunk": False, "bos_token_id": 1},
-            "prompt of 65 tokens takes 265 positions",
+            {"rechunk": False, "bos_token_id": 1},
+            "prompt of 65 tokens takes 265 positions, .* at most 191, or",
         ),
     ],
 )
 def test_lengths_beyond_the_positions(settings: dict[str, Any], message: str) -> None:
-    config = FocusConfig(**{"local_length": 512, **settings})
-    with pytest.raises(ConfigError, match=message):
+    config = FocusConfig(**{"chunk_length": 200, "local_length": 512, **settings})
+    with pytest.raises(ConfigError, match=message) as error:
         config.check_positions(layout(build()).max_positions)
+    advised = re.search("at most ([0-9]+)", str(error.value))
+    if advised is not None:  # it would do, and one more would not
+        largest = config.replace(chunk_length=int(advised[1]))
+        largest.check_positions(256)
+        with pytest.raises(ConfigError):
+            largest.replace(chunk_length=largest.chunk_length + 1).check_positions(256)
 
 
 @pytest.mark.parametrize("local_length", [20, 60])

@@ -10,7 +10,7 @@ import pytest
 from pypdf import PdfWriter
 
 from focusllm import DocumentError
-from focusllm.readers import read_text
+from focusllm.readers import check_text, read_text
 
 
 def write(folder: Path, name: str, data: bytes) -> Path:
@@ -61,6 +61,19 @@ def test_html(tmp_path: Path) -> None:
     assert read_text(write(tmp_path, "page.html", page)) == "Title\nOne & two"
 
 
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("<p>H<sub>2</sub>O is <b>not</b> un<i>believ</i>able,\n  is it?</p>", "H2O is not unbelievable, is it?"),
+        ("<div>one<p>two</p>three<br>four</div><ul><li>five<li>six</ul>", "one\ntwo\nthree\nfour\nfive\nsix"),
+        ("<pre>def f():\n    return 1\n</pre>done", "def f():\n    return 1\ndone"),
+        ("<table><tr><td>a</td><td>b</td></tr> <tr><td>c</td></tr></table>", "a\tb\nc"),
+    ],
+)
+def test_html_has_a_line_for_every_block(tmp_path: Path, markup: str, text: str) -> None:
+    assert read_text(write(tmp_path, "page.html", markup.encode())) == text
+
+
 def test_pdf(tmp_path: Path) -> None:
     assert read_text(write(tmp_path, "page.pdf", pdf("Hello from a page"))).strip() == "Hello from a page"
     assert read_text(write(tmp_path, "no-suffix", pdf("Hello"))).strip() == "Hello"
@@ -72,6 +85,7 @@ def test_pdf(tmp_path: Path) -> None:
         ("empty.txt", b"", "empty.txt has no text in it"),
         ("blank.txt", b" \n\t \n", "blank.txt has no text in it"),
         ("binary.txt", b"ab\x00cd", "is not text"),
+        ("odd.html", b"<![foo bar", "odd.html is not HTML that can be read"),
         ("latin.txt", b"caf\xe9 noir", "byte 0xe9 at position 3"),
         ("broken.pdf", b"%PDF-1.4 nothing here", "not a PDF that can be read"),
         ("scan.pdf", pdf(None), "1 pages but no text"),
@@ -113,3 +127,8 @@ def test_missing_folder_and_unreadable(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(DocumentError, match="Permission denied"):
         read_text(path)
+
+
+def test_halves_of_characters_are_no_text() -> None:
+    with pytest.raises(DocumentError, match=r"the text is not Unicode text: '\\udce9' at position 3; give it in UTF-8"):
+        check_text("caf\udce9", "the text")

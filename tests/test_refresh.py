@@ -105,6 +105,7 @@ def test_fork_is_independent(llama: nn.Module) -> None:
     for token, logits in zip((7, 8, 9), expected, strict=True):
         assert torch.equal(decode(llama, [twin], [token], FOCUSED)[0], logits)
     assert twin.nbytes == request.nbytes
+    assert all(ours is theirs for ours, theirs in zip(twin.tails, request.tails, strict=True))  # read, never written
 
 
 def test_cold_rows_stay_as_they_are(llama: nn.Module) -> None:

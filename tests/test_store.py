@@ -198,6 +198,9 @@ class Broken(Full):
     def readinto(self, view: memoryview) -> int:
         raise OSError(5, "Input/output error")
 
+    def read(self, size: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
     def write(self, content: bytes) -> int:
         raise OSError(30, "Read-only file system")
 
@@ -210,6 +213,7 @@ def test_rows_of_a_failing_disk_are_read_again_though_they_cannot_be_mended(llam
     assert difference([block.rows(llama, 1, 2)], [expected.rows(llama, 1, 2)]) == 0
     assert "Input/output error" in said[0]
     assert "Read-only file system" in said[1]
+    assert not block.kv.has(0, IDS[:24])
 
 
 def test_a_damaged_file_is_found_when_it_is_opened_again(llama: nn.Module, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def save_adapter(
 ) -> None:
     """Write the candidate projections of a model; files are replaced one by one, each whole or not at all.
 
+    A model card that is there stays as it is.
+
     Args:
         notes: Markdown for the end of the model card.
         tensors: to be written instead of the model's own `adapter_tensors` (other weights, or gathered ones).
@@ -108,11 +110,7 @@ def load_adapter(model: nn.Module, source: str | Path, dtype: torch.dtype | None
         AdapterError: no such folder, damaged files, or another model's projections.
     """
     folder = _find(source)
-    config, base = _read_config(folder)
-    own = fingerprint(model)
-    odd = [f"{name} {base[name]} instead of {own[name]}" for name in own if name in base and base[name] != own[name]]
-    if odd:
-        raise AdapterError(f"the adapter {source} belongs to another model ({', '.join(odd)}); use one for this model.")
+    config = _config_for(model, folder, source)
     tensors = load_tensors(folder)
     expected = _expected_shapes(model, config)
     problems = [
@@ -146,13 +144,16 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{folder / WEIGHTS_NAME} is damaged ({error}); save or download it again.") from error
 
 
-def read_adapter_config(source: str | Path) -> AdapterConfig:
+def read_adapter_config(model: nn.Module, source: str | Path) -> AdapterConfig:
     """The settings of candidate projections in a folder or a hub repository, without their weights.
 
+    Args:
+        model: the one that they are for; it may be on the meta device.
+
     Raises:
-        AdapterError: no such folder, or damaged settings.
+        AdapterError: no such folder, damaged settings, or another model's.
     """
-    return _read_config(_find(source))[0]
+    return _config_for(model, _find(source), source)
 
 
 def push_adapter(folder: str | Path, repo_id: str, private: bool = False) -> str:
@@ -210,6 +211,18 @@ def _find(source: str | Path) -> Path:
         raise AdapterError(
             f"the adapter {source} is neither a folder nor can it be fetched from the hub ({first_line(error)})."
         ) from error
+
+
+def _config_for(model: nn.Module, folder: Path, source: str | Path) -> AdapterConfig:
+    """The settings in a folder; refused if they belong to a model of another shape or vocabulary."""
+    config, base = _read_config(folder)
+    own, size = fingerprint(model), model.config.vocab_size  # type: ignore[union-attr]
+    odd = [f"{name} {base[name]} instead of {own[name]}" for name in own if name in base and base[name] != own[name]]
+    if config.sink_token is not None and config.sink_token >= size:  # type: ignore[operator]
+        odd.append(f"token {config.sink_token} of {size}")
+    if odd:
+        raise AdapterError(f"the adapter {source} belongs to another model ({', '.join(odd)}); use one for this model.")
+    return config
 
 
 def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:

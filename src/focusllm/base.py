@@ -230,7 +230,8 @@ def _inspect(model: nn.Module) -> Layout:
     if odd:
         raise refuse(f"it has layers of type {', '.join(odd)}")
     window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
+    is_limit = window is not None and window < _max_positions(config)
+    if is_limit and getattr(config, "use_sliding_window", True):
         raise refuse(f"its attention is limited to a sliding window of {window} tokens (sliding_window)")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise refuse("its attention scores are soft-capped (attn_logit_softcapping)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -145,26 +146,23 @@ class FocusConfig:
         """Check that rows and local context stay inside a base model's positions.
 
         Raises:
-            ConfigError: naming the setting, its value and the largest value that works.
+            ConfigError: naming the settings, what they take and a chunk_length that works, if there is one.
         """
-        if self.chunk_length >= max_positions:
-            raise ConfigError(
-                f"chunk_length is {self.chunk_length} tokens, but the base model has {max_positions} positions; "
-                f"use a chunk_length of at most {max_positions // 2}."
-            )
-        if self.rechunk and self.max_row_length > max_positions:
-            raise ConfigError(
-                f"a row of chunk_length {self.chunk_length} and up to {self.max_local_length} local tokens takes "
-                f"{self.max_row_length} positions, but the base model has {max_positions}; use a smaller chunk_length "
-                f"or local_length."
-            )
         prompt = self.most_prompt_tokens + (self.bos_token_id is not None)
-        if self.chunk_length + prompt > max_positions:
-            raise ConfigError(
-                f"a row of chunk_length {self.chunk_length} and a dynamic prompt of {prompt} tokens takes "
-                f"{self.chunk_length + prompt} positions, but the base model has {max_positions}; use a smaller "
-                f"chunk_length or prompt_length."
-            )
+        if self.rechunk and self.max_row_length > max_positions:
+            behind, what, other = self.max_local_length, f"up to {self.max_local_length} local tokens", "local_length"
+            room = max_positions - self.local_length  # for a chunk, and for as much behind it as is rechunked at once
+            largest = max(room - self.local_length, min(room // 2, self.local_length))
+        elif self.chunk_length + prompt > max_positions:
+            behind, what, other = prompt, f"a dynamic prompt of {prompt} tokens", "prompt_length"
+            largest = max_positions - prompt
+        else:
+            return
+        remedy = f"a chunk_length of at most {largest}, or a smaller {other}" if largest > 0 else f"a smaller {other}"
+        raise ConfigError(
+            f"a row of chunk_length {self.chunk_length} and {what} takes {self.chunk_length + behind} positions, but "
+            f"the base model has {max_positions}; use {remedy}."
+        )
 
     def check_num_chunks(self, num_chunks: int, max_positions: int) -> None:
         """Check that all candidates and the local context fit into the base model's positions.
@@ -192,11 +190,20 @@ class FocusConfig:
 
     def replace(self, **changes: Any) -> FocusConfig:
         """A copy with some fields changed, checked again."""
-        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
-        if unknown:
-            known = ", ".join(field.name for field in dataclasses.fields(self))
-            raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {known}.")
+        self.check_names(changes)
         return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def check_names(cls, settings: Iterable[str]) -> None:
+        """Check that there are settings of these names.
+
+        Raises:
+            ConfigError: one that there is not; names those there are.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {', '.join(known)}.")
 
     def resolved(self) -> FocusConfig:
         """A copy that says what is chosen where nothing is set, as results keep it."""

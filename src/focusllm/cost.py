@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,6 +122,10 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
         alike: how many chunks there are of each length.
         in_place: whether they lie on the device as they are computed with.
     """
+    in_new_chunks = 0
+    if config.rechunk and num_new_tokens > config.max_local_length:  # the oldest of them become chunks
+        alike = Counter(alike) + Counter({config.rechunk_length: num_new_tokens // config.rechunk_length})
+        in_new_chunks, num_new_tokens = num_new_tokens, config.max_local_length
     num_chunks, prompt = sum(alike.values()), config.most_prompt_tokens
     grown = GrowingKV.room(prompt + num_new_tokens)
     is_focused = config.is_focused(max(alike.values(), default=0))
@@ -129,8 +134,8 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
             min(config.refresh_rows, count) * GrowingKV.room(length + prompt + max(num_new_tokens, GrowingKV.STEP))
             for length, count in alike.items()
         )
-        return num_chunks * (GrowingKV.room(prompt - 1) + 1) + hot + config.max_local_length
-    return num_chunks * (grown + 1) + config.max_local_length
+        return num_chunks * (GrowingKV.room(prompt - 1) + 1) + hot + config.max_local_length + in_new_chunks
+    return num_chunks * (grown + 1) + config.max_local_length + in_new_chunks
 
 
 def stored_bytes(model: nn.Module, config: FocusConfig, num_tokens: int) -> int:
@@ -218,10 +223,11 @@ def check_question(
     per_token = layout(model).kv_bytes_per_token * next(model.parameters()).itemsize
     needed = cost.scratch + _tokens_of_a_request(config, alike, in_place, num_new_tokens) * per_token
     if needed > cost.free:
+        less = f"generate fewer tokens than {num_new_tokens:,} (max_new_tokens), " if num_new_tokens > 256 else ""
         raise MemoryLimitError(
             f"a question about {num_tokens:,} tokens in {sum(alike.values()):,} chunks needs about "
-            f"{needed / GIB:.1f} GiB of memory beside them, but {cost.free / GIB:.1f} GiB are free; ask about fewer "
-            f"documents, or use a greater chunk_length."
+            f"{needed / GIB:.1f} GiB of memory beside them, but {cost.free / GIB:.1f} GiB are free; {less}ask about "
+            f"fewer documents, or use a greater chunk_length."
         )
 
 
@@ -260,9 +266,12 @@ def _fits(
     packed: bool | None,
 ) -> bool:
     cost = estimate(model, config, num_tokens, place=place, packed=packed)
+    if cost.needed > cost.free:
+        return False
     stored = stored_bytes(model, config, num_tokens)
-    elsewhere = {"device": 0, "host": free_memory(torch.device("cpu")), "disk": free_disk(folder) + written}[place]
-    return cost.needed <= cost.free and (place == "device" or stored <= elsewhere)
+    if place == "host":
+        return stored <= free_memory(torch.device("cpu"))
+    return place == "device" or stored <= free_disk(folder) + written
 
 
 def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, packed: bool | None) -> list[str]:

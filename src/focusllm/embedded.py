@@ -89,6 +89,13 @@ def embedded_gguf(notify: Notify = lambda _: None) -> Path:
     return target
 
 
+def public_name(path: str) -> str:
+    """What others can call a model that was loaded from a path: the embedded one's hub id, a folder's own name."""
+    if Path(path) == cache_folder() / "models" / ALIAS:
+        return HUB_ID
+    return Path(path).name if Path(path).is_absolute() else path
+
+
 def boxed_adapter(name: str | Path) -> Path | None:
     """The candidate projections that come with this package for a model, if any."""
     if Path(name).is_dir() or str(name).lower() not in (ALIAS, HUB_ID.lower()):

@@ -51,7 +51,7 @@ def describe(
     adapter_config: AdapterConfig | None = None
     weights = sum(parameter.nbytes for parameter in skeleton.parameters())
     if source is not None:
-        adapter_config = read_adapter_config(source)
+        adapter_config = read_adapter_config(skeleton, source)
         inject(skeleton, adapter_config)
     facts: dict[str, Any] = {
         "model": str(model),

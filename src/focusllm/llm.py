@@ -34,6 +34,7 @@ from focusllm.modeling import (
     FocusState,
     computing_dtype,
     find_saved,
+    in_type,
     on_device,
     parse_dtype,
 )
@@ -80,7 +81,7 @@ class FocusLLM:
             dtype: a type of torch or its name; `auto`: the checkpoint's own, but float32 on CPUs that have no
                 instructions for a 16-bit one.
             device: where to compute; None: a GPU if there is one, else the CPU.
-            config: lengths and options; None: the defaults.
+            config: lengths and options; None: those saved with the model, else the defaults.
             packed: on a CPU, keep a second copy of the weights in the layout that decoding is fastest with; None: if it
                 takes less than a gibibyte.
             notify: called with a sentence when something takes long (a download), or went otherwise than expected.
@@ -92,16 +93,16 @@ class FocusLLM:
         path = resolve_model(model, notify)
         dtype = parse_dtype(dtype)
         found, config = find_saved(model, path, adapter, config)
+        config = config.replace(**settings)
         loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
-        loaded.focus_config = loaded.focus_config.replace(**settings)
         loaded.focus_config.check_positions(layout(loaded.base).max_positions)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged or newer tokenizer.json raises a bare one
             raise ModelError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
         loaded = on_device(loaded, device)
         if dtype == "auto" and not getattr(loaded.base, "is_quantized", False):
-            loaded = loaded.to(computing_dtype(loaded.dtype, loaded.device))
+            loaded = in_type(loaded, computing_dtype(loaded.dtype, loaded.device))
         if is_packed_by_default(loaded) if packed is None else packed:
             pack(loaded)
         return cls(loaded, tokenizer, str(model), notify)

@@ -25,7 +25,7 @@ from focusllm.chunking import split
 from focusllm.chunks import ChunkBlock, Place, Progress, document_key, encode
 from focusllm.config import FocusConfig
 from focusllm.cost import check_read
-from focusllm.embedded import boxed_adapter, cache_folder
+from focusllm.embedded import boxed_adapter, cache_folder, public_name
 from focusllm.engine import Request, decode, prefill, start_request
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
 
@@ -58,6 +58,11 @@ class FocusState(Cache):
     @property
     def is_compileable(self) -> bool:
         """Steps differ in shape."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Rows cannot forget tokens (see `crop`)."""
         return False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -281,7 +286,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         folder = Path(save_directory)
         wrappers = injected(self.base)
         if self.adapter_config is not None:
-            save_adapter(self.base, folder / ADAPTER_FOLDER, self.adapter_config, str(self.config.name_or_path))
+            name = public_name(str(self.config.name_or_path))
+            save_adapter(self.base, folder / ADAPTER_FOLDER, self.adapter_config, name)
         else:
             shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier save
         base_only = {
@@ -348,11 +354,21 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def computing_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     """The type that `auto` stands for: a checkpoint's own, but float32 where 16-bit types are several times slower.
 
-    That is so on x86 CPUs without instructions for bfloat16 (AVX512-BF16, AMX).
+    That is so on x86 CPUs without instructions for them (bfloat16: AVX512-BF16 or AMX, float16: AVX512-FP16).
     """
     if device.type != "cpu" or own.itemsize != 2 or platform.machine().lower() not in ("x86_64", "amd64"):
         return own
+    if own == torch.float16:
+        return own if torch.ops.mkldnn._is_mkldnn_fp16_supported() else torch.float32
     return own if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def in_type(model: FocusForCausalLM, dtype: torch.dtype) -> FocusForCausalLM:
+    """A model with its parameters in a type; buffers stay, for in 16 bits the angles of positions would be others."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def on_device(model: FocusForCausalLM, device: str | torch.device | None) -> FocusForCausalLM:

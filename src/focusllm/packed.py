@@ -49,6 +49,9 @@ _copies: MutableMapping[Tensor, tuple[Tensor, tuple[int, int]]] = WeakIdKeyDicti
 def pack(model: nn.Module) -> int:
     """Give linear layers and candidate projections a second copy of their weights; again when weights have changed.
 
+    A copy is not used any more once its weight is written to, but torch does not tell of writing into `weight.data`, as
+    merging a LoRA does: then pack anew.
+
     Returns:
         The bytes of the copies; 0 where there is nothing to gain (a GPU, a type without such kernels).
     """
@@ -106,5 +109,5 @@ def _has_kernel(weight: Tensor) -> bool:
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight is replaced, moved or written to."""
+    """Changes when the weight is replaced, moved or written to (not through `weight.data`)."""
     return weight.data_ptr(), weight._version

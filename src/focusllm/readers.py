@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import codecs
+import re
 import sys
 from pathlib import Path
 
-from focusllm.errors import DocumentError
+from focusllm.errors import DocumentError, first_line
 
+BLOCKS = {
+    *("address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "details", "div", "dl", "dt"),
+    *("fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr"),
+    *("legend", "li", "main", "nav", "ol", "option", "p", "pre", "section", "summary", "table", "tbody", "tfoot"),
+    *("thead", "title", "tr", "ul"),
+}
+"""Elements of HTML that have lines of their own."""
+SPACE = "\ue000"
+"""Stands for white space between words until lines are known; of a private area of Unicode, so in no text."""
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".tex", ".json", ".csv", ".py", ".pdf", *HTML_SUFFIXES}
 
@@ -34,7 +44,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     else:
         text = decode_text(data, name, encoding)
         if suffix in HTML_SUFFIXES:
-            text = _from_html(text)
+            text = _from_html(name, text)
     return check_text(text, name)
 
 
@@ -42,10 +52,15 @@ def check_text(text: str, name: str) -> str:
     """The text itself, if there is any.
 
     Raises:
-        DocumentError: it is empty or white space only.
+        DocumentError: it is empty or white space only, or has halves of characters (lone surrogates).
     """
     if not text.strip():
         raise DocumentError(f"{name} has no text in it ({len(text)} characters of white space); give one with text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        odd = f"{text[error.start]!r} at position {error.start:,}"
+        raise DocumentError(f"{name} is not Unicode text: {odd}; give it in UTF-8, or name its encoding.") from error
     return text
 
 
@@ -74,14 +89,25 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
         raise DocumentError(f"{encoding!r} is not an encoding of text; try utf-8 or latin-1.") from error
 
 
-def _from_html(markup: str) -> str:
+def _from_html(name: str, markup: str) -> str:
+    """A line for every block, cells of a table with tabs between them; white space as in the source in `pre` alone."""
     from bs4 import BeautifulSoup
 
-    soup = BeautifulSoup(markup, "html.parser")
+    try:
+        soup = BeautifulSoup(markup, "html.parser")
+    except Exception as error:  # of several kinds, for markup that the parser cannot make sense of
+        raise DocumentError(f"{name} is not HTML that can be read ({first_line(error)}).") from error
     for element in soup(["script", "style", "template", "noscript"]):
         element.decompose()
-    lines = (line.strip() for line in soup.get_text("\n").splitlines())
-    return "\n".join(line for line in lines if line)
+    for piece in soup.find_all(string=True):
+        if piece.find_parent("pre") is None:
+            piece.replace_with(re.sub(r"\s+", SPACE, piece))
+    for element in soup.find_all([*BLOCKS, "td", "th"]):
+        if element.name in BLOCKS:
+            element.insert_before("\n")
+        element.insert_after("\n" if element.name in BLOCKS else "\t")
+    lines = (line.rstrip().strip(SPACE) for line in soup.get_text().split("\n"))
+    return re.sub(f"{SPACE}+", " ", "\n".join(line for line in lines if line))
 
 
 def _from_pdf(name: str, data: bytes) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from focusllm.errors import DocumentError
+from focusllm.readers import check_text
 
 PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 PLACE_OF_DOCUMENT = "[[document]]"
@@ -22,7 +23,7 @@ class Encoded:
 
 
 def encode_text(tokenizer: Any, text: str) -> Encoded:
-    """Tokenize a text that may hold anything: strings that look like control tokens stay plain text."""
+    """Tokenize a text that may hold anything: strings that look like special tokens stay plain text."""
     if not getattr(tokenizer, "is_fast", False):
         ids = encode_ids(tokenizer, text)
         return Encoded(ids, decode_ids(tokenizer, ids)[1])
@@ -77,10 +78,11 @@ def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]
     """The tokens before and after the document in the model's chat template (or a plain question without one).
 
     Raises:
-        DocumentError: an empty question.
+        DocumentError: an empty question, or one that is not Unicode text.
     """
     if not question.strip():
         raise DocumentError("the question is empty; ask something.")
+    check_text(question, "the question")
     before, after = frame_ids(tokenizer)
     if chat_frame(tokenizer)[0] is None:
         return before, encode_ids(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:")

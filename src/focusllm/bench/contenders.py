@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from focusllm.bench.plan import Plan, Spec
+from focusllm.config import FocusConfig
 from focusllm.errors import FocusError, MemoryLimitError, first_line
 from focusllm.machine import peak_resident
 
@@ -282,4 +283,5 @@ def _load(job: Job, adapter: str | None, **settings: Any) -> Any:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(job.threads)
     plan = job.plan
+    FocusConfig.check_names(settings)  # before they stand beside other arguments
     return FocusLLM.from_pretrained(plan.model, adapter=adapter, dtype=plan.dtype, device=plan.device, **settings)

@@ -40,7 +40,8 @@ def ask(
 
     if question is None and "-" in documents:
         raise FocusError("standard input is the document, so questions cannot be typed; give them with -q.")
-    texts = [(("stdin" if path == "-" else Path(path).name), read_text(path, encoding)) for path in documents]
+    names = ["stdin" if path == "-" else Path(path).name.encode(errors="replace").decode() for path in documents]
+    texts = [(name, read_text(path, encoding)) for name, path in zip(names, documents, strict=True)]
     llm = load(model, focus.given(), quiet=as_json)
     for text in question or []:
         llm.frame(text)  # a bad question is refused before the long read

@@ -12,6 +12,7 @@ import typer
 
 from focusllm.cli.options import FocusOptions, Json, ModelOptions, grouped
 from focusllm.cli.terminal import calm_libraries, evaluation_progress, load, make_folder, notify
+from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
 from focusllm.options import parse_lengths, parse_setting
 
@@ -69,6 +70,7 @@ def evaluate(
         hub,
     )
     chosen = {**focus.given(), **dict(map(parse_setting, settings or []))}
+    FocusConfig.check_names(chosen)  # before they stand beside the model's arguments
     make_folder(output)
     llm = load(model, chosen, quiet=as_json, needs_candidates=any(name.startswith("focus") for name in methods))
     with calm_libraries(), evaluation_progress(as_json) as report:

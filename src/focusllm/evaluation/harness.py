@@ -12,7 +12,6 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -72,9 +71,7 @@ class FocusHarness(TemplateLM):
         **settings: Any,
     ):
         super().__init__()
-        odd = sorted(set(settings) - {field.name for field in fields(FocusConfig)})
-        if odd:
-            raise ConfigError(f"focusllm has no setting {', '.join(odd)}; see the fields of FocusConfig.")
+        FocusConfig.check_names(settings)
         if isinstance(model, FocusLLM):
             how = {"adapter": adapter, "dtype": dtype != "auto", "device": device}
             late = [*(name for name, given in how.items() if given), *settings]
