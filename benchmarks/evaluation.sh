@@ -7,12 +7,12 @@
 #     focusllm eval report RUNS/ruler RUNS/ruler-focus RUNS/ruler-snapkv --output RUNS/ruler-report
 #
 # DATA: the folder with books/test and bench. RUNS: where runs go. NAME: only these. All that are run without a NAME take half a day
-# to a day on two cores, in two shells that share the names between them, each with OMP_NUM_THREADS=1. `perplexity` and `ruler-16k` are for
-# a GPU: there methods attend to the whole of texts beyond 8192 tokens, which takes minutes to hours a text on a CPU.
+# to a day on two cores, in two shells that share the names between them, each with OMP_NUM_THREADS=1. `perplexity-scaled` and `ruler-16k`
+# are for a GPU: there methods attend to the whole of texts beyond 8192 tokens, which takes minutes to hours a text on a CPU.
 set -eu
 data=$1 runs=$2 books=$1/books/test
 shift 2
-names=${*:-made-up keys ruler passkey passkey-paper babilong leval longbench
+names=${*:-made-up keys ruler passkey passkey-paper babilong leval longbench perplexity
     made-up-focus keys-focus ruler-focus passkey-focus passkey-paper-focus babilong-focus leval-focus longbench-focus ruler-16k-focus perplexity-focus
     passkey-long needle-long babilong-long passkey-long-focus needle-long-focus babilong-long-focus
     made-up-snapkv keys-snapkv ruler-snapkv passkey-snapkv passkey-paper-snapkv babilong-snapkv leval-snapkv longbench-snapkv perplexity-snapkv}
@@ -62,7 +62,8 @@ for name in $names; do
     needle-long) run $name "$books" "$cheap" needle $longer --limit 5 ;;
     babilong-long) run $name "$books" "$cheap" babilong-qa1 babilong-qa2 babilong-qa3 $longer --limit 2 --data "$data/bench/babi_en" ;;
     ruler-16k) run $name "$books" "$cheap --method yarn" $needles --lengths 16k --limit 2 ;;
-    perplexity) run $name "$long" "--method streaming --method truncate:to=local --method full $scaled" perplexity $lengths --limit 4 ;;
+    perplexity) run $name "$long" "--method streaming --method truncate:to=local --method full" perplexity $lengths --limit 4 ;;
+    perplexity-scaled) run $name "$long" "$scaled" perplexity $lengths --limit 4 ;;
     *) echo "there is no run $name" >&2 && exit 2 ;;
     esac
 done

@@ -172,7 +172,8 @@ def test_readme_files_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/method.md", "docs/models.md", "docs/training.md", "docs/evaluation.md"]
+    "document",
+    ["README.md", *(f"docs/{name}.md" for name in ("method", "models", "training", "evaluation", "embedding"))],
 )
 def test_python_in_the_documents_runs(document: str, tiny_llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block, on the tiny model instead of the one that is named."""
