@@ -60,7 +60,7 @@ for name in $names; do
     longbench) run $name "$books" "$cheap --method truncate" $longbench --limit 1 --data "$data/bench/longbench_v1_mini" ;;
     passkey-long) run $name "$books" "$cheap" passkey $longer --limit 5 ;;
     needle-long) run $name "$books" "$cheap" needle $longer --limit 5 ;;
-    babilong-long) run $name "$books" "$cheap" babilong-qa1 babilong-qa2 babilong-qa3 $longer --limit 2 --data "$data/bench/babi_en" ;;
+    babilong-long) run $name "$books" "$cheap" babilong-qa1 babilong-qa2 babilong-qa3 --lengths 32k --limit 2 --data "$data/bench/babi_en" ;;
     ruler-16k) run $name "$books" "$cheap --method yarn" $needles --lengths 16k --limit 2 ;;
     perplexity) run $name "$long" "--method streaming --method truncate:to=local --method full" perplexity $lengths --limit 4 ;;
     perplexity-scaled) run $name "$long" "$scaled" perplexity $lengths --limit 4 ;;

@@ -91,6 +91,16 @@ def small(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> FocusLLM:
     return llm
 
 
+def test_what_is_known_is_not_told_as_progress(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    run, seen = tmp_path / "run", list[tuple[str, float, float]]()
+    evaluate(plan_for(setting), small, run)
+    lines = (run / "examples.jsonl").read_text().splitlines()
+    (run / "examples.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    evaluate(plan_for(setting), small, run, lambda *entry: seen.append(entry))
+    total = 2 * 2 * (200 + 520)
+    assert seen == [("passkey 520 streaming", total - 520, total), ("done", total, total)]
+
+
 def test_results_say_what_was_measured(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
     seen: list[tuple[str, float, float]] = []
     results = evaluate(plan_for(setting), small, tmp_path / "run", lambda *entry: seen.append(entry))

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,10 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
         with closing(_Log(folder / "examples.jsonl")) as log:
             for cell in plan.cells:
                 title = f"{cell.task} {f'{cell.length:,} ' if cell.length else ''}{cell.method}"
-                lines[cell] = []
-                report(title, before, total)
                 chunks.clear()  # another method's memory is not this one's
                 setting.notes.clear()
-                for line in _cell(cell, plan, methods[cell.method], setting, log):
-                    lines[cell].append(line)
-                    share = len(lines[cell]) / plan.limit
-                    report(title, before + min(share, 1) * _weight(cell, plan), total)
+                say = partial(_say, report, title, before, _weight(cell, plan) / plan.limit, total)
+                lines[cell] = list(_cell(cell, plan, methods[cell.method], setting, log, say))
                 before += _weight(cell, plan)
                 if setting.notes:
                     notes[cell.task] = list(dict.fromkeys([*notes.get(cell.task, ()), *setting.notes]))
@@ -93,13 +90,25 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
     return results
 
 
-def _cell(cell: Cell, plan: Plan, method: Method, setting: Setting, log: _Log) -> Iterator[Line]:
-    """The lines of a cell, from the log or measured now. A length that the method cannot hold ends it."""
+def _say(report: Report, title: str, before: float, each: float, total: float, number: int) -> None:
+    report(title, before + number * each, total)
+
+
+def _cell(
+    cell: Cell, plan: Plan, method: Method, setting: Setting, log: _Log, say: Callable[[int], None]
+) -> Iterator[Line]:
+    """The lines of a cell, from the log or measured now. A length that the method cannot hold ends it.
+
+    Args:
+        say: called with the number of an example before it is measured: not where it is known, which takes no time, so
+            that the time left is not guessed from that.
+    """
     task = plan.task(cell.task)
     of_cell = {"task": cell.task, "length": cell.length, "method": cell.method}
     processor = machine(method.base.device)["processor"]
     try:
-        for example in task.examples(cell.length, plan.limit, setting):
+        examples: Iterator[Example | LossExample] = task.examples(cell.length, plan.limit, setting)
+        for number, example in enumerate(examples):
             of_example = {**of_cell, "id": example.id}
             reason = method.fits(method.num_tokens(example))
             if reason is not None:  # found out anew every time: it is quick, and another machine may have more memory
@@ -109,6 +118,7 @@ def _cell(cell: Cell, plan: Plan, method: Method, setting: Setting, log: _Log) -
                 return
             line = log.known.get((cell.task, cell.length, cell.method, example.id))
             if line is None:
+                say(min(number, plan.limit))
                 line = {**of_example, **_measure(task, method, example), "processor": processor}
                 log.append(line)
             yield line
