@@ -287,8 +287,10 @@ class Kept:
         self.name, self.settings, self.device = name, settings, device
         older = {"kv_dtype": "same", "chunk_overlap": 0, "refresh_rows": None, "other_book": False}  # not said before
         before = {**older, **earlier(name)}
-        same = all(before.get(key) == value for key, value in json.loads(json.dumps(settings)).items())
-        self.lengths: dict[str, dict[str, Any]] = before["lengths"] if same else {}
+        other = [key for key, value in json.loads(json.dumps(settings)).items() if before.get(key) != value]
+        if other and "lengths" in before:
+            raise SystemExit(f"{name}.json has another {', '.join(other)}; choose another --name, or move it away.")
+        self.lengths: dict[str, dict[str, Any]] = before.get("lengths", {})
 
     def write(self, quiet: bool = True) -> None:
         """Keep what there is."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from focusllm.bench.plan import sample_text
+from focusllm.files import whole_file
 from focusllm.machine import machine
 
 __all__ = ["earlier", "finish", "sample_text"]
@@ -26,7 +27,8 @@ def finish(name: str, result: dict[str, Any], quiet: bool = False, device: torch
     """
     result = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "machine": machine(device), **result}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    with whole_file(RESULTS / f"{name}.json") as temporary:  # other programs may read it meanwhile
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
     if not quiet:
         print(json.dumps(result))
 

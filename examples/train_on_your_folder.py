@@ -10,9 +10,6 @@ from pathlib import Path
 
 from focusllm import TrainConfig, train
 
-folder, output = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "my-adapter"
-config = TrainConfig.from_file(Path(__file__).parent / "presets" / "laptop.toml", sources=[folder])
-
 
 def report(entry: dict) -> None:
     """One line a step, with the losses by objective in nats a token."""
@@ -21,5 +18,15 @@ def report(entry: dict) -> None:
     print(f"step {entry['step']:3d}{' held out' if 'evaluation' in entry else ''}: {losses}", flush=True)
 
 
-adapter = train(config, output, report=report, notify=print)
-print(f'Load it with FocusLLM.from_pretrained("smollm2-135m", adapter="{adapter}"); the curve is in {output}/loss.png.')
+def main() -> None:
+    """Train, and say how to load what came of it."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    folder, output = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "my-adapter"
+    config = TrainConfig.from_file(Path(__file__).parent / "presets" / "laptop.toml", sources=[folder])
+    adapter = train(config, output, report=report, notify=print)
+    print(f'Load it with FocusLLM.from_pretrained("smollm2-135m", adapter="{adapter}"); the curve: {output}/loss.png.')
+
+
+if __name__ == "__main__":  # processes that draw samples (`loaders`) import this file
+    main()

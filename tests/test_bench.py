@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -348,10 +349,17 @@ def test_a_process_that_takes_too_long_is_ended(model_folder: Path, tiny_llm: Fo
 
 
 def test_peak_memory_is_this_process_own() -> None:
-    held = peak_resident()
-    block = torch.ones(2**26, dtype=torch.uint8)
-    assert peak_resident() >= min(held, block.nbytes)
-    assert held > 2**20
+    program = """
+from focusllm.machine import peak_resident
+before = peak_resident()
+block = b"x" * 2**27
+print(before, peak_resident())
+"""
+    block = torch.ones(2**29, dtype=torch.uint8)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    before, after = map(int, found.stdout.split())
+    assert 2**20 < before < peak_resident() - block.nbytes // 2  # what started it holds more
+    assert 2**27 <= after - before + 2**20 < 2**28
 
 
 def test_sample_text_is_long() -> None:

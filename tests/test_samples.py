@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,56 @@ def test_jsonl_with_text_messages_and_prompts(tmp_path: Path) -> None:
     path.write_text("nonsense")
     with pytest.raises(DocumentError, match="line 1 is not JSON"):
         read(path, tmp_path / "cache")
+
+
+def test_rows_with_halves_of_characters_or_no_text(tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "rows.jsonl", byte_tokenizer()
+    chat = r'{"messages": [{"role": "user", "content": "a\ud83d"}, {"role": "assistant", "content": "b\udc00"}]}'
+    path.write_text("\n".join([r'{"text": "cut \ud83d off"}', r'{"text": "\ud83d\ude00"}', '{"text": null}', chat]))
+    corpus = read(path, tmp_path / "cache")
+    found = [tokenizer.decode(corpus.document(i)) for i in range(len(corpus))]
+    assert found[:2] == ["cut \ufffd off", "\U0001f600"]
+    assert "a\ufffd" in found[2]
+    assert found[2].endswith("b\ufffd</s>")
+    assert len(found) == 3
+
+
+def test_another_chat_template_is_tokenised_anew(tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "rows.jsonl", byte_tokenizer()
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    path.write_text(json.dumps({"messages": messages}))
+    first = load_corpus(Source(str(path)), tokenizer, tmp_path / "cache").document(0).tolist()
+    tokenizer.chat_template = "{{ messages[0].content }}?"
+    assert load_corpus(Source(str(path)), tokenizer, tmp_path / "cache").document(0).tolist() != first
+
+
+def test_a_corpus_goes_to_another_process_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two " * 10_000)
+    corpus = read(tmp_path / "a.txt", tmp_path / "cache")
+    sent = pickle.dumps(corpus)
+    assert len(sent) < 2000 < corpus.tokens.nbytes
+    assert np.array_equal(pickle.loads(sent).document(0), corpus.document(0))
+
+
+def test_text_that_is_held_out_is_not_trained_on(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "all" / "part").mkdir(parents=True)
+    whole, part = str(tmp_path / "all"), str(tmp_path / "all" / "part")
+    for sources in ([whole, part], [part, whole], [part, part]):
+        with pytest.raises(ConfigError, match="have text in common"):
+            train(train_settings(sources=sources), tmp_path / "out")
+    for kept in (part, {"path": part, "split": "test"}):  # folders have no splits
+        with pytest.raises(ConfigError, match=r"is held out, but .* has it too; keep them apart"):
+            train(train_settings(sources=[whole], held_out=[kept]), tmp_path / "out")
+    with pytest.raises(ConfigError, match="lies in the source"):
+        train(train_settings(sources=[whole]), tmp_path / "all" / "out")
+
+
+@pytest.mark.parametrize("count", [2, 49, 50, 120])
+def test_no_question_is_trained_on_and_held_out(count: int) -> None:
+    tasks = [Task([], str(i), "", "") for i in range(count)]
+    train_part, held_out = Questions(tasks, "train").tasks, Questions(tasks, "held out").tasks
+    assert len(held_out) == max(1, count // 50)
+    assert sorted(int(task.question) for task in (*train_part, *held_out)) == list(range(count))
 
 
 def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,13 +369,12 @@ def test_multihop_in_both_formats(tmp_path: Path) -> None:
     path.write_text(json.dumps({"paragraphs": paragraphs, "question": "Who?", "answer": "Ann"}) + "\n")
     (task,) = read_multihop([path])
     assert (len(task.inserts), task.answer, task.inserts[0]) == (6, "Ann", "0\nx.")
+    row = json.dumps({"paragraphs": paragraphs, "question": "Who\u2028is?", "answer": "Ann"}, ensure_ascii=False)
+    path.write_text(f"{row}\n\n{row}\n", encoding="utf-8")
+    assert [task.question for task in read_multihop([path])] == ["Who\u2028is?"] * 2
+    path.write_text("[]")
+    with pytest.raises(DocumentError, match=r"a\.json has no questions"):
+        read_multihop([path])
     path.write_text('[{"question": 1}]')
     with pytest.raises(DocumentError, match="is not in HotpotQA's or MuSiQue's format"):
         read_multihop([path])
-
-
-def test_questions_from_files_are_kept_from_training() -> None:
-    tasks = [fact(np.random.default_rng(i)) for i in range(120)]
-    trained, kept = Questions(tasks, "train").tasks, Questions(tasks, "held out").tasks
-    assert (len(trained), len(kept), len(Questions(tasks).tasks)) == (118, 2, 120)
-    assert not [task for task in kept if task in trained]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from conftest import build, byte_tokenizer, random_ids, with_candidates
 from focusllm import DocumentError, FocusLLM, TrainConfig, TrainingError, train
@@ -24,7 +25,7 @@ from focusllm.focus import encode_chunks
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
 from focusllm.training.loop import learning_rate
-from focusllm.training.loss import MemoryLoss
+from focusllm.training.loss import MemoryLoss, Meter
 from training import TEXT, losses, tiny, weights
 
 # --- a whole training -------------------------------------------------------------------------------------------------
@@ -226,6 +227,31 @@ def test_keeps_the_last_checkpoints_and_the_best(train_settings: Callable[..., T
     assert names == ["step-000005", "step-000006"]
 
 
+def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(
+    train_settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, measured, scripted = itertools.count(), Meter.result, (3.0, 1.0, 2.0, 4.0, 5.0, 6.0)
+
+    def result(meter: Meter) -> dict[str, Any]:
+        """Of the evaluation before the first step with memory and without, then of every step and its evaluation."""
+        call = next(calls)
+        return measured(meter) | ({"loss": scripted[(call - 3) // 2]} if call > 2 and call % 2 else {})
+
+    monkeypatch.setattr(Meter, "result", result)
+    train(train_settings(save_every=1, keep_last=1, evaluate_every=1), tmp_path / "out")
+    names = [path.name for path in checkpoint.all_of(tmp_path / "out")]
+    assert names == ["step-000002", "step-000006"]
+    best = load_file(tmp_path / "out" / "checkpoints" / "step-000002" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(tmp_path / "out").items())
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step:06d}" / "state.json").write_text("{}")
+    assert [path.name for path in checkpoint.all_of(tmp_path)] == ["step-999999", "step-1000000"]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +261,42 @@ def test_other_settings_are_refused_on_resume(train_settings: Callable[..., Trai
         train(train_settings(steps=2, learning_rate=0.1), tmp_path / "out")
     assert weights(tmp_path / "out")
     train(train_settings(steps=2, save_every=7), tmp_path / "out")  # what has no influence may change
+
+
+def test_what_else_the_numbers_depend_on_is_refused_on_resume(
+    train_settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    stories = tmp_path / "qa1_train.txt"
+    stories.write_text("1 Mary went home.\n2 Where is Mary?\thome\t1\n1 Tom sat.\n2 What did Tom do?\tsit\t1\n")
+    given = {"steps": 2, "stories": [str(stories)], "objectives": {"stories": 1.0}, "refresh_rows": 1}
+    train(train_settings(**given), tmp_path / "out")
+    with pytest.raises(TrainingError, match=r"other settings \(labels_per_pass is 192, now 8\)"):
+        train(train_settings(**given, labels_per_pass=8), tmp_path / "out")
+    path = tmp_path / "out" / "checkpoints" / "step-000002" / "state.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "dtype": "float16"}))  # where auto is another type
+    with pytest.raises(TrainingError, match=r"with another dtype \(float16, now (float32|bfloat16)\)"):
+        train(train_settings(**given), tmp_path / "out")
+    path.write_text(json.dumps(kept))
+    stories.write_text(stories.read_text().replace("sit", "sat"))
+    with pytest.raises(TrainingError, match="with another content of stories and multihop"):
+        train(train_settings(**given), tmp_path / "out")
+
+
+def test_losses_of_other_memories_are_not_compared(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(train_settings(steps=6), tmp_path / "out")
+    path = tmp_path / "out" / "checkpoints" / "step-000006" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "best": {"loss": -1.0, "step": 4}}))
+    train(train_settings(steps=6), tmp_path / "out")
+    assert read_adapter_steps(tmp_path / "out") == 4
+    train(train_settings(steps=6, evaluation_memories=2), tmp_path / "out")
+    assert read_adapter_steps(tmp_path / "out") == 6
+
+
+def read_adapter_steps(output: Path) -> int:
+    steps: int = settings_of(output / "adapter")["adapter"]["trained"]["steps"]
+    return steps
 
 
 def test_a_training_from_before_a_setting_goes_on_without(
@@ -335,7 +397,13 @@ def test_a_damaged_checkpoint_is_named(train_settings: Callable[..., TrainConfig
         ({"objectives": {"facts": 0}}, ConfigError, "not all 0"),
         ({"chunk_lengths": []}, ConfigError, "chunk_lengths is"),
         ({"chunk_lengths": [256]}, ConfigError, "memory_lengths only to 128"),
-        ({"learning_rate": "fast"}, ConfigError, "learning_rate is 'fast'; it must be a number"),
+        ({"learning_rate": "fast"}, ConfigError, "learning_rate is 'fast'; it must be a finite number"),
+        ({"final_learning_rate": float("nan")}, ConfigError, "final_learning_rate is nan; it must be a finite number"),
+        ({"final_learning_rate": -3}, ConfigError, "weight_decay and final_learning_rate at least 0"),
+        ({"objectives": {"facts": float("inf")}}, ConfigError, "facts is inf; it must be a finite number"),
+        ({"seed": 10**30}, ConfigError, "it must be below"),
+        ({"sources": [{"path": 5}]}, ConfigError, "the path of a source is 5; it must be a text"),
+        ({"sources": [{"path": "x", "weight": float("inf")}]}, ConfigError, "the weight of x is inf"),
         ({"sharded": "yes"}, ConfigError, "sharded is 'yes', which is of the wrong type"),
         ({"rank": "64"}, ConfigError, "rank is '64', which is of the wrong type"),
         ({"objectives": 0.5}, ConfigError, "objectives is 0.5, which is of the wrong type"),

@@ -24,8 +24,12 @@ def describe(
     dtype: str,
     settings: dict[str, Any],
     notify: Callable[[str], None] = lambda _: None,
+    device: str | None = None,
 ) -> tuple[dict[str, Any], nn.Module, FocusConfig]:
     """A model's facts, its skeleton on the meta device (shapes only), and the settings that it would be used with.
+
+    Args:
+        device: where it would compute; None: a GPU if there is one, else the CPU.
 
     Raises:
         ModelError, AdapterError, ConfigError: as loading the model would.
@@ -39,8 +43,8 @@ def describe(
         raise cannot_load(model, error) from error
     asked = parse_dtype(dtype)
     own = getattr(base_config, "dtype", None) or torch.float32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = asked if isinstance(asked, torch.dtype) else computing_dtype(own, device)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = asked if isinstance(asked, torch.dtype) else computing_dtype(own, place)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(base_config, dtype=chosen)

@@ -76,8 +76,8 @@ def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
     def timed() -> float:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - start
 
     timed()  # warms up

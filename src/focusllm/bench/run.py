@@ -75,7 +75,7 @@ def run(
         ConfigError: a setting that no length allows, or a length that a contender's settings cannot hold.
         ModelError, AdapterError: as loading the model would.
     """
-    facts, skeleton, config = describe(plan.model, plan.adapter, plan.dtype, {}, notify)
+    facts, skeleton, config = describe(plan.model, plan.adapter, plan.dtype, {}, notify, plan.device)
     tokenizer = _tokenizer(plan.model, notify)
     frames = [frame_question(tokenizer, question) for question in QUESTIONS]
     configs = {spec.name: config.replace(**spec.settings) for spec in plan.specs if spec.kind == "focus"}

@@ -75,7 +75,8 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def all_of(output: Path) -> list[Path]:
     """The whole checkpoints of a training, oldest first."""
     found = (output / FOLDER).glob("step-*") if (output / FOLDER).is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and (path / "state.json").exists())
+    whole = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and (path / "state.json").exists()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prune(output: Path, keep_last: int, best: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ class Source:
     """Where text comes from.
 
     Raises:
-        ConfigError: a weight that is not positive.
+        ConfigError: a weight that is not positive, a path that is no text.
     """
 
     path: str
@@ -40,8 +41,11 @@ class Source:
     """The subset (configuration) of a dataset."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"the weight of {self.path} is {self.weight}; it must be above 0.")
+        for name in ("path", "column", "split"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"the {name} of a source is {getattr(self, name)!r}; it must be a text.")
+        if not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
+            raise ConfigError(f"the weight of {self.path} is {self.weight!r}; it must be a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class TrainConfig:
     sources: tuple[Source, ...] = ()
     held_out: tuple[Source, ...] = ()
     """What the loss is evaluated on during training. Empty: one document in fifty of every source, which is then not
-    trained on, or the end of each if there are fewer."""
+    trained on, or of fewer the end of each (nothing of prompts with an answer)."""
     model: str = "smollm2-135m"
     dtype: str = "auto"
     """Type of the frozen base model; trainable weights are float32. auto: bfloat16 where it is fast, else float32."""
@@ -171,8 +175,8 @@ class TrainConfig:
             *self.objectives,
         ):
             value = self.objectives.get(name, getattr(self, name, None))
-            if not isinstance(value, int | float):
-                raise ConfigError(f"{name} is {value!r}; it must be a number.")
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"{name} is {value!r}; it must be a finite number.")
 
     def _check_numbers(self) -> None:
         for name in LENGTHS:
@@ -188,8 +192,12 @@ class TrainConfig:
         for name in ("noise", "local_facts"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
-        if not self.learning_rate > 0 or not self.clip > 0 or self.weight_decay < 0:
-            raise ConfigError("learning_rate and clip must be above 0, weight_decay at least 0.")
+        if not self.learning_rate > 0 or not self.clip > 0 or min(self.weight_decay, self.final_learning_rate) < 0:
+            raise ConfigError(
+                "learning_rate and clip must be above 0, weight_decay and final_learning_rate at least 0."
+            )
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2**63.")
 
     def _check_refreshed(self) -> None:
         rows, counts = self.refresh_rows, self.distractors

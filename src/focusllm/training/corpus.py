@@ -30,7 +30,7 @@ Report = Callable[[str, int], None]
 """Called with (source, tokens so far) while a source is tokenised."""
 SUFFIXES = {*DOCUMENT_SUFFIXES, ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts"} - {".json"}
 JSON_LINES = {".jsonl", ".ndjson"}
-FORMAT = 1
+FORMAT = 2
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +51,15 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the file of the tokens instead of the tokens."""
+        file = getattr(self.tokens, "filename", None)
+        return {**vars(self), "tokens": self.tokens if file is None else Path(file)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tokens = state["tokens"]
+        vars(self).update(state, tokens=np.load(tokens, mmap_mode="r") if isinstance(tokens, Path) else tokens)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -182,11 +191,13 @@ def _parsed(line: str, file: Path, number: int) -> dict[str, Any]:
 def _row(row: dict[str, Any], source: Source, tokenizer: Any, place: str) -> tuple[str | list[int], str]:
     """A row's text, or its prompt and answer."""
     if isinstance(row.get(source.column), str):
-        return row[source.column], ""
+        return _whole(row[source.column]), ""
     if isinstance(row.get("messages"), list) and row["messages"]:
         return _conversation(row["messages"], tokenizer, place)
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        return row["prompt"], row["completion"]
+        return _whole(row["prompt"]), _whole(row["completion"])
+    if source.column in row and row[source.column] is None:
+        return "", ""
     raise ConfigError(
         f"{place} has no text in a column {source.column!r}, nor messages, nor prompt and completion; it has "
         f"{', '.join(sorted(row)) or 'nothing'}. Name the column of the text."
@@ -200,10 +211,16 @@ def _conversation(messages: list[Any], tokenizer: Any, place: str) -> tuple[list
     if not isinstance(content, str) or not asked or answer.get("role") != "assistant":
         raise DocumentError(f"{place} does not end with an assistant's message after another one; leave such rows out.")
     try:
+        asked = [{**message, "content": _whole(message["content"])} for message in asked]
         ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:  # no template, or one that these messages do not suit
         raise DocumentError(f"{place} does not go through the model's chat template ({first_line(error)}).") from error
-    return list(ids), content
+    return list(ids), _whole(content)
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters, which JSON may have where one was cut: in their place stands U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def dataset_rows(source: Source) -> Iterator[dict[str, Any]]:
@@ -233,7 +250,9 @@ def dataset_rows(source: Source) -> Iterator[dict[str, Any]]:
 def _key(source: Source, tokenizer: Any) -> str:
     """Changes when the files, or how they are tokenised, change."""
     digest = hashlib.sha256(f"{FORMAT} {source.path} {source.column} {source.split} {source.subset}".encode())
-    digest.update(f"{len(tokenizer)} {tokenizer.name_or_path}".encode())
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    known = sorted(tokenizer.get_vocab().items()) if rules is None else rules.to_str()
+    digest.update(repr((known, tokenizer.chat_template, tokenizer.eos_token_id)).encode())
     if not source.path.startswith("hf:") and Path(source.path).exists():
         for file in files(Path(source.path)):
             stat = file.stat()

@@ -16,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -145,7 +145,9 @@ class Training:
         state, optimizer = checkpoint.load(folder)
         # Settings that are newer than the training have their defaults, which are how it was before them.
         before, now = _plain(TrainConfig()) | state["config"], _plain(self.config)
-        odd = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
+        # Samples that are worked on together see each other's chunks, where not all are seen.
+        fixed = {"labels_per_pass"} if self.config.refresh_rows else set()
+        odd = [name for name in now if name not in set(MAY_CHANGE) - fixed and before.get(name) != now[name]]
         if odd:
             raise TrainingError(
                 f"the training in {self.output} has other settings ({odd[0]} is {before.get(odd[0])}, now "
@@ -156,9 +158,22 @@ class Training:
                 f"the text of the training in {self.output} has changed ([source, documents, tokens] were "
                 f"{state['data']}, now {self.sampler.data}); put it back to go on, or use another output folder."
             )
+        for name, here in self._surroundings().items():
+            if state.get(name, here) != here:
+                raise TrainingError(
+                    f"the training in {self.output} went on with another {name} ({state[name]}, now {here}); go on as "
+                    f"it was, or use another output folder to begin anew."
+                )
         set_optimizer_state_dict(self.module, self.optimizer, optimizer, options=WHOLE)
         self.step = self.saved = state["step"]
-        self.best = state["best"]
+        is_same = before["evaluation_memories"] == now["evaluation_memories"]
+        self.best = state["best"] if is_same else {}  # losses of other memories are not compared
+
+    def _surroundings(self) -> dict[str, str]:
+        """What the numbers depend on beside settings and corpora."""
+        dtype = str(next(self.base.parameters()).dtype).removeprefix("torch.")
+        samplers = [sampler for sampler in (self.sampler, self.held_out) if sampler is not None]
+        return {"dtype": dtype, "content of stories and multihop": " ".join(s.questions for s in samplers).strip()}
 
     def run(self, report: Report = lambda _: None) -> dict[str, Any]:
         """Train until the last step.
@@ -193,11 +208,11 @@ class Training:
                 start = time.perf_counter()
         return last
 
-    def _drawn(self) -> Iterable[list[Memory]]:
+    def _drawn(self) -> Iterator[list[Memory]]:
         """The memories of every step that is still to do, those of this process."""
         accelerator, loaders = self.accelerator, self.config.loaders
         mine = range(accelerator.process_index, self.config.memories_per_step, accelerator.num_processes)
-        return DataLoader(
+        loader: DataLoader[list[Memory]] = DataLoader(
             _Steps(self.sampler, mine),
             batch_size=None,
             sampler=range(self.step, self.config.steps),
@@ -206,6 +221,8 @@ class Training:
             worker_init_fn=_obedient,
             multiprocessing_context="spawn" if loaders else None,  # a fork would share threads and the GPU
         )
+        with _uninterrupted() if loaders else nullcontext():  # which the processes inherit until they are obedient
+            return iter(loader)
 
     def _advance(self, memories: list[Memory], start: float) -> dict[str, Any]:
         """One optimiser step, which began with the drawing of its memories."""
@@ -305,7 +322,7 @@ class Training:
         self.saved = self.step
         optimizer = get_optimizer_state_dict(self.module, self.optimizer, options=WHOLE)
         tensors = gathered(adapter_tensors(self.base), keep=self.accelerator.is_main_process)
-        state = {"config": self.config.to_dict(), "data": self.sampler.data, "best": self.best}
+        state = {"config": self.config.to_dict(), "data": self.sampler.data, "best": self.best, **self._surroundings()}
         if self.accelerator.is_main_process:
 
             def write(folder: Path) -> None:
@@ -365,6 +382,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             entries.append(json.loads(line))
     return entries
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals are ignored meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager

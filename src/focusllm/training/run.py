@@ -32,7 +32,7 @@ from focusllm.modeling import cannot_load, computing_dtype, parse_dtype
 from focusllm.text import first_token
 from focusllm.training import checkpoint
 from focusllm.training.checkpoint import disk_errors
-from focusllm.training.config import TrainConfig
+from focusllm.training.config import Source, TrainConfig
 from focusllm.training.corpus import check_source, load_corpus
 from focusllm.training.loop import Report, Training, read_log
 from focusllm.training.report import card_tables, plot_losses
@@ -130,19 +130,31 @@ def _check_places(config: TrainConfig, output: Path) -> None:
 
     Raises:
         DocumentError: a file or folder that is not there.
-        ConfigError: a source with the output in it, or with held-out text in it.
+        ConfigError: a source with the output or with held-out text in it; without any, sources with text in common.
     """
     for source in (*config.sources, *config.held_out):
         check_source(source)
-    for source in config.sources:
+    for number, source in enumerate(config.sources):
         place = Path(source.path).resolve()
         if not source.path.startswith("hf:") and output.resolve().is_relative_to(place):
             raise ConfigError(f"the output folder {output} lies in the source {source.path}; choose one outside.")
         for kept in config.held_out:
-            other = Path(kept.path).resolve()
-            inside = other.is_relative_to(place) or place.is_relative_to(other)
-            if inside and (kept.split, kept.subset) == (source.split, source.subset):
+            if _have_text_in_common(source, kept):
                 raise ConfigError(f"{kept.path} is held out, but {source.path} has it too; keep them apart.")
+        for other in () if config.held_out else config.sources[:number]:
+            if _have_text_in_common(source, other):
+                raise ConfigError(
+                    f"the sources {other.path} and {source.path} have text in common, so that what is kept from one of "
+                    f"them to evaluate on is trained on from the other; keep them apart, or name held_out."
+                )
+
+
+def _have_text_in_common(one: Source, other: Source) -> bool:
+    """Whether one has the other in it, as far as their names tell."""
+    if one.path.startswith("hf:") or other.path.startswith("hf:"):
+        return (one.path, one.split, one.subset) == (other.path, other.split, other.subset)
+    first, second = Path(one.path).resolve(), Path(other.path).resolve()
+    return first.is_relative_to(second) or second.is_relative_to(first)
 
 
 def _train(

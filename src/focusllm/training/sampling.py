@@ -15,6 +15,7 @@ after a stop sees exactly what it would have seen.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,6 +93,12 @@ class Sampler:
     def data(self) -> list[list[Any]]:
         """What there is to draw from: [source, documents, tokens] each."""
         return [[corpus.name, len(corpus), int(corpus.lengths.sum())] for corpus, _ in self.corpora]
+
+    @property
+    def questions(self) -> str:
+        """Changes when the questions from files do; empty if there are none."""
+        found = [task for made in self.tasks.values() if isinstance(made, Questions) for task in made.tasks]
+        return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if found else ""
 
     def draw(self, step: int, number: int) -> Memory:
         """The memory of a number in a step; the same one whenever it is asked for."""

@@ -60,17 +60,17 @@ def table(rng: Rng, most_rows: int = 100) -> Task:
 
 
 class Questions:
-    """Questions from files, of which one in fifty is kept from training.
+    """Questions from files, of which one in fifty is kept from training, of fewer the last.
 
     Args:
-        tasks: all of them.
+        tasks: all of them, two at least.
         part: `train`, `held out`, or None for all.
     """
 
     def __init__(self, tasks: list[Task], part: str | None = None):
-        kept = {i for i in range(len(tasks)) if i % 50 == 49}
+        kept = {i for i in range(len(tasks)) if i % 50 == 49} or {len(tasks) - 1}
         chosen = {"train": [t for i, t in enumerate(tasks) if i not in kept], "held out": [tasks[i] for i in kept]}
-        self.tasks = tasks if part is None else chosen[part] or tasks
+        self.tasks = tasks if part is None else chosen[part]
 
     def __call__(self, rng: Rng) -> Task:
         """One of them."""
@@ -107,16 +107,20 @@ def read_multihop(paths: Sequence[str | Path]) -> list[Task]:
     """HotpotQA and MuSiQue questions (JSON or JSON lines) with their paragraphs, up to four of them distractors.
 
     Raises:
-        DocumentError: a file that cannot be read or is neither.
+        DocumentError: a file that cannot be read, is neither, or has no questions.
     """
     tasks: list[Task] = []
     for path in paths:
         text = _text(path)
         try:
-            rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
-            tasks += [_multihop(row) for row in rows]
+            lines = (line for line in text.split("\n") if line.strip())
+            rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
+            found = [_multihop(row) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             raise DocumentError(f"{path} is not in HotpotQA's or MuSiQue's format ({error!r}).") from error
+        if not found:
+            raise DocumentError(f"{path} has no questions; give files in HotpotQA's or MuSiQue's format.")
+        tasks += found
     return tasks
 
 
