@@ -341,6 +341,12 @@ def test_json_alone(focusllm, model_folder: Path, tmp_path: Path, monkeypatch: p
     assert len(out.splitlines()) == 1
 
 
+def test_an_unknown_device_is_one_sentence(focusllm: Any, model_folder: Path, tmp_path: Path) -> None:
+    code, _, err = focusllm("bench", "--device", "foo", "--lengths", "300", "-m", model_folder, "-o", tmp_path)
+    assert code == 2
+    assert "device is 'foo', which cannot be used" in err
+
+
 def test_a_process_that_takes_too_long_is_ended(model_folder: Path, tiny_llm: FocusLLM) -> None:
     job = job_of(model_folder, tiny_llm, Spec("focus", "focus"), 100)
     with bench_run._Process(job, 1e-5) as process, pytest.raises(bench_run._Lost, match="stopped after 1e-05 minutes"):

@@ -15,7 +15,7 @@ from focusllm.adapter_files import read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import ADAPTERS, resolve_model
-from focusllm.modeling import cannot_load, computing_dtype, find_saved, parse_dtype
+from focusllm.modeling import cannot_load, computing_dtype, find_saved, parse_device, parse_dtype
 
 
 def describe(
@@ -43,8 +43,7 @@ def describe(
         raise cannot_load(model, error) from error
     asked = parse_dtype(dtype)
     own = getattr(base_config, "dtype", None) or torch.float32
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = asked if isinstance(asked, torch.dtype) else computing_dtype(own, place)
+    chosen = asked if isinstance(asked, torch.dtype) else computing_dtype(own, parse_device(device))
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(base_config, dtype=chosen)

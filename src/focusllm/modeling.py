@@ -377,13 +377,29 @@ def on_device(model: FocusForCausalLM, device: str | torch.device | None) -> Foc
     Raises:
         ConfigError: no such device, or no room on it.
     """
+    chosen = parse_device(device)
+    try:
+        moved: FocusForCausalLM = model.to(chosen)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise _no_device(chosen, error) from error
+    return moved
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name; None: a GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such kind of device.
+    """
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        moved: FocusForCausalLM = model.to(torch.device(chosen))
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise ConfigError(f"device is {str(chosen)!r}, which cannot be used ({reason}); try cpu or cuda.") from error
-    return moved
+        return torch.device(chosen)
+    except RuntimeError as error:
+        raise _no_device(chosen, error) from error
+
+
+def _no_device(device: str | torch.device, error: Exception) -> ConfigError:
+    return ConfigError(f"device is {str(device)!r}, which cannot be used ({first_line(error)}); try cpu or cuda.")
 
 
 def find_saved(

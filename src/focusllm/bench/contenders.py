@@ -286,7 +286,7 @@ def serve(connection: Connection, job: Job) -> None:
         connection.send(("refused", first_line(error)))
 
 
-def _load(job: Job, adapter: str | None, **settings: Any) -> Any:
+def _load(job: Job, adapter: str | None, packed: bool | None, **settings: Any) -> Any:
     import torch
     import transformers
 
@@ -297,4 +297,6 @@ def _load(job: Job, adapter: str | None, **settings: Any) -> Any:
     torch.set_num_threads(job.threads)
     plan = job.plan
     FocusConfig.check_names(settings)  # before they stand beside other arguments
-    return FocusLLM.from_pretrained(plan.model, adapter=adapter, dtype=plan.dtype, device=plan.device, **settings)
+    return FocusLLM.from_pretrained(
+        plan.model, adapter=adapter, dtype=plan.dtype, device=plan.device, packed=packed, **settings
+    )

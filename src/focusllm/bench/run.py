@@ -41,7 +41,7 @@ from focusllm.embedded import ALIAS, cache_folder, embedded_gguf, resolve_model
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
 from focusllm.info import describe
 from focusllm.machine import machine
-from focusllm.modeling import cannot_load
+from focusllm.modeling import cannot_load, parse_device
 from focusllm.text import encode_ids, frame_question
 
 Report = Callable[[str, int, int], None]
@@ -118,7 +118,7 @@ class _Bench:
         self.plan, self.skeleton, self.configs, self.frames, self.ids = plan, skeleton, configs, frames, ids
         self.report = report
         self.shapes: Shapes = linear_shapes(skeleton)
-        self.device = torch.device(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = parse_device(plan.device)
         self.threads = plan.threads or torch.get_num_threads()
         torch.set_num_threads(self.threads)
         self.given_up: dict[str, str] = {}

@@ -60,17 +60,17 @@ def table(rng: Rng, most_rows: int = 100) -> Task:
 
 
 class Questions:
-    """Questions from files, of which one in fifty is kept from training, of fewer the last.
+    """Questions from files, of which one in fifty is kept from training, of fewer the last; one alone is in both parts.
 
     Args:
-        tasks: all of them, two at least.
+        tasks: all of them.
         part: `train`, `held out`, or None for all.
     """
 
     def __init__(self, tasks: list[Task], part: str | None = None):
         kept = {i for i in range(len(tasks)) if i % 50 == 49} or {len(tasks) - 1}
         chosen = {"train": [t for i, t in enumerate(tasks) if i not in kept], "held out": [tasks[i] for i in kept]}
-        self.tasks = tasks if part is None else chosen[part]
+        self.tasks = tasks if part is None else chosen[part] or tasks
 
     def __call__(self, rng: Rng) -> Task:
         """One of them."""
