@@ -51,7 +51,7 @@ for name in $names; do
     # shellcheck disable=SC2086  # the lists above are meant to be split
     case $kind in
     made-up) run $name "$books" "$cheap --method full" needle number-string key-value math-find document --lengths 4k --limit 5 ;;
-    keys) run $name "$books" "$cheap $whole" lost-in-the-middle-75 lost-in-the-middle-140 --limit 5 --data "$data/bench" ;;
+    keys) run $name "$books" "$cheap $whole" lost-in-the-middle-75 lost-in-the-middle-140 --limit 10 --data "$data/bench" ;;
     ruler) run $name "$books" "$cheap --method full" $needles ruler-vt ruler-cwe ruler-fwe --lengths 4k --limit 3 ;;
     passkey) run $name "$books" "$cheap --method truncate:to=local --method full" passkey --lengths 4k,16k --limit 10 ;;
     passkey-paper) run $name "$books" "$cheap --method full" passkey-paper --lengths 4k,16k --limit 10 ;;

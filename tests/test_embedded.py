@@ -80,6 +80,7 @@ def test_what_others_can_call_a_model(no_hub: Path) -> None:
     assert module.public_name(str(no_hub)) == module.HUB_ID
     assert module.public_name("/home/someone/models/mine") == "mine"
     assert module.public_name("owner/model") == "owner/model"
+    assert module.public_name("/cache/hub/models--owner--a--model/snapshots/0123abc") == "owner/a--model"
 
 
 def test_other_names_stay_as_they_are(tmp_path: Path) -> None:

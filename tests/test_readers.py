@@ -67,7 +67,8 @@ def test_html(tmp_path: Path) -> None:
         ("<p>H<sub>2</sub>O is <b>not</b> un<i>believ</i>able,\n  is it?</p>", "H2O is not unbelievable, is it?"),
         ("<div>one<p>two</p>three<br>four</div><ul><li>five<li>six</ul>", "one\ntwo\nthree\nfour\nfive\nsix"),
         ("<pre>def f():\n    return 1\n</pre>done", "def f():\n    return 1\ndone"),
-        ("<table><tr><td>a</td><td>b</td></tr> <tr><td>c</td></tr></table>", "a\tb\nc"),
+        ("<table><tr>\n <td>a</td>\n <td>b</td>\n</tr>\n<tr><td> </td><td></td></tr> <tr><td>c</td></tr>", "a\tb\nc"),
+        ("<!DOCTYPE html><html><!-- not shown --><body><?php no ?><p>Hi</p></body></html>", "Hi"),
     ],
 )
 def test_html_has_a_line_for_every_block(tmp_path: Path, markup: str, text: str) -> None:

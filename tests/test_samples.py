@@ -100,7 +100,7 @@ def test_a_corpus_goes_to_another_process_by_its_file(tmp_path: Path) -> None:
 def test_text_that_is_held_out_is_not_trained_on(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     (tmp_path / "all" / "part").mkdir(parents=True)
     whole, part = str(tmp_path / "all"), str(tmp_path / "all" / "part")
-    for sources in ([whole, part], [part, whole], [part, part]):
+    for sources in ([whole, part], [part, whole]):
         with pytest.raises(ConfigError, match="have text in common"):
             train(train_settings(sources=sources), tmp_path / "out")
     for kept in (part, {"path": part, "split": "test"}):  # folders have no splits

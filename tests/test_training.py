@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from focusllm.errors import AdapterError, ConfigError
 from focusllm.focus import encode_chunks
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
-from focusllm.training.loop import learning_rate
+from focusllm.training.loop import _interrupts, _signals_blocked, learning_rate
 from focusllm.training.loss import MemoryLoss, Meter
 from training import TEXT, losses, tiny, weights
 
@@ -245,6 +246,18 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights(tmp_path / "out").items())
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signals to block")
+def test_signals_wait_while_processes_start_and_do_not_reach_them() -> None:
+    program = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with _interrupts() as interrupted:
+        with _signals_blocked():
+            child = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted.is_set()
+        assert interrupted.wait(5)
+    assert child.stdout == "True\n"
+
+
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
@@ -275,7 +288,7 @@ def test_what_else_the_numbers_depend_on_is_refused_on_resume(
     path = tmp_path / "out" / "checkpoints" / "step-000002" / "state.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps({**kept, "dtype": "float16"}))  # where auto is another type
-    with pytest.raises(TrainingError, match=r"with another dtype \(float16, now (float32|bfloat16)\)"):
+    with pytest.raises(TrainingError, match=r"another dtype \(float16, now (float32|bfloat16)\); set dtype to float16"):
         train(train_settings(**given), tmp_path / "out")
     path.write_text(json.dumps(kept))
     stories.write_text(stories.read_text().replace("sit", "sat"))
@@ -283,15 +296,18 @@ def test_what_else_the_numbers_depend_on_is_refused_on_resume(
         train(train_settings(**given), tmp_path / "out")
 
 
-def test_losses_of_other_memories_are_not_compared(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    train(train_settings(steps=6), tmp_path / "out")
-    path = tmp_path / "out" / "checkpoints" / "step-000006" / "state.json"
-    state = json.loads(path.read_text())
-    path.write_text(json.dumps({**state, "best": {"loss": -1.0, "step": 4}}))
-    train(train_settings(steps=6), tmp_path / "out")
-    assert read_adapter_steps(tmp_path / "out") == 4
-    train(train_settings(steps=6, evaluation_memories=2), tmp_path / "out")
+@pytest.mark.parametrize(("memories", "best"), [(3, 4), (2, 6)])
+def test_losses_of_other_memories_are_not_compared(
+    train_settings: Callable[..., TrainConfig], tmp_path: Path, memories: int, best: int
+) -> None:
+    train(train_settings(), tmp_path / "out")
     assert read_adapter_steps(tmp_path / "out") == 6
+    folder = tmp_path / "out" / "checkpoints"
+    shutil.rmtree(folder / "step-000006")
+    state = json.loads((folder / "step-000004" / "state.json").read_text())
+    (folder / "step-000004" / "state.json").write_text(json.dumps({**state, "best": {"loss": -1.0, "step": 4}}))
+    train(train_settings(evaluation_memories=memories), tmp_path / "out")
+    assert read_adapter_steps(tmp_path / "out") == best
 
 
 def read_adapter_steps(output: Path) -> int:

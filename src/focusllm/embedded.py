@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,9 @@ def public_name(path: str) -> str:
     """What others can call a model that was loaded from a path: the embedded one's hub id, a folder's own name."""
     if Path(path) == cache_folder() / "models" / ALIAS:
         return HUB_ID
+    from_hub = re.search(r"models--(.+?)--(.+)/snapshots/", Path(path).as_posix())
+    if from_hub:
+        return f"{from_hub[1]}/{from_hub[2]}"
     return Path(path).name if Path(path).is_absolute() else path
 
 

@@ -80,7 +80,8 @@ class Request:
         twin = copy.copy(self)
         twin.blocks, twin.local_ids = list(self.blocks), list(self.local_ids)
         twin.row_ids = list(self.row_ids)
-        twin.tails = list(self.tails) if self.hot else [tail.copy() for tail in self.tails]  # read only beside hot rows
+        # Beside hot rows tails are read, never written.
+        twin.tails = list(self.tails) if self.hot else [tail.copy() for tail in self.tails]
         twin.hot = [rows.copy() for rows in self.hot]
         twin.candidates = self.candidates.map(torch.clone) if self.candidates is not None else None
         twin.local_kv = self.local_kv.copy() if self.local_kv is not None else None

@@ -46,5 +46,5 @@ def first_line(error: BaseException) -> str:
 
 
 def missing_package(what: str, package: str, extra: str) -> ConfigError:
-    """A package that only some things need is not installed: which thing, and the extra that brings it."""
+    """A package is not installed: what needs it (`retrieval needs`, say), and the extra that brings it."""
     return ConfigError(f"{what} the package {package}: pip install '.[{extra}]' in a clone of focusllm.")

@@ -16,8 +16,8 @@ BLOCKS = {
     *("thead", "title", "tr", "ul"),
 }
 """Elements of HTML that have lines of their own."""
-SPACE = "\ue000"
-"""Stands for white space between words until lines are known; of a private area of Unicode, so in no text."""
+SPACE = "\ufdd0"
+"""Stands for white space between words until lines are known. Unicode keeps it from being a character."""
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".tex", ".json", ".csv", ".py", ".pdf", *HTML_SUFFIXES}
 
@@ -92,6 +92,7 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
 def _from_html(name: str, markup: str) -> str:
     """A line for every block, cells of a table with tabs between them; white space as in the source in `pre` alone."""
     from bs4 import BeautifulSoup
+    from bs4.element import CData, PreformattedString
 
     try:
         soup = BeautifulSoup(markup, "html.parser")
@@ -100,13 +101,16 @@ def _from_html(name: str, markup: str) -> str:
     for element in soup(["script", "style", "template", "noscript"]):
         element.decompose()
     for piece in soup.find_all(string=True):
-        if piece.find_parent("pre") is None:
+        if isinstance(piece, PreformattedString) and not isinstance(piece, CData):  # a comment, a document type
+            piece.extract()
+        elif piece.find_parent("pre") is None:
             piece.replace_with(re.sub(r"\s+", SPACE, piece))
     for element in soup.find_all([*BLOCKS, "td", "th"]):
         if element.name in BLOCKS:
             element.insert_before("\n")
         element.insert_after("\n" if element.name in BLOCKS else "\t")
-    lines = (line.rstrip().strip(SPACE) for line in soup.get_text().split("\n"))
+    text = re.sub(f"{SPACE}*\t{SPACE}*", "\t", soup.get_text())
+    lines = (line.strip(SPACE).rstrip() for line in text.split("\n"))
     return re.sub(f"{SPACE}+", " ", "\n".join(line for line in lines if line))
 
 

@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from focusllm.bench.plan import Plan, Spec
-from focusllm.config import FocusConfig
 from focusllm.errors import FocusError, MemoryLimitError, first_line
 from focusllm.machine import peak_resident
 
@@ -276,8 +275,9 @@ def serve(connection: Connection, job: Job) -> None:
         connection.send(("done", loaded))
         while connection.recv():
             turn = contender.turn(job.document, job.plan.new_tokens)
-            connection.send(("done", {**asdict(turn), "peak_memory": contender.peak_memory()}))
+            found = {**asdict(turn), "peak_memory": contender.peak_memory()}
             contender.leave_room()
+            connection.send(("done", found))
     except (MemoryError, MemoryLimitError) as error:
         connection.send(("refused", f"not enough memory: {first_line(error)}"))
     except EOFError:  # the parent is gone
@@ -296,7 +296,6 @@ def _load(job: Job, adapter: str | None, packed: bool | None, **settings: Any) -
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(job.threads)
     plan = job.plan
-    FocusConfig.check_names(settings)  # before they stand beside other arguments
     return FocusLLM.from_pretrained(
         plan.model, adapter=adapter, dtype=plan.dtype, device=plan.device, packed=packed, **settings
     )

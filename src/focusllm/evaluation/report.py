@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,12 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _means(rows: Sequence[Row], methods: Sequence[str]) -> list[list[str]]:
-    """A line a family (`ruler` of `ruler-vt` and others) and length."""
+    """A line a family (`ruler` of `ruler-vt` and others, `lost-in-the-middle` of those with a number) and length."""
     families: dict[tuple[str, int | None], list[Row]] = {}
     for row in rows:
-        family, hyphen, _ = row.task.partition("-")
-        if hyphen and not row.is_loss:
+        numbered = re.fullmatch(r"(.+)-\d+", row.task)
+        family = numbered[1] if numbered else row.task.partition("-")[0]
+        if family != row.task and not row.is_loss:
             families.setdefault((family, row.length), []).append(row)
     lines = []
     for (family, length), members in families.items():

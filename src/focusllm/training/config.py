@@ -59,7 +59,7 @@ class TrainConfig:
     sources: tuple[Source, ...] = ()
     held_out: tuple[Source, ...] = ()
     """What the loss is evaluated on during training. Empty: one document in fifty of every source, which is then not
-    trained on, or of fewer the end of each (nothing of prompts with an answer)."""
+    trained on; if there are fewer than fifty, the end of each, and nothing of prompts with an answer."""
     model: str = "smollm2-135m"
     dtype: str = "auto"
     """Type of the frozen base model; trainable weights are float32. auto: bfloat16 where it is fast, else float32."""

@@ -211,7 +211,7 @@ def _conversation(messages: list[Any], tokenizer: Any, place: str) -> tuple[list
     if not isinstance(content, str) or not asked or answer.get("role") != "assistant":
         raise DocumentError(f"{place} does not end with an assistant's message after another one; leave such rows out.")
     try:
-        asked = [{**message, "content": _whole(message["content"])} for message in asked]
+        asked = [{k: _whole(v) if isinstance(v, str) else v for k, v in message.items()} for message in asked]
         ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:  # no template, or one that these messages do not suit
         raise DocumentError(f"{place} does not go through the model's chat template ({first_line(error)}).") from error

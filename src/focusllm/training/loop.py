@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -147,7 +148,8 @@ class Training:
         before, now = _plain(TrainConfig()) | state["config"], _plain(self.config)
         # Samples that are worked on together see each other's chunks, where not all are seen.
         fixed = {"labels_per_pass"} if self.config.refresh_rows else set()
-        odd = [name for name in now if name not in set(MAY_CHANGE) - fixed and before.get(name) != now[name]]
+        free = set(MAY_CHANGE) - fixed | ({"dtype"} if "dtype" in state else set())  # then the type itself is compared
+        odd = [name for name in now if name not in free and before.get(name) != now[name]]
         if odd:
             raise TrainingError(
                 f"the training in {self.output} has other settings ({odd[0]} is {before.get(odd[0])}, now "
@@ -160,14 +162,15 @@ class Training:
             )
         for name, here in self._surroundings().items():
             if state.get(name, here) != here:
+                remedy = f"set dtype to {state[name]}" if name == "dtype" else "put it back"
                 raise TrainingError(
-                    f"the training in {self.output} went on with another {name} ({state[name]}, now {here}); go on as "
-                    f"it was, or use another output folder to begin anew."
+                    f"the training in {self.output} was made with another {name} ({state[name]}, now {here}); {remedy} "
+                    f"to go on, or use another output folder to begin anew."
                 )
         set_optimizer_state_dict(self.module, self.optimizer, optimizer, options=WHOLE)
         self.step = self.saved = state["step"]
-        is_same = before["evaluation_memories"] == now["evaluation_memories"]
-        self.best = state["best"] if is_same else {}  # losses of other memories are not compared
+        is_other = before["evaluation_memories"] != now["evaluation_memories"]  # whose losses are not compared
+        self.best = {} if is_other and self.step < self.config.steps else state["best"]
 
     def _surroundings(self) -> dict[str, str]:
         """What the numbers depend on beside settings and corpora."""
@@ -221,7 +224,7 @@ class Training:
             worker_init_fn=_obedient,
             multiprocessing_context="spawn" if loaders else None,  # a fork would share threads and the GPU
         )
-        with _uninterrupted() if loaders else nullcontext():  # which the processes inherit until they are obedient
+        with _signals_blocked() if loaders else nullcontext():
             return iter(loader)
 
     def _advance(self, memories: list[Memory], start: float) -> dict[str, Any]:
@@ -385,17 +388,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Signals are ignored meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
+def _signals_blocked() -> Iterator[None]:
+    """For processes that are started meanwhile, which inherit it until they are obedient."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    resource_tracker.ensure_running()  # it would unblock them when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

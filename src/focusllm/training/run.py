@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from focusllm.adapter_files import load_tensors, save_adapter
 from focusllm.base import layout
-from focusllm.embedded import cache_folder, resolve_model
+from focusllm.embedded import cache_folder, public_name, resolve_model
 from focusllm.errors import ConfigError, DocumentError, TrainingError
 from focusllm.files import whole_file, whole_folder
 from focusllm.modeling import cannot_load, computing_dtype, parse_dtype
@@ -142,17 +142,23 @@ def _check_places(config: TrainConfig, output: Path) -> None:
             if _have_text_in_common(source, kept):
                 raise ConfigError(f"{kept.path} is held out, but {source.path} has it too; keep them apart.")
         for other in () if config.held_out else config.sources[:number]:
-            if _have_text_in_common(source, other):
+            if _have_text_in_common(source, other) and _place(source) != _place(other):  # the same is split alike
                 raise ConfigError(
                     f"the sources {other.path} and {source.path} have text in common, so that what is kept from one of "
                     f"them to evaluate on is trained on from the other; keep them apart, or name held_out."
                 )
 
 
+def _place(source: Source) -> tuple[Any, ...]:
+    if source.path.startswith("hf:"):
+        return source.path, source.split, source.subset
+    return (Path(source.path).resolve(),)
+
+
 def _have_text_in_common(one: Source, other: Source) -> bool:
     """Whether one has the other in it, as far as their names tell."""
     if one.path.startswith("hf:") or other.path.startswith("hf:"):
-        return (one.path, one.split, one.subset) == (other.path, other.split, other.subset)
+        return _place(one) == _place(other)
     first, second = Path(one.path).resolve(), Path(other.path).resolve()
     return first.is_relative_to(second) or second.is_relative_to(first)
 
@@ -217,7 +223,7 @@ def _assembled(
             raise
         notify("No text is left over to evaluate on (held_out names some); the last checkpoint is taken as the best.")
     sink = first_token(tokenizer) if config.sink else None
-    return Training(config, model, sampler, held_out, output, config.model, accelerator, sink)
+    return Training(config, model, sampler, held_out, output, public_name(config.model), accelerator, sink)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -244,7 +250,7 @@ def _finish(training: Training, output: Path) -> None:
     )
     notes, tensors = card_tables(config, log, chosen.name), load_tensors(chosen)
     with disk_errors(output / "adapter"), whole_folder(output / "adapter") as part:
-        save_adapter(training.base, part, adapter_config, config.model, notes, tensors)
+        save_adapter(training.base, part, adapter_config, training.base_name, notes, tensors)
     plot_losses(log, output / "loss.png")
 
 

@@ -64,13 +64,13 @@ class Questions:
 
     Args:
         tasks: all of them.
-        part: `train`, `held out`, or None for all.
+        part: `train` or `held out`.
     """
 
-    def __init__(self, tasks: list[Task], part: str | None = None):
+    def __init__(self, tasks: list[Task], part: str):
         kept = {i for i in range(len(tasks)) if i % 50 == 49} or {len(tasks) - 1}
         chosen = {"train": [t for i, t in enumerate(tasks) if i not in kept], "held out": [tasks[i] for i in kept]}
-        self.tasks = tasks if part is None else chosen[part] or tasks
+        self.tasks = chosen[part] or tasks
 
     def __call__(self, rng: Rng) -> Task:
         """One of them."""

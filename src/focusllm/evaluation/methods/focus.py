@@ -89,7 +89,8 @@ class Focus(Method):
         """Teacher-forced; labels beyond half of the local context are taken a piece at a time."""
         ids, total = list(example.text_ids), 0.0
         first, size = len(ids) - example.labels, min(example.labels, max(1, self.budget // 2))
-        self._blocks(split(ids, self.config)[0])  # the longest first: every other piece has a beginning of these chunks
+        if size < example.labels:  # the longest first: every other piece has a beginning of these chunks
+            self._blocks(split(ids, self.config)[0])
         for start in range(first, len(ids), size):
             stop = min(start + size, len(ids))
             labels = self.tensor(ids[start:stop])[0]
