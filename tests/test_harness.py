@@ -253,7 +253,7 @@ def test_the_longest_text(most: int, lm: FocusHarness, monkeypatch: pytest.Monke
 
 
 def test_wrong_arguments(tiny_llm: FocusLLM) -> None:
-    with pytest.raises(ConfigError, match=r"no setting chunk_lenght"):
+    with pytest.raises(ConfigError, match=r"unknown setting chunk_lenght"):
         FocusHarness(tiny_llm, chunk_lenght=24)
     with pytest.raises(ConfigError, match=r"device, chunk_length: too late for a loaded model"):
         FocusHarness(tiny_llm, device="cpu", chunk_length=24)

@@ -344,7 +344,7 @@ def test_from_pretrained(model_folder: Path, tiny_llm: FocusLLM) -> None:
         ({"dtype": "float7"}, ConfigError, "dtype is 'float7'"),
         ({"device": "tpu9"}, ConfigError, "device is 'tpu9'"),
         ({"device": "cuda:99"}, ConfigError, "device is 'cuda:99', which cannot be used"),
-        ({"chunk_length": 5000}, ConfigError, "has 512 positions; use a chunk_length of at most 256"),
+        ({"chunk_length": 5000}, ConfigError, "base model has 512; use a chunk_length of at most 384"),
         ({"window": 1}, ConfigError, "unknown setting window"),
         ({"model": "/nowhere/at/all"}, ModelError, "cannot be loaded"),
     ],
