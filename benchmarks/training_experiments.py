@@ -33,7 +33,7 @@ from focusllm.base import run
 from focusllm.embedded import cache_folder, resolve_model
 from focusllm.focus import Over, encode_chunks, mover
 from focusllm.kv import KV, Segment
-from focusllm.modeling import computing_dtype
+from focusllm.loading import computing_dtype
 from focusllm.training.config import TrainConfig
 from focusllm.training.corpus import load_corpus
 from focusllm.training.dense import Places, Sample, local_logits, ordinary_pass, packs_of

@@ -19,7 +19,7 @@ from focusllm.base import layout
 from focusllm.chunks import encode
 from focusllm.engine import decode, prefill, start_request
 from focusllm.files import PART
-from focusllm.modeling import computing_dtype, find_saved
+from focusllm.loading import computing_dtype, find_saved
 from focusllm.verify import verify
 
 

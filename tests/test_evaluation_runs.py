@@ -26,7 +26,7 @@ from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Plan
 from focusllm.evaluation.report import overview, write_report
-from focusllm.evaluation.results import by_sentence, differences, load
+from focusllm.evaluation.results import by_sentence, differences_of, load, read
 from focusllm.evaluation.runner import evaluate
 from focusllm.options import parse_lengths
 
@@ -315,7 +315,9 @@ def test_another_machine_goes_on_and_is_named(
     assert [cell["skipped"] for cell in second["results"]] == [0, 0]
     timings = json.loads((tmp_path / "run" / "timings.json").read_text())
     assert [cell["examples"][0]["processor"] for cell in timings] == [first["machine"]["processor"], "another"]
-    assert "another" in differences([tmp_path / "run", run_beside(plan, small, tmp_path, monkeypatch)])["passkey"]
+    assert (
+        "another" in differences_of(read([tmp_path / "run", run_beside(plan, small, tmp_path, monkeypatch)]))["passkey"]
+    )
 
 
 def run_beside(plan: Plan, llm: FocusLLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -403,9 +405,9 @@ def test_what_runs_of_a_task_differ_in_is_said(small: FocusLLM, setting: Setting
         ("apart", {"tasks": ("needle",), "seed": 9}),
     ):
         evaluate(plan_for(setting, **{"lengths": (200,), "methods": ("streaming",)} | changes), small, tmp_path / name)
-    assert differences([tmp_path / name for name in ("first", "like it", "longer", "apart")]) == {}
+    assert differences_of(read([tmp_path / name for name in ("first", "like it", "longer", "apart")])) == {}
     assert by_sentence({"a": "x.", "b": "y.", "c": "x."}) == ["a, c: x.", "b: y."]
-    said = differences([tmp_path / "first", tmp_path / "Other", tmp_path / "apart"])
+    said = differences_of(read([tmp_path / "first", tmp_path / "Other", tmp_path / "apart"]))
     assert said == {"passkey": "the runs differ in seed (first: 0; Other: 7), limit (first: 2; Other: 1)."}
     write_report([tmp_path / "first", tmp_path / "Other"], tmp_path / "report")
     for page in ("overview.md", "report.html"):
@@ -414,7 +416,7 @@ def test_what_runs_of_a_task_differ_in_is_said(small: FocusLLM, setting: Setting
         evaluate(
             plan_for(setting, tasks=("perplexity",), methods=("streaming",), lengths=lengths), small, tmp_path / name
         )
-    said = differences([tmp_path / "short", tmp_path / "long"])
+    said = differences_of(read([tmp_path / "short", tmp_path / "long"]))
     assert said == {"perplexity": "the runs differ in greatest length (short: 300; long: 2000)."}
 
 
@@ -436,7 +438,7 @@ def test_a_run_without_a_digest_of_weights_is_not_told_apart(small: FocusLLM, se
     results = json.loads((tmp_path / "first" / "results.json").read_text())
     for weights, expected in ((None, {}), ("f" * 16, {"passkey"})):
         (tmp_path / "first" / "results.json").write_text(json.dumps(results | {"weights": weights}))
-        assert set(differences([tmp_path / "first", tmp_path / "second"])) == set(expected)
+        assert set(differences_of(read([tmp_path / "first", tmp_path / "second"]))) == set(expected)
 
 
 def test_seconds_of_first_and_later_questions(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ ORDER = [
     "readers",
     "text",
     "embedded",
+    "loading",
     "modeling",
     "answer",
     "document",

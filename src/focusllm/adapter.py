@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from focusllm.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
+from focusllm.config import is_whole
 from focusllm.errors import ConfigError
 from focusllm.packed import linear
 
@@ -43,13 +44,13 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if not self.projections or set(self.projections) - set("qkvo"):
             raise ConfigError(f"projections is {self.projections!r}; it must be one or more of the letters q, k, v, o.")
-        if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
+        if self.rank is not None and not is_whole(self.rank, 1):
             raise ConfigError(
                 f"rank is {self.rank!r}; it must be a whole number of at least 1, or none for full copies."
             )
         if self.alpha is not None and not (type(self.alpha) in (int, float) and math.isfinite(self.alpha)):
             raise ConfigError(f"alpha is {self.alpha!r}; it must be a number, or none for the rank.")
-        if self.sink_token is not None and not (type(self.sink_token) is int and self.sink_token >= 0):
+        if self.sink_token is not None and not is_whole(self.sink_token, 0):
             raise ConfigError(f"sink_token is {self.sink_token!r}; it must be the number of a token, or none.")
 
     def replace(self, **changes: Any) -> AdapterConfig:

@@ -57,22 +57,22 @@ class FocusConfig:
     def __post_init__(self) -> None:
         for name in ("chunk_length", "local_length", "prompt_length", "chunks_per_batch"):
             value = getattr(self, name)
-            if not _is_whole(value, 1):
+            if not is_whole(value, 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         overlap = self.overlap
-        if not _is_whole(overlap, 0) or overlap >= self.chunk_length:
+        if not is_whole(overlap, 0) or overlap >= self.chunk_length:
             raise ConfigError(
                 f"chunk_overlap is {overlap!r}; it must be a whole number from 0 to below chunk_length, which is "
                 f"{self.chunk_length}."
             )
         for name in ("plain_below", "bos_token_id"):
             value = getattr(self, name)
-            if value is not None and not _is_whole(value, 0):
+            if value is not None and not is_whole(value, 0):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 0, or None.")
         if not isinstance(self.rechunk, bool):
             raise ConfigError(f"rechunk is {self.rechunk!r}; it must be True or False.")
         rows = self.refresh_rows
-        if rows is not None and not _is_whole(rows, 1):
+        if rows is not None and not is_whole(rows, 1):
             raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or None for all.")
         for name, choices in CHOICES.items():
             known, value = get_args(choices), getattr(self, name)
@@ -214,5 +214,6 @@ class FocusConfig:
         return dataclasses.asdict(self)
 
 
-def _is_whole(value: object, least: int) -> bool:
+def is_whole(value: object, least: int) -> bool:
+    """Whether a setting is a whole number, and large enough."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -122,10 +122,10 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
         alike: how many chunks there are of each length.
         in_place: whether they lie on the device as they are computed with.
     """
-    in_new_chunks = 0
+    local = config.max_local_length
     if config.rechunk and num_new_tokens > config.max_local_length:  # the oldest of them become chunks
         alike = Counter(alike) + Counter({config.rechunk_length: num_new_tokens // config.rechunk_length})
-        in_new_chunks, num_new_tokens = num_new_tokens, config.max_local_length
+        local, num_new_tokens = local + num_new_tokens, config.max_local_length
     num_chunks, prompt = sum(alike.values()), config.most_prompt_tokens
     grown = GrowingKV.room(prompt + num_new_tokens)
     is_focused = config.is_focused(max(alike.values(), default=0))
@@ -134,8 +134,8 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
             min(config.refresh_rows, count) * GrowingKV.room(length + prompt + max(num_new_tokens, GrowingKV.STEP))
             for length, count in alike.items()
         )
-        return num_chunks * (GrowingKV.room(prompt - 1) + 1) + hot + config.max_local_length + in_new_chunks
-    return num_chunks * (grown + 1) + config.max_local_length + in_new_chunks
+        return num_chunks * (GrowingKV.room(prompt - 1) + 1) + hot + local
+    return num_chunks * (grown + 1) + local
 
 
 def stored_bytes(model: nn.Module, config: FocusConfig, num_tokens: int) -> int:

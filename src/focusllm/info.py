@@ -15,7 +15,7 @@ from focusllm.adapter_files import read_adapter_config
 from focusllm.base import layout
 from focusllm.config import FocusConfig
 from focusllm.embedded import ADAPTERS, resolve_model
-from focusllm.modeling import cannot_load, computing_dtype, find_saved, parse_device, parse_dtype
+from focusllm.loading import cannot_load, computing_dtype, find_saved, parse_device, parse_dtype
 
 
 def describe(

@@ -28,16 +28,8 @@ from focusllm.cost import check_question, peak_memory
 from focusllm.document import Chunk, Document, citations, divide
 from focusllm.embedded import resolve_model
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
-from focusllm.modeling import (
-    UNTRAINED,
-    FocusForCausalLM,
-    FocusState,
-    computing_dtype,
-    find_saved,
-    in_type,
-    on_device,
-    parse_dtype,
-)
+from focusllm.loading import UNTRAINED, computing_dtype, find_saved, in_type, on_device, parse_dtype
+from focusllm.modeling import FocusForCausalLM, FocusState
 from focusllm.packed import is_packed_by_default, pack
 from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
 from focusllm.text import decode_ids, encode_text, frame_question, start_tokens

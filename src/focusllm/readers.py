@@ -9,12 +9,12 @@ from pathlib import Path
 
 from focusllm.errors import DocumentError, first_line
 
-BLOCKS = {
+BLOCKS = [
     *("address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "details", "div", "dl", "dt"),
     *("fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr"),
     *("legend", "li", "main", "nav", "ol", "option", "p", "pre", "section", "summary", "table", "tbody", "tfoot"),
     *("thead", "title", "tr", "ul"),
-}
+]
 """Elements of HTML that have lines of their own."""
 SPACE = "\ufdd0"
 """Stands for white space between words until lines are known. Unicode keeps it from being a character."""
@@ -105,10 +105,11 @@ def _from_html(name: str, markup: str) -> str:
             piece.extract()
         elif piece.find_parent("pre") is None:
             piece.replace_with(re.sub(r"\s+", SPACE, piece))
-    for element in soup.find_all([*BLOCKS, "td", "th"]):
-        if element.name in BLOCKS:
-            element.insert_before("\n")
-        element.insert_after("\n" if element.name in BLOCKS else "\t")
+    for block in soup.find_all(BLOCKS):
+        block.insert_before("\n")
+        block.insert_after("\n")
+    for cell in soup.find_all(["td", "th"]):
+        cell.insert_after("\t")
     text = re.sub(f"{SPACE}*\t{SPACE}*", "\t", soup.get_text())
     lines = (line.strip(SPACE).rstrip() for line in text.split("\n"))
     return re.sub(f"{SPACE}+", " ", "\n".join(line for line in lines if line))

@@ -40,8 +40,8 @@ from focusllm.cost import GIB, check_read, estimate, find_place
 from focusllm.embedded import ALIAS, cache_folder, embedded_gguf, resolve_model
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
 from focusllm.info import describe
+from focusllm.loading import cannot_load, parse_device
 from focusllm.machine import machine
-from focusllm.modeling import cannot_load, parse_device
 from focusllm.text import encode_ids, frame_question
 
 Report = Callable[[str, int, int], None]

@@ -134,7 +134,8 @@ def _verify_model(model: str, dtype: str, device: str | None, quiet: bool) -> li
 def _load_base(model: str, dtype: str, device: str | None, quiet: bool) -> Any:
     with calm_libraries(), status("Loading the model", quiet):
         from focusllm.embedded import resolve_model
-        from focusllm.modeling import FocusForCausalLM, on_device, parse_dtype
+        from focusllm.loading import on_device, parse_dtype
+        from focusllm.modeling import FocusForCausalLM
 
         path = resolve_model(model, notify)  # without a tokenizer, and whatever its positions allow
         return on_device(FocusForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype)), device).base

@@ -38,10 +38,11 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     """
     runs = read(folders)
     rows, differ = rows_of(runs), differences_of(runs)
+    whole = overview(rows)
     output.mkdir(parents=True, exist_ok=True)
-    paths, parts = [output / "report.html", output / "overview.md"], [_as_html(overview(rows))]
+    paths, parts = [output / "report.html", output / "overview.md"], [_as_html(whole)]
     notes = "".join(f"\n{line}\n" for line in by_sentence(differ))
-    paths[1].write_text(_as_markdown(overview(rows)) + notes, encoding="utf-8")
+    paths[1].write_text(_as_markdown(whole) + notes, encoding="utf-8")
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
         parts.append(f"<h2>{html.escape(task)}</h2>\n{table(mine)}")
@@ -77,9 +78,8 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
         cells = {row.method: row for row in rows if (row.task, row.length) == (task, length)}
         first = next(iter(cells.values()))
         shown = [cells[method].shown if method in cells else "" for method in methods]
-        counts = sorted({cell.examples for cell in cells.values() if cell.examples})
-        count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
-        lines.append([task, f"{length:,}" if length else "its own", first.metric, count, *shown])
+        count = _examples(list(cells.values()))
+        lines.append([task, f"{length:,}" if length else "its own", first.metric, count or "0", *shown])
     return lines + _means(rows, methods)
 
 
@@ -105,6 +105,12 @@ def _means(rows: Sequence[Row], methods: Sequence[str]) -> list[list[str]]:
         title = f"{family}: mean of {len(names)} tasks"
         lines.append([title, f"{length:,}" if length else "its own", "mean", "", *means])
     return lines
+
+
+def _examples(rows: Sequence[Row]) -> str:
+    """How many examples cells have: the least and the most; empty: none has any."""
+    counts = [row.examples for row in rows if row.examples]
+    return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else ""
 
 
 def _as_markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -138,8 +144,8 @@ def table(rows: Sequence[Row]) -> str:
                     f"{method}{f', {row.length:,} tokens' if row.length else ''}: {row.first_seconds:.1f} s for a "
                     f"document's first question, {row.later_seconds:.1f} s for later ones."
                 )
-    counts = sorted({row.examples for row in rows if row.examples})
-    notes.append(f"Examples a cell: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}." if counts else "")
+    count = _examples(rows)
+    notes.append(f"Examples a cell: {count}." if count else "")
     below = "<br>".join(map(html.escape, notes))
     return f'<table>{"".join(lines)}</table>\n<p class="note">{below}</p>'
 

@@ -81,15 +81,6 @@ def load(folders: Sequence[Path]) -> list[Row]:
     return rows_of(read(folders))
 
 
-def differences(folders: Sequence[Path]) -> dict[str, str]:
-    """By task, in what the runs that have it differ besides method and adapter: a sentence. Of the others nothing.
-
-    Raises:
-        ConfigError, DocumentError: as `load`.
-    """
-    return differences_of(read(folders))
-
-
 def read(folders: Sequence[Path]) -> Runs:
     """Runs by the names of their folders, or by their paths where names are alike.
 
@@ -157,7 +148,7 @@ def _rows(run: str, results: dict[str, Any], timings: list[dict[str, Any]]) -> I
 
 
 def differences_of(runs: Runs) -> dict[str, str]:
-    """`differences` of runs that were read."""
+    """By task, in what the runs that have it differ besides method and adapter: a sentence. Of the others nothing."""
     found = {}
     for task in dict.fromkeys(name for results, _ in runs.values() for name in results["plan"]["tasks"]):
         facts = {name: _facts(*run, task) for name, run in runs.items() if task in run[0]["plan"]["tasks"]}

@@ -24,6 +24,16 @@ from focusllm.files import whole_folder
 FOLDER = "checkpoints"
 
 
+def name_of(step: int) -> str:
+    """The folder of the checkpoint after a number of steps."""
+    return f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """The steps after which a checkpoint was written."""
+    return int(folder.name.removeprefix("step-"))
+
+
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
     """Turn what full and unwritable disks make of themselves (safetensors and torch have errors of their own).
@@ -49,7 +59,7 @@ def save(
     Raises:
         TrainingError: the disk is full or not writable.
     """
-    target = output / FOLDER / f"step-{step:06d}"
+    target = output / FOLDER / name_of(step)
     with disk_errors(target), whole_folder(target) as part:
         adapter(part)
         torch.save(optimizer, part / "optimizer.pt")
@@ -76,7 +86,7 @@ def all_of(output: Path) -> list[Path]:
     """The whole checkpoints of a training, oldest first."""
     found = (output / FOLDER).glob("step-*") if (output / FOLDER).is_dir() else ()
     whole = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and (path / "state.json").exists()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(whole, key=step_of)
 
 
 def prune(output: Path, keep_last: int, best: str | None) -> None:

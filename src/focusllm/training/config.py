@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from focusllm.config import is_whole
 from focusllm.errors import ConfigError
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -228,7 +229,7 @@ class TrainConfig:
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value, least):
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
 
     @property

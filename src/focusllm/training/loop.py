@@ -146,10 +146,12 @@ class Training:
         state, optimizer = checkpoint.load(folder)
         # Settings that are newer than the training have their defaults, which are how it was before them.
         before, now = _plain(TrainConfig()) | state["config"], _plain(self.config)
-        # Samples that are worked on together see each other's chunks, where not all are seen.
-        fixed = {"labels_per_pass"} if self.config.refresh_rows else set()
-        free = set(MAY_CHANGE) - fixed | ({"dtype"} if "dtype" in state else set())  # then the type itself is compared
-        odd = [name for name in now if name not in free and before.get(name) != now[name]]
+        may_change = set(MAY_CHANGE)
+        if self.config.refresh_rows:  # samples that are worked on together see each other's chunks
+            may_change.remove("labels_per_pass")
+        if "dtype" in state:  # the type itself is compared
+            may_change.add("dtype")
+        odd = [name for name in now if name not in may_change and before.get(name) != now[name]]
         if odd:
             raise TrainingError(
                 f"the training in {self.output} has other settings ({odd[0]} is {before.get(odd[0])}, now "
@@ -332,7 +334,7 @@ class Training:
                 save_adapter(self.base, folder, self.adapter_config, self.base_name, tensors=tensors)
 
             checkpoint.save(self.output, self.step, state, optimizer, write)
-            best = f"step-{self.best['step']:06d}" if self.best else None
+            best = checkpoint.name_of(self.best["step"]) if self.best else None
             checkpoint.prune(self.output, self.config.keep_last, best)
         self.accelerator.wait_for_everyone()
 

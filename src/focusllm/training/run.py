@@ -28,7 +28,7 @@ from focusllm.base import layout
 from focusllm.embedded import cache_folder, public_name, resolve_model
 from focusllm.errors import ConfigError, DocumentError, TrainingError
 from focusllm.files import whole_file, whole_folder
-from focusllm.modeling import cannot_load, computing_dtype, parse_dtype
+from focusllm.loading import cannot_load, computing_dtype, parse_dtype
 from focusllm.text import first_token
 from focusllm.training import checkpoint
 from focusllm.training.checkpoint import disk_errors
@@ -150,6 +150,7 @@ def _check_places(config: TrainConfig, output: Path) -> None:
 
 
 def _place(source: Source) -> tuple[Any, ...]:
+    """Where a source is: the same for two that are split alike."""
     if source.path.startswith("hf:"):
         return source.path, source.split, source.subset
     return (Path(source.path).resolve(),)
@@ -157,10 +158,10 @@ def _place(source: Source) -> tuple[Any, ...]:
 
 def _have_text_in_common(one: Source, other: Source) -> bool:
     """Whether one has the other in it, as far as their names tell."""
-    if one.path.startswith("hf:") or other.path.startswith("hf:"):
-        return _place(one) == _place(other)
-    first, second = Path(one.path).resolve(), Path(other.path).resolve()
-    return first.is_relative_to(second) or second.is_relative_to(first)
+    (first, *_), (second, *_) = _place(one), _place(other)
+    if isinstance(first, Path) and isinstance(second, Path):
+        return first.is_relative_to(second) or second.is_relative_to(first)
+    return _place(one) == _place(other)
 
 
 def _train(
@@ -236,8 +237,8 @@ def _finish(training: Training, output: Path) -> None:
     """The adapter of the best checkpoint, with its card, and the plots."""
     best = training.best.get("step")
     folders = {path.name: path for path in checkpoint.all_of(output)}
-    chosen = folders.get(f"step-{best:06d}" if best is not None else "", list(folders.values())[-1])
-    log, steps = read_log(output / "log.jsonl"), int(chosen.name.removeprefix("step-"))
+    chosen = folders.get(checkpoint.name_of(best) if best is not None else "", list(folders.values())[-1])
+    log, steps = read_log(output / "log.jsonl"), checkpoint.step_of(chosen)
     config = training.config
     adapter_config = training.adapter_config.replace(
         trained={

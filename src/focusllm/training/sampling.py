@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Sampler:
         """What there is to draw from: [source, documents, tokens] each."""
         return [[corpus.name, len(corpus), int(corpus.lengths.sum())] for corpus, _ in self.corpora]
 
-    @property
+    @cached_property
     def questions(self) -> str:
         """Changes when the questions from files do; empty if there are none."""
         found = [task for made in self.tasks.values() if isinstance(made, Questions) for task in made.tasks]
