@@ -37,16 +37,16 @@ from transformers import DynamicCache
 
 from common import earlier, finish
 from focusllm import FocusLLM
-from focusllm.adapter import sink_token, trainable_parameters
-from focusllm.chunk_cache import ChunkCache
-from focusllm.chunking import split
-from focusllm.chunks import ChunkBlock
 from focusllm.config import FocusConfig
-from focusllm.cost import total_memory
-from focusllm.engine import decode, prefill, start_request
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.decoding.refresh import RefreshPolicy
+from focusllm.documents.text import encode_text, frame_question, start_tokens
 from focusllm.evaluation.tasks.passkey import GARBAGE, INTRO, LEAD, needle_line
-from focusllm.refresh import RefreshPolicy
-from focusllm.text import encode_text, frame_question, start_tokens
+from focusllm.memory.chunk_cache import ChunkCache
+from focusllm.memory.chunking import split
+from focusllm.memory.chunks import ChunkBlock
+from focusllm.memory.cost import total_memory
+from focusllm.method.adapter import sink_token, trainable_parameters
 from focusllm.training.dense import Sample, memory_logits
 from focusllm.training.tasks import read_stories
 

@@ -18,10 +18,10 @@ import torch
 
 from common import finish, sample_text
 from focusllm import FocusLLM
-from focusllm.chunking import split
-from focusllm.chunks import encode
-from focusllm.engine import Request, decode, prefill, start_request
-from focusllm.text import encode_text
+from focusllm.decoding.engine import Request, decode, prefill, start_request
+from focusllm.documents.text import encode_text
+from focusllm.memory.chunking import split
+from focusllm.memory.chunks import encode
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
 parser.add_argument("--tokens", type=int, default=16384)

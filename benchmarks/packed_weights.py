@@ -15,11 +15,11 @@ import torch
 
 from common import finish, sample_text
 from focusllm import FocusLLM
-from focusllm.chunking import split
-from focusllm.chunks import encode
-from focusllm.engine import decode, prefill, start_request
-from focusllm.packed import pack, unpack
-from focusllm.text import encode_text
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.documents.text import encode_text
+from focusllm.memory.chunking import split
+from focusllm.memory.chunks import encode
+from focusllm.method.packed import pack, unpack
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
 parser.add_argument("--tokens", type=int, default=16384)

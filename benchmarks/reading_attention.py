@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from common import finish, sample_text
-from focusllm import FocusLLM, attention
-from focusllm.focus import encode_chunks, read_prompt
-from focusllm.text import encode_text
+from focusllm import FocusLLM
+from focusllm.documents.text import encode_text
+from focusllm.method import attention
+from focusllm.method.focus import encode_chunks, read_prompt
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
 parser.add_argument("--chunks", type=int, default=8)

@@ -15,8 +15,8 @@ import torch
 
 from common import finish, sample_text
 from focusllm import FocusLLM
-from focusllm.focus import encode_chunks
-from focusllm.text import encode_text
+from focusllm.documents.text import encode_text
+from focusllm.method.focus import encode_chunks
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--chunks", type=int, default=8)

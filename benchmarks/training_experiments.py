@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import earlier, finish
-from focusllm.adapter import AdapterConfig, inject, trainable_parameters
-from focusllm.base import run
-from focusllm.embedded import cache_folder, resolve_model
-from focusllm.focus import Over, encode_chunks, mover
-from focusllm.kv import KV, Segment
-from focusllm.loading import computing_dtype
+from focusllm.huggingface.embedded import cache_folder, resolve_model
+from focusllm.huggingface.loading import computing_dtype
+from focusllm.method.adapter import AdapterConfig, inject, trainable_parameters
+from focusllm.method.base import run
+from focusllm.method.focus import Over, encode_chunks, mover
+from focusllm.method.kv import KV, Segment
 from focusllm.training.config import TrainConfig
 from focusllm.training.corpus import load_corpus
 from focusllm.training.dense import Places, Sample, local_logits, ordinary_pass, packs_of

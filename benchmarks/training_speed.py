@@ -25,13 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import finish, sample_text
 from focusllm import AdapterConfig, inject
-from focusllm.adapter import trainable_parameters
-from focusllm.base import run
-from focusllm.cost import peak_memory
-from focusllm.embedded import resolve_model
-from focusllm.focus import Over, encode_chunks, local_pass, to_slots
-from focusllm.kv import Segment
-from focusllm.text import encode_text
+from focusllm.documents.text import encode_text
+from focusllm.huggingface.embedded import resolve_model
+from focusllm.memory.cost import peak_memory
+from focusllm.method.adapter import trainable_parameters
+from focusllm.method.base import run
+from focusllm.method.focus import Over, encode_chunks, local_pass, to_slots
+from focusllm.method.kv import Segment
 from focusllm.training.dense import Sample, dense_loss
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, TrainConfig, cli, inject
-from focusllm.adapter import injected
 from focusllm.evaluation.example import Setting
+from focusllm.method.adapter import injected
 from training import TEXT, tiny
 
 torch.set_num_threads(2)

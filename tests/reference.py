@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focusllm.adapter import CandidateLinear
+from focusllm.method.adapter import CandidateLinear
 
 
 def _rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:

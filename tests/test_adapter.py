@@ -12,8 +12,8 @@ from torch import nn
 
 from conftest import build, random_ids, with_candidates
 from focusllm import AdapterConfig, AdapterError, ConfigError, inject, load_adapter, remove, save_adapter
-from focusllm.adapter import CandidateLinear, injected, trainable_parameters
-from focusllm.focus import focus_logits
+from focusllm.method.adapter import CandidateLinear, injected, trainable_parameters
+from focusllm.method.focus import focus_logits
 
 # peft reads a property that transformers has renamed
 peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -200,7 +200,7 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("focusllm.adapter_files.save_file", full_disk)
+    monkeypatch.setattr("focusllm.huggingface.adapter_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(model, tmp_path, config)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

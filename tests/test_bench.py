@@ -18,14 +18,14 @@ from focusllm.bench.contenders import QUESTIONS, Focus, Full, Job
 from focusllm.bench.measure import bytes_of_weights, expected_seconds, fit, flops_per_token, linear_shapes, spread
 from focusllm.bench.plan import Plan, Spec, parse_contenders, sample_text
 from focusllm.bench.report import print_table, write_result
-from focusllm.chunking import cut, num_local_chunks, steps
-from focusllm.cost import estimate
+from focusllm.checks.info import describe
+from focusllm.documents.text import frame_question
 from focusllm.errors import ConfigError
-from focusllm.info import describe
 from focusllm.llm import FocusLLM
 from focusllm.machine import peak_resident
+from focusllm.memory.chunking import cut, num_local_chunks, steps
+from focusllm.memory.cost import estimate
 from focusllm.options import parse_lengths
-from focusllm.text import frame_question
 
 LENGTHS = [1000, 2000, 4000, 8000]
 
@@ -253,7 +253,7 @@ def test_one_that_dies_does_not_stop_the_others(scripted) -> None:
 def test_too_little_memory_is_said_before_it_is_spent(scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     config = describe(scripted("focus", lengths=[1000])["plan"]["model"], None, "auto", {})
     needed = estimate(config[1], config[2], 4000).new
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda device: needed)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda device: needed)
     rows = rows_of(scripted("focus"), "focus")
     assert rows[4000]["status"] == "measured"
     assert rows[8000]["reason"].startswith("reading 8,000 tokens needs about")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
-from focusllm.conformance import CaseError, CaseResult, find_cases, run_case
+from focusllm.checks.conformance import CaseError, CaseResult, find_cases, run_case
 
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
 

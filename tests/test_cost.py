@@ -10,8 +10,10 @@ from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, MemoryLimitError
-from focusllm.chunks import encode, tokens_at_once
-from focusllm.cost import (
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.machine import memory_limits
+from focusllm.memory.chunks import encode, tokens_at_once
+from focusllm.memory.cost import (
     check_read,
     estimate,
     find_place,
@@ -20,9 +22,7 @@ from focusllm.cost import (
     peak_memory,
     total_memory,
 )
-from focusllm.engine import decode, prefill, start_request
-from focusllm.machine import memory_limits
-from focusllm.packed import pack
+from focusllm.method.packed import pack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,7 +63,7 @@ def test_what_is_generated_becomes_chunks_and_does_not_stay_behind_every_row(ref
 
 
 def test_only_the_place_that_is_taken_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("focusllm.cost.free_disk", lambda _: pytest.fail("it was looked at"))
+    monkeypatch.setattr("focusllm.memory.cost.free_disk", lambda _: pytest.fail("it was looked at"))
     assert find_place(build(), SMALL, 1000, tmp_path) == "device"
 
 
@@ -85,9 +85,9 @@ def test_weights_that_are_not_loaded_need_room(monkeypatch: pytest.MonkeyPatch, 
     here = SMALL.replace(kv_place="device")
     cost = estimate(skeleton, here, 1000)
     assert cost.needed == cost.weights + cost.new
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.needed - 1)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: cost.needed - 1)
     assert find_place(skeleton, here, 1000, tmp_path) is None
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.needed)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: cost.needed)
     assert find_place(skeleton, here, 1000, tmp_path) == "device"
 
 
@@ -97,7 +97,7 @@ def test_a_model_that_will_be_on_a_gpu_may_keep_chunks_beside_it(
     with torch.device("meta"):
         skeleton = build(max_position_embeddings=10_000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 10**9)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: 10**9)
     assert find_place(skeleton, SMALL.replace(kv_place="host"), 1000, tmp_path) == "host"
 
 
@@ -105,7 +105,7 @@ def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_p
     model, here = build(max_position_embeddings=10_000), SMALL.replace(kv_place="device", chunk_length=500)
     cost = estimate(model, here, 100_000)
     needed = cost.chunks + cost.rows + cost.scratch
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: int(needed * 0.6))
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: int(needed * 0.6))
     with pytest.raises(
         MemoryLimitError,
         match=r"100,000 tokens needs about .*kv_place='disk' or kv_dtype='int8' or dtype='bfloat16' or a text",
@@ -121,11 +121,11 @@ def test_what_would_fit_is_named_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_fewer_chunks_at_once_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("focusllm.chunks.CPU_TOKENS_AT_ONCE", 2**40)  # as on a GPU
+    monkeypatch.setattr("focusllm.memory.chunks.CPU_TOKENS_AT_ONCE", 2**40)  # as on a GPU
     model = build(max_position_embeddings=10_000)
     wide = SMALL.replace(chunks_per_batch=100_000, kv_place="device")
     cost = estimate(model, wide, 100_000)
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.chunks + cost.rows + cost.scratch - 1)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: cost.chunks + cost.rows + cost.scratch - 1)
     with pytest.raises(MemoryLimitError, match="chunks_per_batch=1"):
         check_read(model, wide, 100_000, tmp_path)
     assert check_read(model, wide.replace(chunks_per_batch=1), 100_000, tmp_path) == "device"
@@ -166,13 +166,13 @@ def test_limits_of_control_groups(tmp_path: Path, hierarchy: str) -> None:
 
 
 def test_a_container_has_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("focusllm.cost.memory_limits", lambda: [(10**6, 10**5)])
+    monkeypatch.setattr("focusllm.memory.cost.memory_limits", lambda: [(10**6, 10**5)])
     assert free_memory(torch.device("cpu")) == 900_000
     assert total_memory(torch.device("cpu")) == 10**6
 
 
 def test_too_many_chunks_are_said_before_too_little_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 0)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: 0)
     with pytest.raises(ConfigError, match="chunks need"):
         check_read(build(), SMALL, 10**6, tmp_path)
     with pytest.raises(MemoryLimitError, match="use a machine with more room"):

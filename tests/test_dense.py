@@ -12,8 +12,8 @@ from torch import nn
 import reference
 from conftest import build, random_ids, with_candidates
 from focusllm import AdapterConfig
-from focusllm.adapter import trainable_parameters
-from focusllm.focus import encode_chunks
+from focusllm.method.adapter import trainable_parameters
+from focusllm.method.focus import encode_chunks
 from focusllm.training.dense import LABELS_PER_PASS, Sample, dense_logits, dense_loss, exact_loss, packs_of
 
 CHUNKS = torch.tensor(random_ids(48)).view(3, 16)
@@ -180,7 +180,7 @@ def test_labels_may_differ_from_what_is_read() -> None:
 
 
 def test_trainable_weights_may_be_wider_than_the_base() -> None:
-    from focusllm.adapter import inject
+    from focusllm.method.adapter import inject
 
     model = build(dtype=torch.bfloat16)
     inject(model, AdapterConfig(rank=4), torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from focusllm.differentiable import bias_of, by_products, joined_sets, over_sets
+from focusllm.method.differentiable import bias_of, by_products, joined_sets, over_sets
 
 ROWS, HEADS, KV_HEADS, LENGTH, WIDTH = 2, 6, 3, 7, 8
 

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from focusllm import FocusConfig, FocusLLM, ModelError
-from focusllm import embedded as module
-from focusllm.base import layout
-from focusllm.chunks import encode
-from focusllm.engine import decode, prefill, start_request
+from focusllm.checks.verify import verify
+from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.files import PART
-from focusllm.loading import computing_dtype, find_saved
-from focusllm.verify import verify
+from focusllm.huggingface import embedded as module
+from focusllm.huggingface.loading import computing_dtype, find_saved
+from focusllm.memory.chunks import encode
+from focusllm.method.base import layout
 
 
 @pytest.fixture

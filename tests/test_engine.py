@@ -10,11 +10,11 @@ from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, FocusConfig
-from focusllm.chunking import count_chunks, cut, num_local_chunks, split, steps
-from focusllm.chunks import encode
-from focusllm.engine import Request, decode, prefill, start_request
-from focusllm.focus import focus_logits
-from focusllm.kv import KV, GrowingKV
+from focusllm.decoding.engine import Request, decode, prefill, start_request
+from focusllm.memory.chunking import count_chunks, cut, num_local_chunks, split, steps
+from focusllm.memory.chunks import encode
+from focusllm.method.focus import focus_logits
+from focusllm.method.kv import KV, GrowingKV
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 

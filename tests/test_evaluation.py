@@ -11,17 +11,17 @@ import torch.nn.functional as F
 
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, FocusForCausalLM, FocusLLM
-from focusllm.chunk_cache import ChunkCache, LastText
-from focusllm.chunking import cut
-from focusllm.chunks import encode
-from focusllm.engine import decode, prefill, start_request
+from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.evaluation.methods import NAMES
 from focusllm.evaluation.methods import build as build_method
 from focusllm.evaluation.methods.snapkv import NEIGHBOURS, Compressed
 from focusllm.evaluation.methods.streaming import Stream
-from focusllm.store import Packed
+from focusllm.memory.chunk_cache import ChunkCache, LastText
+from focusllm.memory.chunking import cut
+from focusllm.memory.chunks import encode
+from focusllm.memory.store import Packed
 
 TEXT = "A whale is not a fish, and the sea is wide. " * 12
 LONG = Example("long", "Read this.\n", TEXT, "\nWhat is wide?", ("the sea",), max_new_tokens=6)
@@ -113,7 +113,7 @@ def test_focus_takes_many_labels_a_piece_at_a_time(llm: FocusLLM) -> None:
 
 
 def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from focusllm import chunk_cache
+    from focusllm.memory import chunk_cache
 
     read: list[int] = []
     encode_chunks = chunk_cache.encode_chunks
@@ -386,7 +386,7 @@ def test_the_last_text_is_kept_where_it_is_used(llm: FocusLLM) -> None:
 
 
 def test_the_last_text_makes_room_before_the_next_is_read(llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from focusllm import chunk_cache
+    from focusllm.memory import chunk_cache
 
     last, config = LastText(llm.model.base), SMALL
     kept = weakref.ref(last.blocks(random_ids(80), config)[0].kv)

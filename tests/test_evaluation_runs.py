@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from focusllm import FocusLLM, cli
-from focusllm.chunk_cache import LastText
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation import runner, tasks
 from focusllm.evaluation.example import Setting
@@ -28,6 +27,7 @@ from focusllm.evaluation.plan import Plan
 from focusllm.evaluation.report import overview, write_report
 from focusllm.evaluation.results import by_sentence, differences_of, load, read
 from focusllm.evaluation.runner import evaluate
+from focusllm.memory.chunk_cache import LastText
 from focusllm.options import parse_lengths
 
 # --- runs -------------------------------------------------------------------------------------------------------------

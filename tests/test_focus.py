@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
-from focusllm import AdapterConfig, attention
-from focusllm.adapter import injected, trainable_parameters
-from focusllm.attention import (
+from focusllm import AdapterConfig
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.memory.chunking import cut
+from focusllm.memory.chunks import encode
+from focusllm.method import attention
+from focusllm.method.adapter import injected, trainable_parameters
+from focusllm.method.attention import (
     QUERY_BLOCK,
     _attend_joined,
     _causal_by_blocks,
@@ -20,13 +24,10 @@ from focusllm.attention import (
     _parts,
     attend,
 )
-from focusllm.chunking import cut
-from focusllm.chunks import encode
-from focusllm.differentiable import by_products
-from focusllm.engine import decode, prefill, start_request
-from focusllm.focus import encode_chunks, focus_logits, read_prompt
-from focusllm.kv import KV
-from focusllm.rope import move_keys, rotation
+from focusllm.method.differentiable import by_products
+from focusllm.method.focus import encode_chunks, focus_logits, read_prompt
+from focusllm.method.kv import KV
+from focusllm.method.rope import move_keys, rotation
 from reference import cached_logits, candidates_of, exact_logits
 
 TEXT = random_ids(24 * 3 + 7 + 20)
@@ -58,7 +59,7 @@ def test_whole_method_equals_reference(adapter: AdapterConfig) -> None:
 
 def _wrap_all(model: nn.Module) -> None:
     """Put untrained wrappers on the projections that have none, for the reference."""
-    from focusllm.adapter import CandidateLinear
+    from focusllm.method.adapter import CandidateLinear
 
     for layer in model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -133,8 +134,10 @@ def test_a_cpu_reads_few_tokens_at_once(
     llama: nn.Module, monkeypatch: pytest.MonkeyPatch, per_batch: int, limit: int, passes: list[int]
 ) -> None:
     read = []
-    monkeypatch.setattr("focusllm.chunks.CPU_TOKENS_AT_ONCE", limit)
-    monkeypatch.setattr("focusllm.chunks.encode_chunks", lambda m, ids: read.append(len(ids)) or encode_chunks(m, ids))
+    monkeypatch.setattr("focusllm.memory.chunks.CPU_TOKENS_AT_ONCE", limit)
+    monkeypatch.setattr(
+        "focusllm.memory.chunks.encode_chunks", lambda m, ids: read.append(len(ids)) or encode_chunks(m, ids)
+    )
     encode(llama, FAR, SMALL.replace(chunks_per_batch=per_batch))
     assert read == passes
 

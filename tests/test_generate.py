@@ -20,10 +20,10 @@ from transformers import (
 
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, ConfigError, FocusForCausalLM, FocusState, MemoryLimitError, ModelError
-from focusllm.adapter import injected
-from focusllm.chunking import split
-from focusllm.chunks import encode
-from focusllm.engine import decode, prefill, start_request
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.memory.chunking import split
+from focusllm.memory.chunks import encode
+from focusllm.method.adapter import injected
 
 TEXT = torch.tensor([random_ids(110)])
 
@@ -242,7 +242,7 @@ def test_weights_on_several_devices_are_refused() -> None:
 
 
 def test_memory_is_checked_before_a_long_text_is_read(model: FocusForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 1000)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: 1000)
     with pytest.raises(MemoryLimitError, match="reading 90 tokens"):
         model.generate(TEXT, max_new_tokens=1)
 

@@ -10,10 +10,10 @@ import torch
 
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, FocusForCausalLM, FocusLLM, TrainConfig, train
-from focusllm.adapter import trainable_parameters
-from focusllm.attention import attend
-from focusllm.differentiable import bias_of, over_sets
-from focusllm.focus import encode_chunks
+from focusllm.method.adapter import trainable_parameters
+from focusllm.method.attention import attend
+from focusllm.method.differentiable import bias_of, over_sets
+from focusllm.method.focus import encode_chunks
 from focusllm.training.dense import Sample, dense_loss
 from training import losses, weights
 

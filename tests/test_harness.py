@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from focusllm import FocusLLM, embedded
+from focusllm import FocusLLM
 from focusllm.errors import ConfigError, ModelError
 from focusllm.evaluation.example import LossExample
+from focusllm.huggingface import embedded
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 with warnings.catch_warnings():

@@ -13,9 +13,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import SMALL, build, byte_tokenizer, random_ids
 from focusllm import ConfigError, Document, DocumentError, FocusForCausalLM, FocusLLM, MemoryLimitError, ModelError
-from focusllm.cost import _tokens_of_a_request, estimate
-from focusllm.engine import prefill, start_request
-from focusllm.text import decode_ids, encode_text, frame_question
+from focusllm.decoding.engine import prefill, start_request
+from focusllm.documents.text import decode_ids, encode_text, frame_question
+from focusllm.memory.cost import _tokens_of_a_request, estimate
 
 TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
 OTHER = "Quite another text about birds, beasts and flowers, told in fewer words than the first one was."
@@ -66,7 +66,7 @@ def test_documents_may_be_kept_each_in_another_way(
 def test_a_question_that_would_not_fit_is_refused(tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tiny_llm.read(TEXT)
     cost = estimate(tiny_llm.model.base, tiny_llm.config, 2 * document.num_tokens)
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: cost.rows + cost.scratch)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: cost.rows + cost.scratch)
     tiny_llm.ask(document, "Why?", max_new_tokens=2)
     refused = pytest.raises(MemoryLimitError, match=r"a question about .* chunks needs .* ask about fewer documents")
     with refused:
@@ -324,7 +324,7 @@ def test_document_of_another_reader(tiny_llm: FocusLLM) -> None:
 
 
 def test_not_enough_memory_is_said_before(tiny_llm: FocusLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("focusllm.cost.free_memory", lambda _: 2_000_000)
+    monkeypatch.setattr("focusllm.memory.cost.free_memory", lambda _: 2_000_000)
     with pytest.raises(MemoryLimitError, match=r"are free; use .*a text of at most"):
         tiny_llm.read(TEXT * 15)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from focusllm import evaluation
+from focusllm.documents.text import encode_ids, frame_ids
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation import example as example_module
 from focusllm.evaluation import tasks
 from focusllm.evaluation.example import LengthError, Setting
-from focusllm.text import encode_ids, frame_ids
 
 MADE_UP = ["passkey", "passkey-paper", "needle", "document", "number-string", "key-value", "math-find"]
 

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, SIZES, build, random_ids, with_candidates
 from focusllm import AdapterConfig, ConfigError, FocusConfig, ModelError
-from focusllm.adapter import injected
-from focusllm.base import Layout, layout
-from focusllm.chunking import count_chunks
-from focusllm.chunks import encode
-from focusllm.engine import decode, prefill, start_request
-from focusllm.verify import verify
+from focusllm.checks.verify import verify
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.memory.chunking import count_chunks
+from focusllm.memory.chunks import encode
+from focusllm.method.adapter import injected
+from focusllm.method.base import Layout, layout
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -51,7 +51,7 @@ def test_verify_catches_keys_moved_by_wrong_frequencies(monkeypatch: pytest.Monk
 
 
 def test_verify_catches_lost_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from focusllm.kv import GrowingKV
+    from focusllm.method.kv import GrowingKV
 
     append = GrowingKV.append
 

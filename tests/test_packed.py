@@ -10,12 +10,12 @@ from torch import nn
 
 from conftest import build, with_candidates
 from focusllm import AdapterConfig, FocusLLM
-from focusllm.adapter import injected
-from focusllm.base import run
-from focusllm.cost import estimate
-from focusllm.focus import Over, candidate_pass
-from focusllm.info import describe
-from focusllm.packed import PackedLinear, pack, packable_bytes, packed_bytes, unpack
+from focusllm.checks.info import describe
+from focusllm.memory.cost import estimate
+from focusllm.method.adapter import injected
+from focusllm.method.base import run
+from focusllm.method.focus import Over, candidate_pass
+from focusllm.method.packed import PackedLinear, pack, packable_bytes, packed_bytes, unpack
 
 
 def pass_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from conftest import build, random_ids, with_candidates
 from focusllm import AdapterConfig, TrainConfig, TrainingError, inject, train
-from focusllm.adapter import trainable_parameters
+from focusllm.method.adapter import trainable_parameters
 from focusllm.training.dense import Sample
 from focusllm.training.loss import MemoryLoss
 from focusllm.training.sampling import Memory

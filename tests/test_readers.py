@@ -10,7 +10,7 @@ import pytest
 from pypdf import PdfWriter
 
 from focusllm import DocumentError
-from focusllm.readers import check_text, read_text
+from focusllm.documents.readers import check_text, read_text
 
 
 def write(folder: Path, name: str, data: bytes) -> Path:

@@ -10,11 +10,12 @@ from torch import nn
 
 import reference
 from conftest import SMALL, build, random_ids, with_candidates
-from focusllm import AdapterConfig, ConfigError, FocusConfig, engine
-from focusllm.chunking import cut, split
-from focusllm.chunks import encode
-from focusllm.engine import Request, decode, prefill, start_request
-from focusllm.refresh import RefreshPolicy
+from focusllm import AdapterConfig, ConfigError, FocusConfig
+from focusllm.decoding import engine
+from focusllm.decoding.engine import Request, decode, prefill, start_request
+from focusllm.decoding.refresh import RefreshPolicy
+from focusllm.memory.chunking import cut, split
+from focusllm.memory.chunks import encode
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 FOCUSED = SMALL.replace(refresh_rows=2, rechunk=False)

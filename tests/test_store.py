@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from conftest import SMALL, build, random_ids, with_candidates
-from focusllm import DocumentError, FocusConfig, FocusLLM, MemoryLimitError, chunks
-from focusllm.chunking import cut, split
-from focusllm.chunks import ChunkBlock, Place, document_key, encode
-from focusllm.cost import check_read
-from focusllm.engine import Request, decode, prefill, start_request
-from focusllm.kv import KV, concat
-from focusllm.store import Packed, Packing, RowFile
+from focusllm import DocumentError, FocusConfig, FocusLLM, MemoryLimitError
+from focusllm.decoding.engine import Request, decode, prefill, start_request
+from focusllm.memory import chunks
+from focusllm.memory.chunking import cut, split
+from focusllm.memory.chunks import ChunkBlock, Place, document_key, encode
+from focusllm.memory.cost import check_read
+from focusllm.memory.store import Packed, Packing, RowFile
+from focusllm.method.kv import KV, concat
 
 IDS = random_ids(24 + 5 * SMALL.stride + 6)  # six full chunks and one of 7, the first of them shared
 BITS = {"same": 0.0, "int8": 1 / 127, "int4": 1 / 15}
@@ -291,7 +292,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
 def test_a_disk_too_small_is_refused_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("focusllm.cost.free_disk", lambda _: 1000)
+    monkeypatch.setattr("focusllm.memory.cost.free_disk", lambda _: 1000)
     model = build(max_position_embeddings=10_000)
     with pytest.raises(MemoryLimitError, match=r"on disk, but 0.0 GiB are free in .*a text of at most"):
         check_read(model, SMALL.replace(kv_place="disk"), 100_000, tmp_path)
@@ -300,7 +301,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(
 def test_what_is_written_needs_no_room(tiny_llm: FocusLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "The key is under the mat. " * 20
     tiny_llm.read(text, store=tmp_path)
-    monkeypatch.setattr("focusllm.cost.free_disk", lambda _: 10)
+    monkeypatch.setattr("focusllm.memory.cost.free_disk", lambda _: 10)
     tiny_llm.read(text, store=tmp_path)
     with pytest.raises(MemoryLimitError, match="on disk"):
         tiny_llm.read(text + "More.", store=tmp_path)

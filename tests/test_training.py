@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from conftest import build, byte_tokenizer, random_ids, with_candidates
 from focusllm import DocumentError, FocusLLM, TrainConfig, TrainingError, train
 from focusllm.errors import AdapterError, ConfigError
-from focusllm.focus import encode_chunks
+from focusllm.method.focus import encode_chunks
 from focusllm.training import checkpoint
 from focusllm.training.config import Source
 from focusllm.training.loop import _interrupts, _signals_blocked, learning_rate

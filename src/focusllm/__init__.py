@@ -6,11 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from focusllm.adapter import AdapterConfig, inject, remove
-    from focusllm.adapter_files import load_adapter, push_adapter, save_adapter
-    from focusllm.answer import Answer, AnswerStream, Citation
     from focusllm.config import FocusConfig
-    from focusllm.document import Document
+    from focusllm.documents.answer import Answer, AnswerStream, Citation
+    from focusllm.documents.document import Document
     from focusllm.errors import (
         AdapterError,
         ConfigError,
@@ -20,20 +18,22 @@ if TYPE_CHECKING:
         ModelError,
         TrainingError,
     )
+    from focusllm.huggingface.adapter_files import load_adapter, push_adapter, save_adapter
+    from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
     from focusllm.llm import FocusLLM
-    from focusllm.modeling import FocusForCausalLM, FocusState
+    from focusllm.method.adapter import AdapterConfig, inject, remove
     from focusllm.training.config import TrainConfig
     from focusllm.training.run import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterConfig": "adapter",
-    "inject": "adapter",
-    "load_adapter": "adapter_files",
-    "push_adapter": "adapter_files",
-    "remove": "adapter",
-    "save_adapter": "adapter_files",
+    "AdapterConfig": "method.adapter",
+    "inject": "method.adapter",
+    "load_adapter": "huggingface.adapter_files",
+    "push_adapter": "huggingface.adapter_files",
+    "remove": "method.adapter",
+    "save_adapter": "huggingface.adapter_files",
     "FocusConfig": "config",
     "AdapterError": "errors",
     "ConfigError": "errors",
@@ -42,13 +42,13 @@ _HOMES = {
     "MemoryLimitError": "errors",
     "ModelError": "errors",
     "TrainingError": "errors",
-    "Answer": "answer",
-    "AnswerStream": "answer",
-    "Citation": "answer",
-    "Document": "document",
+    "Answer": "documents.answer",
+    "AnswerStream": "documents.answer",
+    "Citation": "documents.answer",
+    "Document": "documents.document",
     "FocusLLM": "llm",
-    "FocusForCausalLM": "modeling",
-    "FocusState": "modeling",
+    "FocusForCausalLM": "huggingface.modeling",
+    "FocusState": "huggingface.modeling",
     "TrainConfig": "training.config",
     "train": "training.run",
 }

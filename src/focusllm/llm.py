@@ -18,21 +18,21 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from focusllm.adapter_files import fingerprint
-from focusllm.answer import Answer, AnswerStream, TimedStreamer
-from focusllm.base import layout
-from focusllm.chunking import cut, num_local_chunks, split
-from focusllm.chunks import ChunkBlock, Progress
 from focusllm.config import FocusConfig, KvDtype, KvPlace
-from focusllm.cost import check_question, peak_memory
-from focusllm.document import Chunk, Document, citations, divide
-from focusllm.embedded import resolve_model
+from focusllm.documents.answer import Answer, AnswerStream, TimedStreamer
+from focusllm.documents.document import Chunk, Document, citations, divide
+from focusllm.documents.readers import DOCUMENT_SUFFIXES, check_text, read_text
+from focusllm.documents.text import decode_ids, encode_text, frame_question, start_tokens
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
-from focusllm.loading import UNTRAINED, computing_dtype, find_saved, in_type, on_device, parse_dtype
-from focusllm.modeling import FocusForCausalLM, FocusState
-from focusllm.packed import is_packed_by_default, pack
-from focusllm.readers import DOCUMENT_SUFFIXES, check_text, read_text
-from focusllm.text import decode_ids, encode_text, frame_question, start_tokens
+from focusllm.huggingface.adapter_files import fingerprint
+from focusllm.huggingface.embedded import resolve_model
+from focusllm.huggingface.loading import UNTRAINED, computing_dtype, find_saved, in_type, on_device, parse_dtype
+from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
+from focusllm.memory.chunking import cut, num_local_chunks, split
+from focusllm.memory.chunks import ChunkBlock, Progress
+from focusllm.memory.cost import check_question, peak_memory
+from focusllm.method.base import layout
+from focusllm.method.packed import is_packed_by_default, pack
 
 
 @dataclass

@@ -74,9 +74,9 @@ class Focus:
 
     def turn(self, document: Sequence[int], new_tokens: int) -> Turn:
         """Read, ask, ask again."""
-        from focusllm.base import layout
         from focusllm.bench.measure import bytes_of_weights
-        from focusllm.chunks import count_alike, first_blocks
+        from focusllm.memory.chunks import count_alike, first_blocks
+        from focusllm.method.base import layout
 
         llm, config, base = self.llm, self.llm.config, self.llm.model.base
         read = llm.read(document)
@@ -102,7 +102,7 @@ class Focus:
 
     def peak_memory(self) -> int:
         """Of the device."""
-        from focusllm.cost import peak_memory
+        from focusllm.memory.cost import peak_memory
 
         return peak_memory(self.llm.model.device)
 
@@ -130,8 +130,8 @@ class Full(Focus):
         """Generate, take the cache back to the document, generate."""
         from transformers import DynamicCache
 
-        from focusllm.base import layout
         from focusllm.bench.measure import bytes_of_weights
+        from focusllm.method.base import layout
 
         base: Any = self.llm.model.base
         cache = DynamicCache(config=base.config)
@@ -153,7 +153,7 @@ class Full(Focus):
         """Seconds from the start to each token."""
         import torch
 
-        from focusllm.differentiable import without_cudnn
+        from focusllm.method.differentiable import without_cudnn
 
         model, clock = self.llm.model, _Clock()
         ids = torch.tensor([token_ids], device=model.device)

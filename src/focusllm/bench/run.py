@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from focusllm.base import layout
 from focusllm.bench.contenders import QUESTIONS, Job, serve
 from focusllm.bench.measure import (
     Shapes,
@@ -34,15 +33,16 @@ from focusllm.bench.measure import (
     spread,
 )
 from focusllm.bench.plan import Plan, Spec
-from focusllm.chunking import count_chunks
+from focusllm.checks.info import describe
 from focusllm.config import FocusConfig
-from focusllm.cost import GIB, check_read, estimate, find_place
-from focusllm.embedded import ALIAS, cache_folder, embedded_gguf, resolve_model
+from focusllm.documents.text import encode_ids, frame_question
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
-from focusllm.info import describe
-from focusllm.loading import cannot_load, parse_device
+from focusllm.huggingface.embedded import ALIAS, cache_folder, embedded_gguf, resolve_model
+from focusllm.huggingface.loading import cannot_load, parse_device
 from focusllm.machine import machine
-from focusllm.text import encode_ids, frame_question
+from focusllm.memory.chunking import count_chunks
+from focusllm.memory.cost import GIB, check_read, estimate, find_place
+from focusllm.method.base import layout
 
 Report = Callable[[str, int, int], None]
 """Called with (what is under way, turns done, turns in all)."""

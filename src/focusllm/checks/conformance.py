@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from focusllm.adapter import AdapterConfig, inject, injected, trainable_parameters
-from focusllm.base import layout
-from focusllm.chunking import cut, split
-from focusllm.chunks import encode
 from focusllm.config import FocusConfig
-from focusllm.engine import decode, prefill, start_request
+from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.errors import FocusError
-from focusllm.kv import KV
-from focusllm.rope import move_keys, rotation
+from focusllm.memory.chunking import cut, split
+from focusllm.memory.chunks import encode
+from focusllm.method.adapter import AdapterConfig, inject, injected, trainable_parameters
+from focusllm.method.base import layout
+from focusllm.method.kv import KV
+from focusllm.method.rope import move_keys, rotation
 from focusllm.training.dense import exact_loss
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}

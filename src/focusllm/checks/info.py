@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from focusllm.adapter import AdapterConfig, inject
-from focusllm.adapter_files import read_adapter_config
-from focusllm.base import layout
 from focusllm.config import FocusConfig
-from focusllm.embedded import ADAPTERS, resolve_model
-from focusllm.loading import cannot_load, computing_dtype, find_saved, parse_device, parse_dtype
+from focusllm.huggingface.adapter_files import read_adapter_config
+from focusllm.huggingface.embedded import ADAPTERS, resolve_model
+from focusllm.huggingface.loading import cannot_load, computing_dtype, find_saved, parse_device, parse_dtype
+from focusllm.method.adapter import AdapterConfig, inject
+from focusllm.method.base import layout
 
 
 def describe(

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from focusllm.adapter import AdapterConfig, inject, injected, remove
-from focusllm.base import layout, run
-from focusllm.chunking import cut
-from focusllm.chunks import encode
 from focusllm.config import FocusConfig
-from focusllm.engine import decode, prefill, start_request
-from focusllm.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, read_prompt
-from focusllm.kv import KV, Segment, concat
-from focusllm.rope import move_keys, rotation
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.memory.chunking import cut
+from focusllm.memory.chunks import encode
+from focusllm.method.adapter import AdapterConfig, inject, injected, remove
+from focusllm.method.base import layout, run
+from focusllm.method.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, read_prompt
+from focusllm.method.kv import KV, Segment, concat
+from focusllm.method.rope import move_keys, rotation
 
 SLACK = 4.0
 """Ways to the same numbers may differ by so many times the base model's own difference."""

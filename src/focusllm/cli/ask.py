@@ -15,7 +15,7 @@ from focusllm.cli.terminal import load, notify, reading_progress
 from focusllm.errors import FocusError
 
 if TYPE_CHECKING:
-    from focusllm.answer import Answer
+    from focusllm.documents.answer import Answer
 
 
 @grouped
@@ -36,7 +36,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Read documents once and answer questions about them."""
-    from focusllm.readers import read_text
+    from focusllm.documents.readers import read_text
 
     if question is None and "-" in documents:
         raise FocusError("standard input is the document, so questions cannot be typed; give them with -q.")
@@ -89,7 +89,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text of any length."""
-    from focusllm.readers import read_text
+    from focusllm.documents.readers import read_text
 
     text = read_text(prompt, encoding)
     llm = load(model, focus.given(), quiet=as_json)

@@ -47,7 +47,7 @@ def bench(
     """Measure reading, decoding and memory by length, against full attention and llama.cpp."""
     from focusllm.bench.plan import Plan, parse_contenders, sample_text
     from focusllm.bench.report import print_table, write_result
-    from focusllm.readers import read_text
+    from focusllm.documents.readers import read_text
 
     plan = Plan(
         specs=parse_contenders(contenders, settings or [], gguf or []),

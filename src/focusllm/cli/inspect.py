@@ -8,11 +8,11 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from focusllm.chunking import count_chunks
 from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, Packed, grouped
 from focusllm.cli.terminal import calm_libraries, notify, status
 from focusllm.config import KvPlace
 from focusllm.errors import ConfigError, FocusError
+from focusllm.memory.chunking import count_chunks
 
 
 @grouped
@@ -29,10 +29,10 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show a model, its candidate projections, and what lengths will cost in memory; loads no weights."""
-    from focusllm.base import layout
-    from focusllm.cost import GIB, estimate, find_place
-    from focusllm.embedded import cache_folder
-    from focusllm.info import describe
+    from focusllm.checks.info import describe
+    from focusllm.huggingface.embedded import cache_folder
+    from focusllm.memory.cost import GIB, estimate, find_place
+    from focusllm.method.base import layout
 
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
     found, skeleton, config = describe(model, adapter, dtype, focus.given(), notify)
@@ -103,7 +103,7 @@ def verify(
 
 
 def _verify_cases(folder: Path, quiet: bool) -> list[dict[str, Any]]:
-    from focusllm.conformance import find_cases, run_case
+    from focusllm.checks.conformance import find_cases, run_case
 
     results = []
     for case in find_cases(folder):
@@ -119,7 +119,7 @@ def _verify_cases(folder: Path, quiet: bool) -> list[dict[str, Any]]:
 
 def _verify_model(model: str, dtype: str, device: str | None, quiet: bool) -> list[dict[str, Any]]:
     base = _load_base(model, dtype, device, quiet)
-    from focusllm.verify import verify as run_checks
+    from focusllm.checks.verify import verify as run_checks
 
     results = []
     for check in run_checks(base):
@@ -133,9 +133,9 @@ def _verify_model(model: str, dtype: str, device: str | None, quiet: bool) -> li
 
 def _load_base(model: str, dtype: str, device: str | None, quiet: bool) -> Any:
     with calm_libraries(), status("Loading the model", quiet):
-        from focusllm.embedded import resolve_model
-        from focusllm.loading import on_device, parse_dtype
-        from focusllm.modeling import FocusForCausalLM
+        from focusllm.huggingface.embedded import resolve_model
+        from focusllm.huggingface.loading import on_device, parse_dtype
+        from focusllm.huggingface.modeling import FocusForCausalLM
 
         path = resolve_model(model, notify)  # without a tokenizer, and whatever its positions allow
         return on_device(FocusForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype)), device).base

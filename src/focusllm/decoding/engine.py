@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from focusllm.adapter import sink_token
-from focusllm.base import layout, run_plain
-from focusllm.chunking import count_chunks
-from focusllm.chunks import ChunkBlock, count_alike, encode, tokens_at_once
 from focusllm.config import FocusConfig
+from focusllm.decoding.refresh import HotRows, RefreshPolicy, Row, hottest
 from focusllm.errors import ConfigError
-from focusllm.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
-from focusllm.kv import KV, GrowingKV, Segment, concat
-from focusllm.refresh import HotRows, RefreshPolicy, Row, hottest
+from focusllm.memory.chunking import count_chunks
+from focusllm.memory.chunks import ChunkBlock, count_alike, encode, tokens_at_once
+from focusllm.method.adapter import sink_token
+from focusllm.method.base import layout, run_plain
+from focusllm.method.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
+from focusllm.method.kv import KV, GrowingKV, Segment, concat
 
 
 @dataclass(eq=False)

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from focusllm.chunks import ChunkBlock
-from focusllm.focus import candidate_pass
-from focusllm.kv import KV, GrowingKV, Segment, concat
+from focusllm.memory.chunks import ChunkBlock
+from focusllm.method.focus import candidate_pass
+from focusllm.method.kv import KV, GrowingKV, Segment, concat
 
 
 @dataclass(frozen=True)

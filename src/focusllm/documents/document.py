@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from focusllm.answer import Citation
-from focusllm.chunking import steps
-from focusllm.chunks import ChunkBlock, first_blocks
+from focusllm.documents.answer import Citation
+from focusllm.memory.chunking import steps
+from focusllm.memory.chunks import ChunkBlock, first_blocks
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from focusllm.documents.readers import check_text
 from focusllm.errors import DocumentError
-from focusllm.readers import check_text
 
 PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 PLACE_OF_DOCUMENT = "[[document]]"

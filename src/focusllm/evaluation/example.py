@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from focusllm.documents.text import TOKENS_OF_A_CHARACTER, encode_ids, encode_text, frame_ids
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.text import TOKENS_OF_A_CHARACTER, encode_ids, encode_text, frame_ids
 from focusllm.training.config import Source
 from focusllm.training.corpus import documents
 

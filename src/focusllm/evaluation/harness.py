@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from focusllm.config import FocusConfig
-from focusllm.embedded import ALIAS, resolve_model
 from focusllm.errors import ConfigError, FocusError, missing_package
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt
 from focusllm.evaluation.methods.focus import Focus
+from focusllm.huggingface.embedded import ALIAS, resolve_model
 from focusllm.llm import FocusLLM
 
 try:

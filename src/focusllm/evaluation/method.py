@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from focusllm.base import layout, run_plain
-from focusllm.chunk_cache import LastText
-from focusllm.cost import GIB, total_memory
+from focusllm.documents.text import encode_ids, frame_ids, start_tokens
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.llm import FocusLLM
-from focusllm.text import encode_ids, frame_ids, start_tokens
+from focusllm.memory.chunk_cache import LastText
+from focusllm.memory.cost import GIB, total_memory
+from focusllm.method.base import layout, run_plain
 
 Step = Callable[[int], Tensor]
 """From a new token to the next token's logits [V]."""

@@ -27,10 +27,6 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from focusllm import __version__
-from focusllm.adapter import injected, sink_token
-from focusllm.chunk_cache import LastText
-from focusllm.chunks import add_model
-from focusllm.cost import forget_peak_memory, peak_memory
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation.example import Example, LengthError, LossExample, Setting
 from focusllm.evaluation.method import Method
@@ -39,7 +35,11 @@ from focusllm.evaluation.plan import Cell, Plan
 from focusllm.files import whole_file
 from focusllm.llm import FocusLLM
 from focusllm.machine import machine
-from focusllm.packed import packed_bytes
+from focusllm.memory.chunk_cache import LastText
+from focusllm.memory.chunks import add_model
+from focusllm.memory.cost import forget_peak_memory, peak_memory
+from focusllm.method.adapter import injected, sink_token
+from focusllm.method.packed import packed_bytes
 
 OWN_LENGTH = 8192
 """What an example of a task with own lengths counts for in the progress."""

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from focusllm.adapter import AdapterConfig, CandidateLinear, inject, injected
-from focusllm.base import layout
 from focusllm.errors import AdapterError, first_line
 from focusllm.files import whole_file
+from focusllm.method.adapter import AdapterConfig, CandidateLinear, inject, injected
+from focusllm.method.base import layout
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"

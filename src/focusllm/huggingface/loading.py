@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from focusllm.adapter_files import may_be_on_hub
 from focusllm.config import FocusConfig
-from focusllm.embedded import boxed_adapter
 from focusllm.errors import ConfigError, ModelError, first_line
+from focusllm.huggingface.adapter_files import may_be_on_hub
+from focusllm.huggingface.embedded import boxed_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
 UNTRAINED = "none"

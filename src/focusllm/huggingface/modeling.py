@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from focusllm.adapter import AdapterConfig, injected, injected_config, remove
-from focusllm.adapter_files import load_adapter, save_adapter
-from focusllm.base import layout
-from focusllm.chunking import split
-from focusllm.chunks import ChunkBlock, Place, Progress, document_key, encode
 from focusllm.config import FocusConfig
-from focusllm.cost import check_read
-from focusllm.embedded import cache_folder, public_name
-from focusllm.engine import Request, decode, prefill, start_request
+from focusllm.decoding.engine import Request, decode, prefill, start_request
 from focusllm.errors import ConfigError, DocumentError, ModelError
-from focusllm.loading import ADAPTER_FOLDER, SETTINGS_NAME, cannot_load, find_saved
+from focusllm.huggingface.adapter_files import load_adapter, save_adapter
+from focusllm.huggingface.embedded import cache_folder, public_name
+from focusllm.huggingface.loading import ADAPTER_FOLDER, SETTINGS_NAME, cannot_load, find_saved
+from focusllm.memory.chunking import split
+from focusllm.memory.chunks import ChunkBlock, Place, Progress, document_key, encode
+from focusllm.memory.cost import check_read
+from focusllm.method.adapter import AdapterConfig, injected, injected_config, remove
+from focusllm.method.base import layout
 
 
 class FocusState(Cache):
@@ -118,7 +118,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         return injected_config(self.base)
 
     def load_candidates(self, source: str | Path) -> AdapterConfig:
-        """Load candidate projections from a folder or the hub (see `focusllm.adapter_files.load_adapter`)."""
+        """Load candidate projections from a folder or the hub (see `load_adapter`)."""
         return load_adapter(self.base, source)
 
     def unload(self) -> Any:

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from focusllm.chunking import cut
-from focusllm.chunks import ChunkBlock, filled, first_blocks
 from focusllm.config import FocusConfig
-from focusllm.focus import encode_chunks
-from focusllm.kv import KV
-from focusllm.store import Packed, Packing
+from focusllm.memory.chunking import cut
+from focusllm.memory.chunks import ChunkBlock, filled, first_blocks
+from focusllm.memory.store import Packed, Packing
+from focusllm.method.focus import encode_chunks
+from focusllm.method.kv import KV
 
 Piece = tuple[int, ...]
 """A chunk's token ids."""

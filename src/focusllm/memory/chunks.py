@@ -14,15 +14,15 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from focusllm.adapter import injected
-from focusllm.base import layout
-from focusllm.chunking import cut
 from focusllm.config import FocusConfig
 from focusllm.errors import DocumentError
-from focusllm.focus import encode_chunks
-from focusllm.kv import KV
 from focusllm.machine import computes_on_cpu
-from focusllm.store import DamagedRow, Packed, Packing, RowFile, RowStore
+from focusllm.memory.chunking import cut
+from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
+from focusllm.method.adapter import injected
+from focusllm.method.base import layout
+from focusllm.method.focus import encode_chunks
+from focusllm.method.kv import KV
 
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of

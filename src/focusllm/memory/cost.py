@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from focusllm.attention import SCORES_BY_FORMULA
-from focusllm.base import layout
-from focusllm.chunking import count_by_length, count_chunks
-from focusllm.chunks import ChunkBlock, count_alike, tokens_at_once
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
-from focusllm.kv import GrowingKV
 from focusllm.machine import computes_on_cpu, forget_peak_resident, memory_limits, peak_resident
-from focusllm.packed import is_packed_by_default, packable_bytes, packed_bytes
-from focusllm.store import Packing
+from focusllm.memory.chunking import count_by_length, count_chunks
+from focusllm.memory.chunks import ChunkBlock, count_alike, tokens_at_once
+from focusllm.memory.store import Packing
+from focusllm.method.attention import SCORES_BY_FORMULA
+from focusllm.method.base import layout
+from focusllm.method.kv import GrowingKV
+from focusllm.method.packed import is_packed_by_default, packable_bytes, packed_bytes
 
 GIB = 2**30
 REMEDIES: dict[str, Any] = {"kv_place": "disk", "kv_dtype": "int8", "chunks_per_batch": 1}

@@ -27,9 +27,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from focusllm.base import layout
 from focusllm.errors import DocumentError
-from focusllm.kv import KV
+from focusllm.method.base import layout
+from focusllm.method.kv import KV
 
 GROUP = 32
 HEADER = 4096

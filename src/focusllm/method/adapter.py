@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from focusllm.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
 from focusllm.config import is_whole
 from focusllm.errors import ConfigError
-from focusllm.packed import linear
+from focusllm.method.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
+from focusllm.method.packed import linear
 
 
 @dataclass(frozen=True)

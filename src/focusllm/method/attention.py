@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focusllm.differentiable import Part, bias_of, by_products, by_torch, flash, repeated, without_cudnn
+from focusllm.method.differentiable import Part, bias_of, by_products, by_torch, flash, repeated, without_cudnn
 
 Block = tuple[Tensor, Tensor, int, Tensor | None]
 """Keys and values [rows, K, room, D]; how many of their tokens count (the room behind them holds finite numbers); and

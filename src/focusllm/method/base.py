@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from focusllm.differentiable import without_cudnn
 from focusllm.errors import ModelError
+from focusllm.method.differentiable import without_cudnn
 
 ATTENTION_NAME = "focusllm"
 PROJECTION_NAMES = {
@@ -184,7 +184,7 @@ def _attention(
     """
     this = _pass.get()
     if this is None:
-        raise RuntimeError("attention 'focusllm' is for passes of focusllm only; call focusllm.base.run.")
+        raise RuntimeError("attention 'focusllm' is for passes of focusllm only; call focusllm.method.base.run.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return this.attention(module.layer_idx, query, key, value, scale).transpose(1, 2), None  # type: ignore[arg-type]
 

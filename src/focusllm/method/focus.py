@@ -44,11 +44,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focusllm.adapter import sink_token
-from focusllm.attention import attend
-from focusllm.base import PassEnded, layout, run
-from focusllm.kv import KV, Segment, concat
-from focusllm.rope import move_keys, rotation
+from focusllm.method.adapter import sink_token
+from focusllm.method.attention import attend
+from focusllm.method.base import PassEnded, layout, run
+from focusllm.method.kv import KV, Segment, concat
+from focusllm.method.rope import move_keys, rotation
 
 
 class Over:

@@ -2,7 +2,7 @@
 
 Decoding multiplies a handful of tokens by every weight of the model, and torch's general kernels read weights at a
 fraction of the memory's speed there. oneDNN's own layout is 1.2 to 2.4 times faster. The model stays what it was: its
-weights are untouched, and outside a pass of `focusllm.base.run` (or with gradients) it computes as before, bit for bit.
+weights are untouched, and outside a pass of `base.run` (or with gradients) it computes as before, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from focusllm.base import in_pass
 from focusllm.machine import computes_on_cpu
+from focusllm.method.base import in_pass
 
 DEFAULT_LIMIT = 2**30
 """Bytes that a second copy may take without being asked for."""

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from focusllm.documents.readers import DOCUMENT_SUFFIXES, read_text
+from focusllm.documents.text import encode_ids
 from focusllm.errors import ConfigError, DocumentError, first_line, missing_package
 from focusllm.files import remove_parts, whole_folder
-from focusllm.readers import DOCUMENT_SUFFIXES, read_text
-from focusllm.text import encode_ids
 from focusllm.training.config import Source
 
 Report = Callable[[str, int], None]

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from focusllm.adapter import sink_token
-from focusllm.base import run
-from focusllm.differentiable import bias_of, over_sets
-from focusllm.focus import Over, encode_chunks, focus_logits, mover
-from focusllm.kv import KV, Segment, concat
+from focusllm.method.adapter import sink_token
+from focusllm.method.base import run
+from focusllm.method.differentiable import bias_of, over_sets
+from focusllm.method.focus import Over, encode_chunks, focus_logits, mover
+from focusllm.method.kv import KV, Segment, concat
 from focusllm.training.config import LABELS_PER_PASS
 
 Call = Callable[..., tuple[Tensor, ...]]

@@ -33,10 +33,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader, Dataset
 
-from focusllm.adapter import AdapterConfig, inject, injected, trainable_parameters
-from focusllm.adapter_files import adapter_tensors, load_adapter, save_adapter
 from focusllm.errors import TrainingError
 from focusllm.files import remove_parts, whole_file
+from focusllm.huggingface.adapter_files import adapter_tensors, load_adapter, save_adapter
+from focusllm.method.adapter import AdapterConfig, inject, injected, trainable_parameters
 from focusllm.training import checkpoint
 from focusllm.training.config import TrainConfig
 from focusllm.training.loss import MemoryLoss, Meter

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from focusllm.base import run
-from focusllm.chunk_cache import ChunkCache
-from focusllm.focus import Over, encode_chunks
-from focusllm.kv import KV, concat
-from focusllm.store import Packing
+from focusllm.memory.chunk_cache import ChunkCache
+from focusllm.memory.store import Packing
+from focusllm.method.base import run
+from focusllm.method.focus import Over, encode_chunks
+from focusllm.method.kv import KV, concat
 from focusllm.training.config import TrainConfig
 from focusllm.training.dense import Sample, dense_loss, exact_loss, num_passes
 from focusllm.training.sampling import Memory

@@ -23,13 +23,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from focusllm.adapter_files import load_tensors, save_adapter
-from focusllm.base import layout
-from focusllm.embedded import cache_folder, public_name, resolve_model
+from focusllm.documents.text import first_token
 from focusllm.errors import ConfigError, DocumentError, TrainingError
 from focusllm.files import whole_file, whole_folder
-from focusllm.loading import cannot_load, computing_dtype, parse_dtype
-from focusllm.text import first_token
+from focusllm.huggingface.adapter_files import load_tensors, save_adapter
+from focusllm.huggingface.embedded import cache_folder, public_name, resolve_model
+from focusllm.huggingface.loading import cannot_load, computing_dtype, parse_dtype
+from focusllm.method.base import layout
 from focusllm.training import checkpoint
 from focusllm.training.checkpoint import disk_errors
 from focusllm.training.config import Source, TrainConfig

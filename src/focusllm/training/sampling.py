@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from focusllm.documents.text import chat_frame, encode_ids
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.text import chat_frame, encode_ids
 from focusllm.training.config import TASK_OBJECTIVES, TrainConfig
 from focusllm.training.corpus import Corpus
 from focusllm.training.dense import Sample

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from focusllm.base import decoder_layers
+from focusllm.method.base import decoder_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 

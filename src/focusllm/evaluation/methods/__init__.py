@@ -10,9 +10,9 @@ from focusllm.errors import ConfigError
 from focusllm.options import parse_setting, unknown
 
 if TYPE_CHECKING:
-    from focusllm.chunk_cache import LastText
     from focusllm.evaluation.method import Method
     from focusllm.llm import FocusLLM
+    from focusllm.memory.chunk_cache import LastText
 
 NAMES = tuple(sorted(found.name for found in pkgutil.iter_modules(__path__)))
 

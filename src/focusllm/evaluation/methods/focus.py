@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from focusllm.base import run_plain
-from focusllm.chunk_cache import LastText
-from focusllm.chunking import count_chunks, cut, num_local_chunks, split, steps
-from focusllm.chunks import ChunkBlock, count_alike
 from focusllm.config import FocusConfig
-from focusllm.cost import GIB, estimate, total_memory
-from focusllm.engine import decode, prefill, start_request
+from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
-from focusllm.kv import KV
 from focusllm.llm import FocusLLM
+from focusllm.memory.chunk_cache import LastText
+from focusllm.memory.chunking import count_chunks, cut, num_local_chunks, split, steps
+from focusllm.memory.chunks import ChunkBlock, count_alike
+from focusllm.memory.cost import GIB, estimate, total_memory
+from focusllm.method.base import run_plain
+from focusllm.method.kv import KV
 from focusllm.training.dense import Sample, memory_logits
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from focusllm.base import layout
 from focusllm.evaluation.methods.pi import PositionInterpolation
+from focusllm.method.base import layout
 
 
 class NtkAware(PositionInterpolation):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from focusllm.base import layout
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.evaluation.method import Prediction, WindowMethod
+from focusllm.method.base import layout
 
 
 class PositionInterpolation(WindowMethod):

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focusllm.attention import attend
-from focusllm.base import run
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt, Step, sum_of_losses
 from focusllm.evaluation.methods.full import Full
-from focusllm.focus import local_pass
-from focusllm.kv import KV, Segment, concat
+from focusllm.method.attention import attend
+from focusllm.method.base import run
+from focusllm.method.focus import local_pass
+from focusllm.method.kv import KV, Segment, concat
 
 NEIGHBOURS = 5
 """Scores are means over so many tokens, as in the authors' code, so that what is kept are pieces of text."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from focusllm.base import layout
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
-from focusllm.focus import local_pass, mover
-from focusllm.kv import KV, Segment, concat
 from focusllm.llm import FocusLLM
+from focusllm.method.base import layout
+from focusllm.method.focus import local_pass, mover
+from focusllm.method.kv import KV, Segment, concat
 
 
 class Streaming(Method):
