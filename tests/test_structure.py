@@ -20,7 +20,7 @@ ROOMS = {
     "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
-    "documents": ["readers", "text", "answer", "document"],
+    "documents": ["extracted", "readers", "text", "answer", "document"],
     "huggingface": ["adapter_files", "embedded", "loading", "modeling"],
     "front": ["llm"],  # lies in no folder
     "training": [
@@ -46,7 +46,7 @@ ORDER = [
 ]
 WITHOUT_TORCH = [
     *("errors", "options", "files", "machine", "config", "memory.chunking"),
-    *("documents.readers", "documents.text", "huggingface.embedded"),
+    *("documents.extracted", "documents.readers", "documents.text", "huggingface.embedded"),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),

@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from focusllm.documents.extracted import Extracted
 from focusllm.errors import DocumentError, first_line
 
 BLOCKS = [
@@ -22,8 +23,16 @@ HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".tex", ".json", ".csv", ".py", ".pdf", *HTML_SUFFIXES}
 
 
-def read_text(path: str | Path, encoding: str = "utf-8") -> str:
-    """The text of a file; `-` reads standard input.
+def read_text(path: str | Path, encoding: str | None = None) -> str:
+    """The text of a file alone, see `read_file`."""
+    return read_file(path, encoding).text
+
+
+def read_file(path: str | Path, encoding: str | None = None) -> Extracted:
+    """The text of a file with its parts and remarks; `-` reads standard input.
+
+    Args:
+        encoding: of plain text and HTML; None: by its byte order mark, what HTML declares, UTF-8, or detected.
 
     Raises:
         DocumentError: a missing or unreadable file, one that is not text, bytes that are not in the encoding, or a
@@ -42,10 +51,10 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     if suffix == ".pdf" or data.startswith(b"%PDF-"):
         text = _from_pdf(name, data)
     else:
-        text = decode_text(data, name, encoding)
+        text = decode_text(data, name, encoding or "utf-8")
         if suffix in HTML_SUFFIXES:
             text = _from_html(name, text)
-    return check_text(text, name)
+    return Extracted(check_text(text, name))
 
 
 def check_text(text: str, name: str) -> str:
