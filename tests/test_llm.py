@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from conftest import SMALL, build, byte_tokenizer, random_ids
 from focusllm import ConfigError, Document, DocumentError, FocusForCausalLM, FocusLLM, MemoryLimitError, ModelError
 from focusllm.decoding.engine import prefill, start_request
-from focusllm.documents.text import decode_ids, encode_text, frame_question
+from focusllm.documents.detokenizer import decode_ids
+from focusllm.documents.text import encode_text, frame_question
 from focusllm.memory.cost import _tokens_of_a_request, estimate
 
 TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))

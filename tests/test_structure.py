@@ -20,9 +20,12 @@ ROOMS = {
     "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
-    "documents": ["extracted", "readers", "text", "answer", "document"],
-    "huggingface": ["adapter_files", "embedded", "loading", "modeling"],
-    "front": ["llm"],  # lies in no folder
+    "documents": [
+        *("extracted", "readers", "folders", "sources"),  # files
+        *("detokenizer", "text", "answer", "document"),  # tokens
+    ],
+    "huggingface": ["adapter_files", "embedded", "loading", "modeling", "pretrained"],
+    "front": ["reading", "asking", "llm"],  # lies in no folder
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
     ],
@@ -46,7 +49,8 @@ ORDER = [
 ]
 WITHOUT_TORCH = [
     *("errors", "options", "files", "machine", "config", "memory.chunking"),
-    *("documents.extracted", "documents.readers", "documents.text", "huggingface.embedded"),
+    *(f"documents.{name}" for name in ("extracted", "readers", "folders", "sources", "detokenizer", "text")),
+    "huggingface.embedded",
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),

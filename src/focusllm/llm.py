@@ -4,35 +4,31 @@ llm = FocusLLM.from_pretrained("smollm2-135m")
 book = llm.read(Path("book.txt"), progress=True)
 answer = llm.ask(book, "Who is Ishmael?", on_text=lambda piece: print(piece, end=""))
 print(answer.citations[0].text)
+
+It only hands on: sources become documents in `reading`, questions become answers in `asking`.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
+from focusllm.asking import about, decoder, frame, going_on
 from focusllm.config import FocusConfig, KvDtype, KvPlace
-from focusllm.documents.answer import Answer, AnswerStream, TimedStreamer
-from focusllm.documents.document import Chunk, Document, citations, divide
-from focusllm.documents.readers import DOCUMENT_SUFFIXES, check_text, read_text
-from focusllm.documents.text import decode_ids, encode_text, frame_question, start_tokens
-from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
-from focusllm.huggingface.adapter_files import fingerprint
-from focusllm.huggingface.embedded import resolve_model
-from focusllm.huggingface.loading import UNTRAINED, computing_dtype, find_saved, in_type, on_device, parse_dtype
-from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
-from focusllm.memory.chunking import cut, num_local_chunks, split
-from focusllm.memory.chunks import ChunkBlock, Progress
-from focusllm.memory.cost import check_question, peak_memory
-from focusllm.method.base import layout
-from focusllm.method.packed import is_packed_by_default, pack
+from focusllm.documents.answer import Answer, AnswerStream
+from focusllm.documents.document import Document
+from focusllm.documents.readers import check_text
+from focusllm.documents.sources import Source, names_a_file, of_text, open_source
+from focusllm.documents.text import encode_ids, start_tokens
+from focusllm.huggingface.modeling import FocusForCausalLM
+from focusllm.huggingface.pretrained import load, save
+from focusllm.memory.chunking import split
+from focusllm.memory.chunks import Progress
+from focusllm.reading import Reader
 
 
 @dataclass
@@ -82,21 +78,7 @@ class FocusLLM:
         Raises:
             ConfigError, ModelError, AdapterError: with the value, the limit and the remedy.
         """
-        path = resolve_model(model, notify)
-        dtype = parse_dtype(dtype)
-        found, config = find_saved(model, path, adapter, config)
-        config = config.replace(**settings)
-        loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
-        loaded.focus_config.check_positions(layout(loaded.base).max_positions)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except Exception as error:  # a damaged or newer tokenizer.json raises a bare one
-            raise ModelError(f"the tokenizer of {model} cannot be loaded: {first_line(error)}") from error
-        loaded = on_device(loaded, device)
-        if dtype == "auto" and not getattr(loaded.base, "is_quantized", False):
-            loaded = in_type(loaded, computing_dtype(loaded.dtype, loaded.device))
-        if is_packed_by_default(loaded) if packed is None else packed:
-            pack(loaded)
+        loaded, tokenizer = load(model, adapter, dtype, device, config, packed, notify, settings)
         return cls(loaded, tokenizer, str(model), notify)
 
     @property
@@ -111,10 +93,10 @@ class FocusLLM:
 
     def read(
         self,
-        source: str | Path | Sequence[int],
+        source: str | Path | Source | Sequence[int],
         *,
         name: str | None = None,
-        encoding: str = "utf-8",
+        encoding: str | None = None,
         progress: bool | Progress = False,
         store: str | Path | None = None,
         kv_dtype: KvDtype | None = None,
@@ -123,9 +105,10 @@ class FocusLLM:
         """Read a document once, to be asked many times.
 
         Args:
-            source: a file (a `Path`, or a string that names one), a text, or token ids.
+            source: a file, a folder or a pattern (a `Path`, or a string that names one), a text, token ids, or what
+                `open_source` gives. A folder or a pattern is one document of many files (see `read_folder`).
             name: how citations call it; None: the file's name, or "text".
-            encoding: of a text file.
+            encoding: of text files; None: found out.
             progress: True for a progress bar, or a function of (tokens done, tokens in all).
             store: a folder that keeps what was read, in files (about 23 KiB a token for the embedded model in
                 bfloat16). The same text is not read again from there, and a read that was broken off goes on. None:
@@ -136,11 +119,11 @@ class FocusLLM:
             DocumentError: a missing file, one that is not text, one without text, or a full disk.
             MemoryLimitError: it would not fit; raised before anything is computed.
         """
-        is_file = self._is_file(source)
-        text, ids, spans = self._tokens(source, encoding, is_file)
-        if name is None:
-            name = Path(source).name if is_file else "text"  # type: ignore[arg-type]
-        return self._read(name, text, ids, spans, progress, store, kv_dtype, kv_place)
+        if isinstance(source, Path) or (isinstance(source, str) and names_a_file(source)):
+            source = open_source(source, encoding)
+        elif isinstance(source, str):
+            source = of_text(check_text(source, "the text"))
+        return self._reader.read(source, name, progress, store, kv_dtype=kv_dtype, kv_place=kv_place)
 
     def read_text(
         self,
@@ -153,29 +136,32 @@ class FocusLLM:
         kv_place: KvPlace | None = None,
     ) -> Document:
         """`read` for what is certainly a text, even if it looks like a path."""
-        encoded = encode_text(self.tokenizer, check_text(text, name))
-        return self._read(name, text, encoded.token_ids, encoded.spans, progress, store, kv_dtype, kv_place)
+        source = of_text(check_text(text, name), name)
+        return self._reader.read(source, None, progress, store, kv_dtype=kv_dtype, kv_place=kv_place)
 
-    def _read(
+    def read_folder(
         self,
-        name: str,
-        text: str,
-        ids: list[int],
-        spans: list[tuple[int, int]],
-        progress: bool | Progress,
-        store: str | Path | None,
-        kv_dtype: KvDtype | None,
-        kv_place: KvPlace | None,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        encoding: str | None = None,
+        progress: bool | Progress = False,
+        store: str | Path | None = None,
+        kv_dtype: KvDtype | None = None,
+        kv_place: KvPlace | None = None,
     ) -> Document:
-        if not ids:
-            raise DocumentError(f"{name} gives no tokens; give a document with text.")
-        own = {"kv_dtype": kv_dtype, "kv_place": kv_place}
-        config = self.config.replace(**{name: value for name, value in own.items() if value is not None})
-        start = time.perf_counter()
-        blocks = self._encode(ids, progress, config, Path(store) if store is not None else None)
-        chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in cut(len(ids), self.config)]
-        seconds = time.perf_counter() - start
-        return Document(name, text, ids, chunks, blocks, self.config.chunk_length, seconds, self._reader())
+        """Read the files of a folder, or those that a pattern such as `src/**/*.py` names, as one document.
+
+        They are read in the order of their names, each headed by a line with its name, relative to the folder, and small
+        ones share chunks. Hidden files and what a `.gitignore` leaves out are not read; of files that are not text or
+        cannot be read, `notify` is told. A citation names a file and a place in it. The other arguments are those of
+        `read`.
+
+        Raises:
+            DocumentError: there is nothing in it that can be read. And what `read` raises.
+        """
+        source = open_source(folder, encoding)
+        return self._reader.read(source, name, progress, store, kv_dtype=kv_dtype, kv_place=kv_place)
 
     def ask(
         self,
@@ -183,6 +169,7 @@ class FocusLLM:
         question: str,
         *,
         on_text: Callable[[str], None] = lambda _: None,
+        template_kwargs: Mapping[str, Any] | None = None,
         **generate: Any,
     ) -> Answer:
         """Ask a question about one or several documents.
@@ -190,24 +177,33 @@ class FocusLLM:
         Args:
             documents: in the order in which they should be read; nothing is read again.
             question: put behind them, in the model's chat template.
-            on_text: called with pieces of the answer as they become final.
+            on_text: called with pieces of the answer as they become final; joined, they are its text.
+            template_kwargs: switches of the chat template, such as `{"enable_thinking": False}`.
             generate: arguments of transformers' `generate()` (max_new_tokens, do_sample, temperature, stop_strings,
-                generation_config, ...) for one sequence. By default at most 256 tokens, greedy.
+                generation_config, ...) for one sequence. By default at most 256 tokens, greedy. `max_length` counts the
+                local context as well (`Answer.num_prompt_tokens`).
 
         Raises:
             DocumentError: an empty question, or one longer than the local context.
-            ConfigError: no documents, or one that another model or chunk length has read.
+            ConfigError: no documents, one that another model or chunk length has read, or arguments that do not fit.
             MemoryLimitError: what a question takes beside so many documents would not fit.
         """
-        return self._question(documents, question, generate)(on_text)
+        return self._question(documents, question, template_kwargs, generate)(on_text)
 
-    def stream(self, documents: Document | Sequence[Document], question: str, **generate: Any) -> AnswerStream:
+    def stream(
+        self,
+        documents: Document | Sequence[Document],
+        question: str,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **generate: Any,
+    ) -> AnswerStream:
         """`ask` as an iterator over the pieces of the answer.
 
         It decodes in a thread, which on the CPU is slower than `ask(..., on_text=...)` in one's own: two threads that
         compute share the cores badly even if one is idle.
         """
-        return AnswerStream(self._question(documents, question, generate))
+        return AnswerStream(self._question(documents, question, template_kwargs, generate))
 
     def continue_text(
         self,
@@ -219,170 +215,45 @@ class FocusLLM:
     ) -> Answer:
         """Go on from a text of any length, without a chat template; arguments are those of `read` and `ask`.
 
+        The text and the answer's, one behind the other, are the whole.
+
         Raises:
             DocumentError: an empty text. MemoryLimitError: it would not fit.
         """
-        ids = encode_text(self.tokenizer, check_text(text, "the text")).token_ids
-        ids = [*start_tokens(self.tokenizer), *ids]
+        ids = [*start_tokens(self.tokenizer), *encode_ids(self.tokenizer, check_text(text, "the text"))]
         far, local = split(ids, self.config)
-        blocks = self._encode(far, progress, self.config) if far else []
-        return self._decoder(local, FocusState(blocks), generate, len(ids))(on_text)
+        blocks = self._reader.encode(far, progress, self.config) if far else []
+        return decoder(self.model, self.tokenizer, going_on(blocks, local, len(ids)), generate)(on_text)
 
-    def _encode(
-        self, token_ids: list[int], progress: bool | Progress, config: FocusConfig, store: Path | None = None
-    ) -> list[ChunkBlock]:
-        with _progress(progress, len(token_ids)) as report:
-            return self.model.encode(token_ids, report, store, self.notify, config)
-
-    def frame(self, question: str) -> tuple[list[int], list[int]]:
+    def frame(
+        self, question: str, template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], list[int]]:
         """The tokens that stand before and after the documents, with the question among the latter.
 
         Raises:
             DocumentError: an empty question, or one longer than the local context.
+            ConfigError: a switch that the chat template does not have.
         """
-        before, after = frame_question(self.tokenizer, question)
-        count = len(before) + len(after)
-        if count > self.config.local_length:
-            raise DocumentError(
-                f"the question takes {count} tokens with the chat template, but the local context holds "
-                f"{self.config.local_length}; ask a shorter one, or set local_length to at least {count}."
-            )
-        return before, after
-
-    def _question(
-        self, documents: Document | Sequence[Document], question: str, generate: dict[str, Any]
-    ) -> Callable[..., Answer]:
-        given = [documents] if isinstance(documents, Document) else list(documents)
-        for document in given:
-            self._check(document)
-        if not given:
-            raise ConfigError("there are no documents; read at least one.")
-        before, after = self.frame(question)
-        num_own = len(before) + len(after)
-        chunk_steps = [step for document in given for step in document.chunk_steps]
-        num_far = len(chunk_steps) - num_local_chunks(chunk_steps, num_own, self.config)
-        blocks, tail, places = divide(given, num_far)
-        state = FocusState(blocks, prompt_length=len(after))
-        num_tokens = sum(document.num_tokens for document in given)
-        check_question(self.model.base, self.config, blocks, generate.get("max_new_tokens") or 256)
-        return self._decoder([*before, *tail, *after], state, generate, num_tokens, given, places)
-
-    def _decoder(
-        self,
-        input_ids: list[int],
-        state: FocusState,
-        generate: dict[str, Any],
-        num_document_tokens: int,
-        documents: Sequence[Document] = (),
-        places: Sequence[tuple[int, int]] = (),
-    ) -> Callable[..., Answer]:
-        """A function that decodes from a state, which may hold documents; `places` says what its chunks are."""
-        taken = {"streamer", "past_key_values", "attention_mask", "inputs", "input_ids"} & set(generate)
-        if taken:
-            raise ConfigError(f"{', '.join(sorted(taken))} is set by ask itself; use model.generate() to choose it.")
-        for name in ("num_beams", "num_return_sequences"):
-            if generate.get(name, 1) != 1:
-                raise ConfigError(
-                    f"{name} is {generate[name]}; an answer is one sequence, use model.generate() for more."
-                )
-        inputs = torch.tensor([input_ids], device=self.model.device)
-        defaults = {} if "generation_config" in generate else {"max_new_tokens": 256, "do_sample": False}
-        arguments: dict[str, Any] = {**defaults, **generate}
-        criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
-        if "stop_strings" in arguments:
-            arguments["tokenizer"] = self.tokenizer
-        if self.model.generation_config.pad_token_id is None:
-            arguments.setdefault("pad_token_id", self.tokenizer.eos_token_id)
-        start = time.perf_counter()
-
-        def decode(on_text: Callable[[str], None], *more_criteria: StoppingCriteria) -> Answer:
-            streamer = TimedStreamer(self.tokenizer, on_text)
-            self.model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                past_key_values=state,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([*criteria, *more_criteria]),
-                **arguments,
-            )
-            times = streamer.token_times
-            decoding = times[-1] - times[0]
-            return Answer(
-                text=streamer.text.strip(),
-                citations=citations(documents, places, state.requests[0].paid),
-                num_document_tokens=num_document_tokens,
-                num_prompt_tokens=len(input_ids),
-                num_generated_tokens=len(times),
-                time_to_first_token=times[0] - start,
-                tokens_per_second=(len(times) - 1) / decoding if decoding else 0.0,
-                seconds=time.perf_counter() - start,
-                peak_memory=peak_memory(self.model.device),
-            )
-
-        return decode
+        return frame(self.tokenizer, self.config, question, template_kwargs)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write base model, candidate projections, settings and tokenizer into a folder."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save(self.model, self.tokenizer, folder)
 
-    def _tokens(
-        self, source: str | Path | Sequence[int], encoding: str, is_file: bool
-    ) -> tuple[str, list[int], list[tuple[int, int]]]:
-        if isinstance(source, str | Path):
-            text = read_text(source, encoding) if is_file else check_text(str(source), "the text")
-            encoded = encode_text(self.tokenizer, text)
-            return text, encoded.token_ids, encoded.spans
-        ids = [int(token) for token in source]
-        size: int = self.model.config.vocab_size
-        odd = [token for token in ids if not 0 <= token < size]
-        if odd:
-            raise DocumentError(f"token id {odd[0]} is not in the vocabulary of {size} tokens; use this model's ids.")
-        text, spans = decode_ids(self.tokenizer, ids)
-        return text, ids, spans
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.model, self.tokenizer, self.name, self.notify)
 
-    @staticmethod
-    def _is_file(source: str | Path | Sequence[int]) -> bool:
-        """A path, a string that names a file, or one that looks as if it should."""
-        if isinstance(source, Path):
-            return True
-        if not isinstance(source, str) or len(source) > 1000 or "\n" in source:
-            return False
-        return os.path.exists(source) or Path(source).suffix.lower() in DOCUMENT_SUFFIXES
-
-    def _reader(self) -> dict[str, Any]:
-        return {**fingerprint(self.model.base), "model": self.name, "dtype": str(self.model.dtype)}
-
-    def _check(self, document: Document) -> None:
-        if document.reader != self._reader() or document.chunk_length != self.config.chunk_length:
-            raise ConfigError(
-                f"{document!r} was read by {document.reader['model']} ({document.reader['dtype']}, chunk_length "
-                f"{document.chunk_length}), not by {self.name} ({self.model.dtype}, chunk_length "
-                f"{self.config.chunk_length}); read it again."
-            )
-
-
-class _progress:
-    """`with _progress(wanted, total) as report`: a tqdm bar, the caller's own function, or nothing."""
-
-    def __init__(self, wanted: bool | Progress, total: int):
-        self.wanted, self.total = wanted, total
-        self.bar: Any = None
-
-    def __enter__(self) -> Progress | None:
-        if callable(self.wanted):
-            return self.wanted
-        if not self.wanted:
-            return None
-        from tqdm.auto import tqdm
-
-        self.bar = bar = tqdm(total=self.total, unit="token", unit_scale=True, desc="Reading")
-
-        def report(done: int, total: int) -> None:
-            bar.update(done - bar.n)
-
-        return report
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    def _question(
+        self,
+        documents: Document | Sequence[Document],
+        question: str,
+        template_kwargs: Mapping[str, Any] | None,
+        generate: Mapping[str, Any],
+    ) -> Callable[..., Answer]:
+        given = [documents] if isinstance(documents, Document) else list(documents)
+        reader = self._reader
+        for document in given:
+            reader.check(document)
+        asked = about(given, self.tokenizer, self.config, question, template_kwargs)
+        return decoder(self.model, self.tokenizer, asked, generate)

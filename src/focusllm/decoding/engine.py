@@ -58,6 +58,10 @@ class Request:
     paid: Tensor | None = None
     """Attention paid to each chunk's candidate, or that it would have got if it were seen [R]: summed over the tokens
     decoded so far."""
+    paid_local: Tensor | None = None
+    """The same of each token that the local context began with [T]; those that became chunks get no more."""
+    local_start: tuple[int, int] = (0, 0)
+    """The first token that the local context still has of those: its index now, and at the beginning."""
 
     @property
     def num_chunks(self) -> int:
@@ -87,6 +91,7 @@ class Request:
         twin.local_kv = self.local_kv.copy() if self.local_kv is not None else None
         twin.plain_kv = copy.deepcopy(self.plain_kv)
         twin.paid = self.paid.clone() if self.paid is not None else None
+        twin.paid_local = self.paid_local.clone() if self.paid_local is not None else None
         return twin
 
 
@@ -124,7 +129,8 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     Returns:
         Logits [n, V] of the last local tokens (0: of all).
     """
-    request.tails, request.hot, request.local_kv, request.plain_kv, request.paid = [], [], None, None, None
+    request.tails, request.hot, request.local_kv, request.plain_kv = [], [], None, None
+    request.paid, request.paid_local, request.local_start = None, None, (0, 0)
     if not request.blocks:
         request.plain_kv = DynamicCache(config=model.config)
         return _plain(model, request, request.local_ids, logits_to_keep)
@@ -198,7 +204,7 @@ def _decode_cached(model: nn.Module, requests: Sequence[Request], config: FocusC
     for i, request in enumerate(requests):
         assert request.local_kv is not None
         request.local_kv.append(local_kv.rows(i, i + 1))
-        _count_attention(request, paid[i])
+        _count_attention(model, request, paid[i])
         for rows in request.hot:
             rows.update(model, RefreshPolicy(config.refresh_rows), paid[i][0], request.row_ids)
     return list(logits)
@@ -226,7 +232,7 @@ def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) 
     place = _tensor(model, [_first_place(model, request) + len(request.local_ids) - 1])
     logits, kv, paid = local_pass(model, newest, place, [Segment([request.candidates]), Segment([request.local_kv])])
     request.local_kv.append(kv)
-    _count_attention(request, paid[0])
+    _count_attention(model, request, paid[0])
     return logits[0, -1]
 
 
@@ -300,7 +306,7 @@ def _keep_ordinary(requests: Sequence[Request], ordinary: KV) -> None:
 def _local_from_start(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int) -> Tensor:
     """Decoding begins: the local context sees the refreshed rows' candidates. Logits [n, V]."""
     logits, kv, paid = _read_local(model, request, request.refreshed_slots, logits_to_keep)
-    _count_attention(request, paid[0])
+    _count_attention(model, request, paid[0])
     if config.decoding == "cached":
         request.local_kv = GrowingKV(kv, 1, kv.length)
         request.local_kv.append(kv)
@@ -327,10 +333,13 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     """Turn the oldest local tokens into new chunks and go on as a new request would: next-token logits [V]."""
     moved, kept = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
     request.blocks, request.local_ids = request.blocks + encode(model, moved, config), _with_bos(kept, config)
-    paid_before = request.paid
+    paid_before, paid_local, (place, first) = request.paid, request.paid_local, request.local_start
     logits = prefill(model, request, config)[-1]
     if paid_before is not None and request.paid is not None:
         request.paid[: len(paid_before)] += paid_before
+    if paid_local is not None and request.paid_local is not None:
+        start = len(request.local_ids) - len(kept), first + len(moved) - place
+        request.paid_local, request.local_start = _added(paid_local, request.paid_local, start), start
     return logits
 
 
@@ -382,8 +391,21 @@ def _with_bos(token_ids: Sequence[int], config: FocusConfig) -> list[int]:
     return ids if config.bos_token_id is None or ids[0] == config.bos_token_id else [config.bos_token_id, *ids]
 
 
-def _count_attention(request: Request, paid: Tensor) -> None:
-    request.paid = paid[0] if request.paid is None else request.paid + paid[0]
+def _count_attention(model: nn.Module, request: Request, paid: Tensor) -> None:
+    """Add what a token paid to the candidates, and to the local context behind the sink."""
+    chunks, local = paid[0, : request.num_chunks], paid[0, request.num_chunks + _first_slot(model) :]
+    request.paid = chunks if request.paid is None else request.paid + chunks
+    request.paid_local = (
+        local if request.paid_local is None else _added(request.paid_local, local, request.local_start)
+    )
+
+
+def _added(total: Tensor, local: Tensor, start: tuple[int, int]) -> Tensor:
+    """The attention to the first local tokens with what those that are still there got (see `Request.local_start`)."""
+    (place, first), total = start, total.clone()
+    count = max(0, min(len(local) - place, len(total) - first))
+    total[first : first + count] += local[place : place + count]
+    return total
 
 
 def _tensor(model: nn.Module, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

@@ -10,21 +10,32 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, TextStreamer
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from focusllm.documents.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True)
 class Citation:
-    """A chunk and its share of the attention to chunks while the answer was decoded; of a chunk whose candidate was not
-    seen (see `FocusConfig.refresh_rows`), of what it would have got.
+    """A chunk, or a file's part of it, and its share of the attention while the answer was decoded.
+
+    Of a chunk of the far context that is the attention to its candidate (of one whose candidate was not seen, see
+    `FocusConfig.refresh_rows`, what it would have got); of one in the local context the attention to its tokens.
     """
 
     document: str
+    """The document's name, or the file's within a folder."""
     chunk: int
     start: int
+    """Of characters in the text that was read of the file; `end` is behind the last."""
     end: int
     weight: float
     text: str
+    document_index: int = 0
+    """Which of the documents that were asked."""
+    part: str | None = None
+    """The page, chapter or slide, of files that have them: `page 3`, `page 3 to page 4`."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +43,12 @@ class Answer:
     """An answer with its origin and its cost."""
 
     text: str
+    """What the tokens say without control tokens, white space at both ends included: the pieces of the stream, joined."""
     citations: list[Citation]
-    """All chunks of the far context, the most attended first; weights add up to 1."""
+    """All chunks that were seen, the most attended first; weights add up to 1. None if the base model alone read it."""
     num_document_tokens: int
     num_prompt_tokens: int
+    """Of the local context when decoding began: the question, and the end of the documents."""
     num_generated_tokens: int
     time_to_first_token: float
     """Seconds from the question to the first token, reading the documents not included."""
@@ -104,26 +117,31 @@ class _Decoding:
             self.pieces.put(None)
 
 
-class TimedStreamer(TextStreamer):
-    """transformers' streamer: hands pieces of text on as they become final, and keeps the time of every token."""
+class AnswerStreamer(BaseStreamer):
+    """A streamer for transformers' `generate`: hands text on as it becomes final, and keeps the time of every token."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+        self._detokenizer = Detokenizer(tokenizer)
+        self._on_text = on_text
+        self._is_prompt = True  # it comes first
         self.token_times: list[float] = []
         self.text = ""
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the newest token."""
-        if not self.next_tokens_are_prompt:
+        """Take the prompt, then the newest token."""
+        if not self._is_prompt:
             self.token_times.append(time.perf_counter())
-        super().put(value)
+            self._hand_on(self._detokenizer.push(int(value)))
+        self._is_prompt = False
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand a piece of text on."""
-        if text:
-            self.text += text
-            self.on_text(text)
+    def end(self) -> None:
+        """No tokens come any more."""
+        self._hand_on(self._detokenizer.finish())
+
+    def _hand_on(self, piece: str) -> None:
+        if piece:
+            self.text += piece
+            self._on_text(piece)
 
 
 class _WhenSet(StoppingCriteria):

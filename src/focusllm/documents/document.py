@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from focusllm.config import FocusConfig
 from focusllm.documents.answer import Citation
-from focusllm.memory.chunking import steps
+from focusllm.documents.sources import File, pieces, short_names
+from focusllm.memory.chunking import num_local_chunks, steps
 from focusllm.memory.chunks import ChunkBlock, first_blocks
 
 
@@ -38,6 +41,8 @@ class Document:
     chunk_length: int
     read_seconds: float
     reader: dict[str, Any]
+    files: tuple[File, ...] = ()
+    """What the text is made of: one file, or those of a folder."""
 
     @property
     def num_tokens(self) -> int:
@@ -58,35 +63,79 @@ class Document:
         return f"Document({self.name!r}, {self.num_tokens:,} tokens, {len(self.chunks)} chunks)"
 
 
-def divide(documents: Sequence[Document], num_far: int) -> tuple[list[ChunkBlock], list[int], list[tuple[int, int]]]:
-    """The first `num_far` chunks of all documents as blocks, the tokens behind them, and (document, chunk) of each."""
-    blocks: list[ChunkBlock] = []
-    tail: list[int] = []
-    places: list[tuple[int, int]] = []
-    for number, document in enumerate(documents):
-        count = min(num_far - len(places), len(document.chunks))
-        blocks += first_blocks(document.blocks, count)
-        if count < len(document.chunks):
-            tail += document.token_ids[document.chunks[count].first_token :]
-        places += [(number, chunk) for chunk in range(count)]
-    return blocks, tail, places
+@dataclass(frozen=True)
+class Near:
+    """A chunk that lies in the local context, and where: its tokens up to the next chunk, half-open."""
+
+    document: int
+    chunk: int
+    start: int
+    end: int
 
 
-def citations(documents: Sequence[Document], places: Sequence[tuple[int, int]], paid: Tensor | None) -> list[Citation]:
-    """What each chunk of the far context got of the attention, the most first.
+@dataclass(frozen=True)
+class Context:
+    """What a question sees of documents: their first chunks as far context, what is behind these in the local context."""
+
+    documents: Sequence[Document]
+    blocks: list[ChunkBlock]
+    far: list[tuple[int, int]]
+    """(document, chunk) of each chunk in the blocks."""
+    token_ids: list[int]
+    """For the local context, with the boundary wherever one document ends and the next begins."""
+    near: list[Near]
+
+
+def divide(documents: Sequence[Document], num_own: int, boundary: Sequence[int], config: FocusConfig) -> Context:
+    """How much of documents is far context, and what of them stands in the local context.
 
     Args:
-        places: (document, chunk) of each, as `divide` gives them.
-        paid: attention that each chunk got [R]; None: the text had none.
+        num_own: tokens of the local context that are not the documents' (the question).
+        boundary: tokens between two documents that meet in the local context.
     """
-    if paid is None or not places:
+    chunk_steps: list[int] = []
+    for number, document in enumerate(documents):
+        chunk_steps += document.chunk_steps
+        if number + 1 < len(documents):
+            chunk_steps[-1] += len(boundary)
+    num_far = len(chunk_steps) - num_local_chunks(chunk_steps, num_own, config)
+    context = Context(documents, [], [], [], [])
+    for number, document in enumerate(documents):
+        count = min(num_far - len(context.far), len(document.chunks))
+        context.blocks.extend(first_blocks(document.blocks, count))
+        context.far.extend((number, chunk) for chunk in range(count))
+        if context.token_ids:
+            context.token_ids.extend(boundary)
+        start = len(context.token_ids)
+        for chunk, step in enumerate(document.chunk_steps[count:], count):
+            context.near.append(Near(number, chunk, start, start + step))
+            start += step
+        if count < len(document.chunks):
+            context.token_ids.extend(document.token_ids[document.chunks[count].first_token :])
+    return context
+
+
+def citations(context: Context, paid: Tensor | None, paid_near: Tensor | None) -> list[Citation]:
+    """What each chunk that was seen got of the attention, the most first.
+
+    Args:
+        paid: attention that each chunk of the far context got [R]; None: there was none, and nothing was watched.
+        paid_near: attention that each of the context's tokens got in the local context [T].
+    """
+    if paid is None or paid_near is None or not context.far:
         return []
-    paid = paid[: len(places)]  # chunks that generated text became come after
-    shares = (paid / paid.sum()).tolist()
+    places = [*context.far, *((near.document, near.chunk) for near in context.near)]
+    own = [paid_near[near.start : near.end].sum() for near in context.near]
+    weights = torch.stack([*paid[: len(context.far)], *own])  # chunks that generated text became come after
+    names = iter(short_names([file for document in context.documents for file in document.files]))
+    files = [[replace(file, name=next(names)) for file in document.files] for document in context.documents]
     found = []
-    for (number, index), share in zip(places, shares, strict=True):
-        document = documents[number]
+    for (number, index), share in zip(places, (weights / weights.sum()).tolist(), strict=True):
+        document = context.documents[number]
         chunk = document.chunks[index]
-        text = document.text[chunk.start : chunk.end]
-        found.append(Citation(document.name, index, chunk.start, chunk.end, share, text))
+        for piece in pieces(files[number], chunk.start, chunk.end):
+            name, first = piece.file.name, piece.file.text_start
+            text = document.text[first + piece.start : first + piece.end]
+            weight = share * piece.share
+            found.append(Citation(name, index, piece.start, piece.end, weight, text, number, piece.part))
     return sorted(found, key=lambda citation: -citation.weight)

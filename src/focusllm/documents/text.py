@@ -1,17 +1,27 @@
-"""Text to tokens and back; the only user of the tokenizer."""
+"""Text to tokens; the only user of the tokenizer, but for the way back (`detokenizer`)."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from focusllm.documents.detokenizer import decode_ids
 from focusllm.documents.readers import check_text
-from focusllm.errors import DocumentError
+from focusllm.errors import ConfigError, DocumentError, first_line
 
 PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 PLACE_OF_DOCUMENT = "[[document]]"
+BETWEEN_DOCUMENTS = "\n\n"
+"""Stands in the local context where one document ends and the next begins, and before the question."""
 TOKENS_OF_A_CHARACTER = 4
 """At most, in UTF-8."""
+SET_BY_US = {"conversation", "messages", "tokenize", "add_generation_prompt", "return_tensors", "return_dict"}
+"""Arguments of a chat template that are no switches of its own."""
+_plain_twins: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -23,41 +33,47 @@ class Encoded:
 
 
 def encode_text(tokenizer: Any, text: str) -> Encoded:
-    """Tokenize a text that may hold anything: strings that look like special tokens stay plain text."""
+    """Tokenize a text that may hold anything: strings that look like control tokens stay plain text."""
     if not getattr(tokenizer, "is_fast", False):
         ids = encode_ids(tokenizer, text)
         return Encoded(ids, decode_ids(tokenizer, ids)[1])
-    encoding = tokenizer(text, return_offsets_mapping=True, **PLAIN)
+    encoding = _plain_twin(tokenizer)(text, return_offsets_mapping=True, **PLAIN)
     return Encoded(list(encoding.input_ids), [tuple(span) for span in encoding.offset_mapping])
 
 
 def encode_ids(tokenizer: Any, text: str) -> list[int]:
     """`encode_text` without the places."""
-    return list(tokenizer(text, **PLAIN).input_ids)
+    return list(_plain_twin(tokenizer)(text, **PLAIN).input_ids)
 
 
-def decode_ids(tokenizer: Any, token_ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
-    """A text from token ids, with the place of each; the tokens of one character all have its place.
+def _plain_twin(tokenizer: Any) -> Any:
+    """The tokenizer, or a twin of it that finds no control token in a text, be it called a special one or not.
 
-    Each is decoded behind the ones before it, for what a token says of spaces depends on where it stands.
+    `split_special_tokens` leaves alone only those that are. In the twin all are. Made once, for it takes a second.
     """
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    found = any(not token.special and _is_control(token.content) for token in added.values())
+    if not found or not getattr(tokenizer, "is_fast", False):  # others split at none of them
+        return tokenizer
+    count, twin = _plain_twins.get(tokenizer, (0, None))
+    if count != len(added):
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
 
-    def decoded(start: int, stop: int) -> str:
-        text: str = tokenizer.decode(token_ids[start:stop], clean_up_tokenization_spaces=False)
-        return text
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] or _is_control(token["content"])
+        twin = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+        _plain_twins[tokenizer] = len(added), twin
+    return twin
 
-    pieces: list[str] = []
-    spans: list[tuple[int, int]] = []
-    position = before = first = 0  # tokens from `first` have no place yet, those from `before` stand in front of them
-    for stop in range(1, len(token_ids) + 1):
-        piece = decoded(before, stop)[len(decoded(before, first)) :]
-        is_part = not piece or piece.endswith("\ufffd")
-        if is_part and stop - first < TOKENS_OF_A_CHARACTER and stop < len(token_ids):
-            continue
-        spans += [(position, position + len(piece))] * (stop - first)
-        pieces.append(piece)
-        position, before, first = position + len(piece), first, stop
-    return "".join(pieces), spans
+
+def _is_control(token: str) -> bool:
+    """Whether an added token is one that a text cannot mean, such as `</think>` or `[INST]`.
+
+    Others are how some vocabularies write ordinary text: runs of spaces, words of a language or a trade.
+    """
+    return re.search(r"[<>\[\]{}|｜]", token) is not None
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
@@ -74,35 +90,55 @@ def first_token(tokenizer: Any) -> int | None:
     return None
 
 
-def frame_question(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
+def frame_question(
+    tokenizer: Any, question: str, template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[list[int], list[int]]:
     """The tokens before and after the document in the model's chat template (or a plain question without one).
+
+    Args:
+        template_kwargs: switches of the chat template, such as `enable_thinking`.
 
     Raises:
         DocumentError: an empty question, or one that is not Unicode text.
+        ConfigError: a switch that the chat template does not have.
     """
     if not question.strip():
         raise DocumentError("the question is empty; ask something.")
     check_text(question, "the question")
-    before, after = frame_ids(tokenizer)
-    if chat_frame(tokenizer)[0] is None:
-        return before, encode_ids(tokenizer, f"\n\nQuestion: {question.strip()}\nAnswer:")
-    return before, [*encode_ids(tokenizer, f"\n\n{question.strip()}"), *after]
+    before, after = frame_ids(tokenizer, template_kwargs)
+    if chat_frame(tokenizer, template_kwargs)[0] is None:
+        return before, encode_ids(tokenizer, f"{BETWEEN_DOCUMENTS}Question: {question.strip()}\nAnswer:")
+    return before, [*encode_ids(tokenizer, f"{BETWEEN_DOCUMENTS}{question.strip()}"), *after]
 
 
-def frame_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+def frame_ids(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> tuple[list[int], list[int]]:
     """The tokens of the chat template around a user's message; without a template those in front of any text."""
-    before, after = chat_frame(tokenizer)
+    before, after = chat_frame(tokenizer, template_kwargs)
     if before is None:
         return start_tokens(tokenizer), []
     arguments: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     return list(tokenizer(before, **arguments).input_ids), list(tokenizer(after, **arguments).input_ids)
 
 
-def chat_frame(tokenizer: Any) -> tuple[str | None, str]:
-    """What the chat template writes around a user's message; None if there is no usable template."""
-    if not getattr(tokenizer, "chat_template", None):
+def chat_frame(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> tuple[str | None, str]:
+    """What the chat template writes around a user's message; None if there is no usable template.
+
+    Raises:
+        ConfigError: a switch that the chat template does not have, or a value that it cannot take.
+    """
+    switches = dict(template_kwargs or {})
+    template = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ""
+    for name in switches:
+        if name in SET_BY_US or not re.search(rf"\b{re.escape(name)}\b", template):
+            what = "has no switch" if template else "is missing, so it has no switch"
+            raise ConfigError(f"the model's chat template {what} {name}; leave it out.")
+    if not template:
         return None, ""
     message = [{"role": "user", "content": PLACE_OF_DOCUMENT}]
-    rendered: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **switches)
+    except Exception as error:  # a template is a program, and may raise anything
+        given = f" with {', '.join(f'{name}={value!r}' for name, value in switches.items())}" if switches else ""
+        raise ConfigError(f"the model's chat template fails{given}: {first_line(error)}") from error
     before, found, after = rendered.partition(PLACE_OF_DOCUMENT)
     return (before, after) if found else (None, "")

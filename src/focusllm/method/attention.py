@@ -58,11 +58,12 @@ def attend(
         segments: earlier tokens; all segments are cut into blocks at the same rows.
         mask: [T, T] or [B, T, T], True where a new token sees a new token; None: causal.
         scale: factor of the scores.
-        watch: report what so many of the newest tokens pay to the first segment, and would pay to what they do not see.
+        watch: report what so many of the newest tokens pay to the first segment, and would pay to what they do not see;
+            and what the newest one pays to all others, up to itself.
 
     Returns:
-        The result [B, H, T, D]; and if watched, one [rows, S] a block of the first segment, a mean over heads and
-        tokens (the sum over what is seen is the share of their attention that the segment got).
+        The result [B, H, T, D]; and if watched, one [rows, S + others] a block of the first segment, a mean over heads
+        and tokens (the sum over what is seen is the share of their attention that it got).
     """
     earlier = [tensor for blocks, _ in segments for block in blocks for tensor in block[:2]]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, *earlier)):
@@ -134,12 +135,15 @@ def _attend_few(
         start += past_key.shape[2]
     weights = joined.softmax(-1)
     share = None
-    if watch and past[0][3] is None:
-        share = weights.view(rows, heads, length, -1)[:, :, -watch:, : past[0][2]].float().mean((1, 2))
-    elif watch:
-        every = scores[0][..., : past[0][2]].float()
-        paid = _paid(every, joined.float().logsumexp(-1, keepdim=True))
-        share = paid.reshape(rows, heads, length, -1)[:, :, -watch:].mean((1, 2))
+    if watch:
+        first = weights[..., : past[0][2]]
+        if past[0][3] is not None:
+            first = _paid(scores[0][..., : past[0][2]].float(), joined.float().logsumexp(-1, keepdim=True))
+        first = first.reshape(rows, heads, length, -1)[:, :, -watch:].float().mean((1, 2))
+        newest = weights.view(rows, heads, length, -1)[:, :, -1].float().mean(1)
+        _, *others = newest.split([part.shape[1] for part in values], -1)  # over the whole room, as the scores are
+        counts = [*(count for _, _, count, *_ in past[1:]), length]
+        share = torch.cat([first, *(part[:, :count] for part, count in zip(others, counts, strict=True))], -1)
     out, start = None, 0
     for part in values:
         product = torch.bmm(weights[..., start : start + part.shape[1]], part)
@@ -168,11 +172,21 @@ def _attend_many(
         merged = merged + out * (part_lse - lse).exp()[..., None]
     share = None
     if watch:
-        first_key = past[0][0][:, :, : past[0][2]]
-        newest = query[:, :, -watch:].to(lse.dtype)
-        scores = _packed(newest, key.shape[1]) @ first_key.to(lse.dtype).transpose(-1, -2) * scale  # [B, K, G * n, S]
-        share = _paid(scores.reshape(*newest.shape[:3], -1), lse[:, :, -watch:, None]).mean((1, 2))
+        shares = [_paid_to(past[0][0][:, :, : past[0][2]], query[:, :, -watch:], lse, None, scale)]
+        others = [(k[:, :, :n], _masked(m, seen, length)) for k, _, n, seen, m in past[1:]] + [(key, mask)]
+        shares += [_paid_to(k, query[:, :, -1:], lse, m, scale) for k, m in others]
+        share = torch.cat(shares, -1)
     return merged.to(query.dtype), share
+
+
+def _paid_to(key: Tensor, newest: Tensor, lse: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """What the newest n queries [B, H, n, D] pay to keys, nothing to masked ones: a mean over heads and queries [B, S]."""
+    count = newest.shape[2]
+    scores = _packed(newest.to(lse.dtype), key.shape[1]) @ key.to(lse.dtype).transpose(-1, -2) * scale
+    scores = scores.reshape(*newest.shape[:3], -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., -count:, :].reshape(-1, 1, count, key.shape[2]), -torch.inf)
+    return _paid(scores, lse[:, :, -count:, None]).mean((1, 2))
 
 
 def _paid(scores: Tensor, lse: Tensor) -> Tensor:

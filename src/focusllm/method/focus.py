@@ -164,7 +164,8 @@ def local_pass(
 
     Returns:
         Logits [B, n, V]; keys and values of these tokens (the sink's first); and what the watched ones paid to the
-        candidates, a mean of them, one [rows, R] a block, summed over layers (empty while gradients are recorded).
+        candidates, a mean of them, and the newest one to all other tokens up to itself: one [rows, R + tokens] a block,
+        summed over layers (empty while gradients are recorded).
     """
     positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     if sink is not None:
@@ -212,7 +213,7 @@ def decode_pass(
 
     Returns:
         Logits [B, V]; the rows' ordinary tokens [R, K, 1, D]; the newest local tokens [B, K, 1, D]; and what each paid
-        to its candidates [1, R_b], summed over layers.
+        to its candidates and local tokens [1, R_b + tokens], summed over layers.
     """
     rows, counts = pairs.shape[0], [len(own) for own in slots]
     move = mover(model, (torch.cat(list(slots)) + first_slot - (start + 1))[None])

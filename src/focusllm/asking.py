@@ -1,0 +1,170 @@
+"""Questions to answers: what a question sees of documents becomes a local context and a state, and is decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from focusllm.config import FocusConfig
+from focusllm.documents.answer import Answer, AnswerStreamer
+from focusllm.documents.document import Context, Document, citations, divide
+from focusllm.documents.text import BETWEEN_DOCUMENTS, encode_ids, frame_question
+from focusllm.errors import ConfigError, DocumentError
+from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
+from focusllm.memory.chunks import ChunkBlock
+from focusllm.memory.cost import check_question, peak_memory
+
+NEW_TOKENS = 256
+"""Most tokens of an answer if nothing is said."""
+SET_HERE = {"streamer", "past_key_values", "cache", "attention_mask", "inputs", "input_ids", "tokenizer"}
+"""Arguments of `generate()` that are not the caller's."""
+ONE_SEQUENCE = ("num_beams", "num_return_sequences")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What decoding begins with, and how many tokens it stands for."""
+
+    input_ids: list[int]
+    blocks: list[ChunkBlock]
+    prompt_length: int | None
+    num_document_tokens: int
+    context: Context
+    num_behind: int
+    """Tokens of the local context behind the documents'."""
+
+
+def frame(
+    tokenizer: Any, config: FocusConfig, question: str, template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[list[int], list[int]]:
+    """The tokens that stand before and after the documents, with the question among the latter.
+
+    Raises:
+        DocumentError: an empty question, or one longer than the local context.
+        ConfigError: a switch that the chat template does not have.
+    """
+    before, after = frame_question(tokenizer, question, template_kwargs)
+    count = len(before) + len(after)
+    if count > config.local_length:
+        raise DocumentError(
+            f"the question takes {count} tokens with the chat template, but the local context holds "
+            f"{config.local_length}; ask a shorter one, or set local_length to at least {count}."
+        )
+    return before, after
+
+
+def about(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    config: FocusConfig,
+    question: str,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Asked:
+    """A question about documents.
+
+    Raises:
+        ConfigError: no documents. And what `frame` raises.
+    """
+    if not documents:
+        raise ConfigError("there are no documents; read at least one.")
+    before, after = frame(tokenizer, config, question, template_kwargs)
+    context = divide(documents, len(before) + len(after), encode_ids(tokenizer, BETWEEN_DOCUMENTS), config)
+    num_tokens = sum(document.num_tokens for document in documents)
+    input_ids = [*before, *context.token_ids, *after]
+    return Asked(input_ids, context.blocks, len(after), num_tokens, context, len(after))
+
+
+def going_on(blocks: list[ChunkBlock], local_ids: list[int], num_tokens: int) -> Asked:
+    """The continuation of a text of `num_tokens` tokens; its far context is not cited."""
+    return Asked(local_ids, blocks, None, num_tokens, Context([], [], [], [], []), 0)
+
+
+def decoder(model: FocusForCausalLM, tokenizer: Any, asked: Asked, generate: Mapping[str, Any]) -> Callable[..., Answer]:
+    """A function of (on_text, stopping criteria ...) that decodes an answer; it can be called once.
+
+    Args:
+        generate: arguments of transformers' `generate()`.
+
+    Raises:
+        ConfigError: arguments that do not fit one sequence, or leave no room for an answer.
+        MemoryLimitError: what the question takes beside so many chunks would not fit.
+    """
+    num_prompt = len(asked.input_ids)
+    arguments, num_new = _settled(model, tokenizer, generate, num_prompt)
+    check_question(model.base, model.focus_config, asked.blocks, num_new)
+    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
+    inputs = torch.tensor([asked.input_ids], device=model.device)
+    state = FocusState(asked.blocks, asked.prompt_length)
+    start = time.perf_counter()
+
+    def decode(on_text: Callable[[str], None], *more_criteria: StoppingCriteria) -> Answer:
+        streamer = AnswerStreamer(tokenizer, on_text)
+        model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            past_key_values=state,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            stopping_criteria=StoppingCriteriaList([*criteria, *more_criteria]),
+            **arguments,
+        )
+        request, times = state.requests[0], streamer.token_times
+        decoding = times[-1] - times[0]
+        paid_local = request.paid_local
+        if paid_local is not None:  # counted from its end, for a token may have been put in front
+            end = len(paid_local) - asked.num_behind
+            paid_local = paid_local[end - len(asked.context.token_ids) : end]
+        return Answer(
+            text=streamer.text,
+            citations=citations(asked.context, request.paid, paid_local),
+            num_document_tokens=asked.num_document_tokens,
+            num_prompt_tokens=num_prompt,
+            num_generated_tokens=len(times),
+            time_to_first_token=times[0] - start,
+            tokens_per_second=(len(times) - 1) / decoding if decoding else 0.0,
+            seconds=time.perf_counter() - start,
+            peak_memory=peak_memory(model.device),
+        )
+
+    return decode
+
+
+def _settled(
+    model: FocusForCausalLM, tokenizer: Any, generate: Mapping[str, Any], num_prompt: int
+) -> tuple[dict[str, Any], int]:
+    """Arguments of `generate()`, with ours where the caller says nothing; and most tokens that they let it make."""
+    taken = SET_HERE & set(generate)
+    if taken:
+        raise ConfigError(f"{', '.join(sorted(taken))} is set by ask itself; use model.generate() to choose it.")
+    given = generate.get("generation_config")
+
+    def said(name: str) -> Any:
+        value = generate.get(name)
+        return getattr(given, name, None) if value is None else value
+
+    for name in ONE_SEQUENCE:
+        if said(name) not in (None, 1):
+            raise ConfigError(f"{name} is {said(name)}; an answer is one sequence, use model.generate() for more.")
+    arguments = {name: value for name, value in generate.items() if value is not None}
+    if given is None:
+        arguments.setdefault("do_sample", False)
+    num_new, longest = said("max_new_tokens"), said("max_length")
+    if num_new is None and longest is None:
+        num_new = arguments["max_new_tokens"] = NEW_TOKENS
+    elif num_new is None:
+        num_new = longest - num_prompt
+        if num_new < 1:
+            raise ConfigError(
+                f"max_length is {longest}, but the question and the end of the documents take {num_prompt} tokens of "
+                f"it; set max_new_tokens instead, or max_length to at least {num_prompt + 1}."
+            )
+    elif num_new < 1:
+        raise ConfigError(f"max_new_tokens is {num_new}; it must be at least 1.")
+    if said("pad_token_id") is None and model.generation_config.pad_token_id is None:
+        arguments["pad_token_id"] = tokenizer.eos_token_id
+    return arguments, num_new
