@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @grouped
 def ask(
-    documents: Annotated[list[str], typer.Argument(help="Text, Markdown, HTML, PDF or source files; - for stdin.")],
+    documents: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, or quoted patterns such as 'src/**/*.py'; - for stdin."),
+    ],
     *,
     question: Annotated[
         list[str] | None, typer.Option("--question", "-q", help="Ask this; may be repeated. Without: ask at a prompt.")
@@ -33,34 +36,39 @@ def ask(
         Path | None, typer.Option(help="Folder that keeps what was read: asked again, it is not read again.")
     ] = None,
     num_citations: Annotated[int, typer.Option("--citations", min=0, help="How many passages to show.")] = 3,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Switch of the chat template, NAME=VALUE (enable_thinking=false); may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read documents once and answer questions about them."""
-    from focusllm.documents.readers import read_text
+    from focusllm.documents.sources import open_source, short_names
 
     if question is None and "-" in documents:
         raise FocusError("standard input is the document, so questions cannot be typed; give them with -q.")
-    names = ["stdin" if path == "-" else Path(path).name.encode(errors="replace").decode() for path in documents]
-    texts = [(name, read_text(path, encoding)) for name, path in zip(names, documents, strict=True)]
+    switches = _switches(template_arg or [])
+    sources = [open_source(path, encoding) for path in documents]
+    names = short_names([source.whole for source in sources])
     llm = load(model, focus.given(), quiet=as_json)
     for text in question or []:
-        llm.frame(text)  # a bad question is refused before the long read
+        llm.frame(text, switches)  # a bad question is refused before the long read
     read = []
     try:
-        for name, text in texts:
+        for name, source in zip(names, sources, strict=True):
             with reading_progress(name, quiet=as_json) as progress:
-                read.append(llm.read_text(text, name=name, progress=progress, store=store))
+                read.append(llm.read(source, name=name, progress=progress, store=store))
     except KeyboardInterrupt:
         kept = f"the same command goes on with what is in {store}" if store else "with --store FOLDER it could go on"
         notify(f"Stopped; {kept}.")
         sys.exit(130)
-    arguments = sampling.arguments()
     answers = []
     for number, text in enumerate(question if question is not None else _typed_questions()):
         if number and not as_json:
             print()
         try:
-            answer = llm.ask(read, text, on_text=_printer(as_json), **arguments)
+            arguments = sampling.arguments()  # seeds anew: an answer does not depend on what was asked before
+            answer = llm.ask(read, text, on_text=_printer(as_json), template_kwargs=switches, **arguments)
         except FocusError as error:
             if question is not None:
                 raise
@@ -73,8 +81,14 @@ def ask(
             _show_origin(answer, num_citations)
     if as_json:
         described = [
-            {"name": d.name, "num_tokens": d.num_tokens, "num_chunks": len(d.chunks), "read_seconds": d.read_seconds}
-            for d in read
+            {
+                "name": document.name,
+                "num_tokens": document.num_tokens,
+                "num_chunks": len(document.chunks),
+                "num_files": len(document.files),
+                "read_seconds": document.read_seconds,
+            }
+            for document in read
         ]
         print(json.dumps({"model": model.model, "documents": described, "answers": answers}, indent=2))
 
@@ -102,6 +116,20 @@ def generate(
         _show_speed(answer)
 
 
+def _switches(given: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` each; a value is what JSON makes of it, else a string."""
+    found = {}
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if not name.isidentifier() or not equals:
+            raise FocusError(f"--template-arg {argument!r} is not NAME=VALUE; write it like enable_thinking=false.")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
+
+
 def _typed_questions() -> Iterator[str]:
     """Questions from the terminal until an empty one or the end of input."""
     while True:
@@ -124,7 +152,8 @@ def _show_origin(answer: Answer, count: int) -> None:
         print("\nLooked for in:")
         for citation in answer.citations[:count]:
             start = " ".join(citation.text.split())[:90]
-            place = f"{citation.document}, characters {citation.start:,}-{citation.end:,}"
+            part = f" ({citation.part})" if citation.part else ""
+            place = f"{citation.document}{part}, characters {citation.start:,}-{citation.end:,}"
             print(f"  {citation.weight:6.1%}  {place}: {start}...")
     _show_speed(answer)
 

@@ -65,12 +65,18 @@ class Source:
     files: tuple[File, ...]
     remarks: tuple[str, ...] = ()
     """What the user should know, as sentences."""
+    path: str | None = None
     is_set: bool = False
     """Whether it is of a folder or a pattern: its files have names of their own then."""
 
+    @property
+    def whole(self) -> File:
+        """The file, folder or pattern that it is of."""
+        return File(self.name, 0, 0, len(self.text), path=self.path)
+
     def named(self, name: str | None) -> Source:
         """The same by another name."""
-        if name is None:
+        if name is None or name == self.name:
             return self
         files = self.files if self.is_set else tuple(replace(file, name=name, path=None) for file in self.files)
         return replace(self, name=name, files=files)
@@ -96,7 +102,7 @@ def open_source(path: str | Path, encoding: str | None = None) -> Source:
     name = "stdin" if str(path) == STDIN else _printable(Path(path).name)
     place = None if str(path) == STDIN else os.path.abspath(path)
     file = File(name, 0, 0, len(found.text), found.parts, place)
-    return Source(name, found.text, (file,), tuple(f"{name}: {remark}." for remark in found.remarks))
+    return Source(name, found.text, (file,), tuple(f"{name}: {remark}." for remark in found.remarks), place)
 
 
 def _open_set(path: str | Path, encoding: str | None) -> Source:
@@ -129,8 +135,10 @@ def _open_set(path: str | Path, encoding: str | None) -> Source:
     if not files:
         reason = f" ({'; '.join(left_out[:SHOWN_REMARKS])})" if left_out else ""
         raise DocumentError(f"{path} has no file with text{reason}; hidden and ignored files are not read.")
-    name = str(path) if is_pattern(path) else folder.resolve().name or str(folder)
-    return Source(_printable(name), "".join(texts), tuple(files), tuple(remarks), is_set=True)
+    pattern = is_pattern(path)
+    name = str(path) if pattern else folder.resolve().name or str(folder)
+    place = None if pattern else os.path.realpath(folder)
+    return Source(_printable(name), "".join(texts), tuple(files), tuple(remarks), place, is_set=True)
 
 
 def names_a_file(text: str) -> bool:
