@@ -26,7 +26,15 @@ from focusllm.documents.text import decode_ids, encode_text, frame_question, sta
 from focusllm.errors import ConfigError, DocumentError, ModelError, first_line
 from focusllm.huggingface.adapter_files import fingerprint
 from focusllm.huggingface.embedded import resolve_model
-from focusllm.huggingface.loading import UNTRAINED, computing_dtype, find_saved, in_type, on_device, parse_dtype
+from focusllm.huggingface.loading import (
+    UNTRAINED,
+    computing_dtype,
+    find_saved,
+    in_type,
+    on_device,
+    parse_device,
+    parse_dtype,
+)
 from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
 from focusllm.memory.chunking import cut, num_local_chunks, split
 from focusllm.memory.chunks import ChunkBlock, Progress
@@ -82,8 +90,8 @@ class FocusLLM:
         Raises:
             ConfigError, ModelError, AdapterError: with the value, the limit and the remedy.
         """
+        dtype, device = parse_dtype(dtype), parse_device(device)  # refused before anything is fetched
         path = resolve_model(model, notify)
-        dtype = parse_dtype(dtype)
         found, config = find_saved(model, path, adapter, config)
         config = config.replace(**settings)
         loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
