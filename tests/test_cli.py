@@ -338,7 +338,7 @@ def test_version(focusllm) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["bench", "--help"], ["--version"]])
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     code = (
-        f"import sys; sys.argv = ['focusllm', *{arguments}]\nfrom focusllm.cli import app\n"
+        f"import sys; sys.argv = ['focusllm', *{arguments}]\nfrom focusllm.cli.app import app\n"
         "try: app()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     )
     start = time.perf_counter()

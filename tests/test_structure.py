@@ -40,7 +40,7 @@ ROOMS = {
         *("methods", "plan", "runner", "results", "report", "harness"),
     ],
     "bench": ["plan", "measure", "contenders", "run", "report"],
-    "cli": ["options", "terminal", "ask", "train", "bench", "evaluate", "inspect", ""],
+    "cli": ["options", "terminal", "ask", "train", "bench", "evaluate", "inspect", "app", "process", ""],
     "shell": ["__main__"],  # lies in no folder
 }
 OUTSIDE = ("", "front", "shell")

@@ -1,13 +1,18 @@
-"""Writing files and folders so that they are there as a whole or not at all, whenever the process dies."""
+"""Writing files and folders so that they are there as a whole or not at all, whenever the process dies.
+
+Their modes are those of the user's umask, as if they had been written without a detour.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from focusllm.errors import FocusError
 
 PART = ".part-"
 """How the names of things begin that are being written."""
@@ -16,12 +21,10 @@ PART = ".part-"
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Write to what this gives; `path` is replaced when all went well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PART}{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _part_beside(path)
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,12 +37,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     A folder cannot replace one with files in it, so an old one steps aside for a moment.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=PART))
+    part = _part_beside(path)
+    part.mkdir()
     try:
         yield part
         for file in part.iterdir():
             _to_disk(file)
-        part.chmod(0o755)
         put_in_place(part, path)
         _to_disk(path.parent)
     finally:
@@ -49,7 +52,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def put_in_place(part: Path, path: Path) -> None:
     """Rename a finished folder."""
     if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=PART))
+        old = _part_beside(path)
         path.replace(old)
         part.replace(path)
         shutil.rmtree(old, ignore_errors=True)
@@ -64,6 +67,23 @@ def remove_parts(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(place: Path, remedy: str) -> Iterator[None]:
+    """Turn what full and unwritable disks raise into one sentence. For what writes alone: nothing else is looked at.
+
+    Raises:
+        FocusError: with the place, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FocusError(f"{place} cannot be written ({error.strerror or error}); {remedy}.") from error
+
+
+def _part_beside(path: Path) -> Path:
+    return path.with_name(f"{PART}{secrets.token_hex(8)}")
 
 
 def _to_disk(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ CONTENDERS: dict[str, tuple[Kind, dict[str, Any]]] = {
 }
 """The contenders that have a name of their own: what they are, and what sets them apart."""
 
+MOST_MINUTES = 7 * 24 * 60
+"""A week: longer than anyone waits, shorter than what systems can wait for."""
 LENGTHS = (4096, 8192, 16384, 32768)
 
 
@@ -70,8 +73,8 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ConfigError(f"{name} is {value}; it must be at least {lowest}.")
-        if self.limit_minutes <= 0:
-            raise ConfigError(f"limit_minutes is {self.limit_minutes:g}; it must be above 0.")
+        if not 0 < self.limit_minutes <= MOST_MINUTES:  # nor is nan
+            raise ConfigError(f"limit_minutes is {self.limit_minutes:g}; it must be above 0, at most {MOST_MINUTES:,}.")
 
 
 def parse_contenders(names: str, settings: Sequence[str] = (), files: Sequence[str] = ()) -> list[Spec]:
@@ -124,6 +127,6 @@ def _parse_file(text: str) -> tuple[str, Path]:
     name, path = (name, Path(file)) if equals else ("llama.cpp", Path(text))
     if CONTENDERS.get(name, ("llama.cpp",))[0] != "llama.cpp":
         raise ConfigError(f"the file {path} is for {name!r}, which reads none; only variants of llama.cpp do.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"there is no file {path}; check the path that --gguf names.")
     return name, path

@@ -35,7 +35,7 @@ def print_table(result: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("tokens", justify="right")

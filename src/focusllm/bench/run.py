@@ -39,9 +39,9 @@ from focusllm.documents.text import encode_ids, frame_question
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
 from focusllm.huggingface.embedded import ALIAS, cache_folder, embedded_gguf, resolve_model
 from focusllm.huggingface.loading import cannot_load, parse_device
-from focusllm.machine import machine
+from focusllm.machine import machine, readable_bytes
 from focusllm.memory.chunking import count_chunks
-from focusllm.memory.cost import GIB, check_read, estimate, find_place
+from focusllm.memory.cost import check_read, estimate, find_place
 from focusllm.method.base import layout
 
 Report = Callable[[str, int, int], None]
@@ -223,7 +223,7 @@ class _Bench:
         whole = FocusConfig(chunk_length=length, chunks_per_batch=1)
         cost = estimate(self.skeleton, whole, length, packed=False)
         if cost.needed > cost.free:
-            return f"it needs about {cost.needed / GIB:.1f} GiB, and {cost.free / GIB:.1f} GiB are free"
+            return f"it needs about {readable_bytes(cost.needed)}, and {readable_bytes(cost.free)} are free"
         return None
 
     def _row(self, spec: Spec, length: int, turns: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ mode with the `paper` preset, training cases through `exact_loss` and its gradie
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def find_cases(folder: str | Path) -> list[Path]:
     Raises:
         CaseError: there are none.
     """
-    cases = sorted(path.parent for path in Path(folder).glob("*/case.json"))
+    cases = sorted(path.parent for path in Path(folder).glob("*/case.json")) if os.path.isdir(folder) else []
     if not cases:
         raise CaseError(f"there are no golden cases in {folder}; give a folder of folders with a case.json.")
     return cases

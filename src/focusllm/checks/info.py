@@ -34,6 +34,7 @@ def describe(
     Raises:
         ModelError, AdapterError, ConfigError: as loading the model would.
     """
+    asked, place = parse_dtype(dtype), parse_device(device)
     path = resolve_model(model, notify)
     source, config = find_saved(model, path, adapter, None)
     config = config.replace(**settings)
@@ -41,9 +42,8 @@ def describe(
         base_config = AutoConfig.from_pretrained(path)
     except Exception as error:  # as when loading the model
         raise cannot_load(model, error) from error
-    asked = parse_dtype(dtype)
     own = getattr(base_config, "dtype", None) or torch.float32
-    chosen = asked if isinstance(asked, torch.dtype) else computing_dtype(own, parse_device(device))
+    chosen = asked if isinstance(asked, torch.dtype) else computing_dtype(own, place)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(base_config, dtype=chosen)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from focusllm.cli.options import Encoding, FocusOptions, Json, ModelOptions, SamplingOptions, grouped
-from focusllm.cli.terminal import load, notify, reading_progress
+from focusllm.cli.terminal import if_stopped, load, notify, reading_progress, say
 from focusllm.errors import FocusError
+from focusllm.machine import readable_bytes
 
 if TYPE_CHECKING:
     from focusllm.documents.answer import Answer
@@ -54,14 +55,11 @@ def ask(
     for text in question or []:
         llm.frame(text, switches)  # a bad question is refused before the long read
     read = []
-    try:
+    kept = f"the same command goes on with what is in {store}" if store else "with --store FOLDER it could go on"
+    with if_stopped(kept):
         for name, source in zip(names, sources, strict=True):
             with reading_progress(name, quiet=as_json) as progress:
                 read.append(llm.read(source, name=name, progress=progress, store=store))
-    except KeyboardInterrupt:
-        kept = f"the same command goes on with what is in {store}" if store else "with --store FOLDER it could go on"
-        notify(f"Stopped; {kept}.")
-        sys.exit(130)
     answers = []
     for number, text in enumerate(question if question is not None else _typed_questions()):
         if number and not as_json:
@@ -77,7 +75,7 @@ def ask(
         if as_json:
             answers.append({"question": text, **answer.to_dict(num_citations)})
         else:
-            print()
+            say("")
             _show_origin(answer, num_citations)
     if as_json:
         described = [
@@ -112,7 +110,7 @@ def generate(
     if as_json:
         print(json.dumps({"model": model.model, **answer.to_dict()}, indent=2))
     else:
-        print()
+        say("")
         _show_speed(answer)
 
 
@@ -144,22 +142,24 @@ def _typed_questions() -> Iterator[str]:
 
 
 def _printer(quiet: bool) -> Callable[[str], None]:
-    return (lambda _: None) if quiet else (lambda piece: print(piece, end="", flush=True))
+    return (lambda _: None) if quiet else (lambda piece: say(piece, end=""))
 
 
 def _show_origin(answer: Answer, count: int) -> None:
     if answer.citations and count:
-        print("\nLooked for in:")
+        notify()
+        notify("Looked for in:")
         for citation in answer.citations[:count]:
             start = " ".join(citation.text.split())[:90]
             part = f" ({citation.part})" if citation.part else ""
             place = f"{citation.document}{part}, characters {citation.start:,}-{citation.end:,}"
-            print(f"  {citation.weight:6.1%}  {place}: {start}...")
+            notify(f"  {citation.weight:6.1%}  {place}: {start}...")
     _show_speed(answer)
 
 
 def _show_speed(answer: Answer) -> None:
-    print(
-        f"\n{answer.num_generated_tokens} tokens; first after {answer.time_to_first_token:.2f} s, then "
-        f"{answer.tokens_per_second:.1f} tokens/s; peak memory {answer.peak_memory / 2**30:.2f} GiB"
+    notify()
+    notify(
+        f"{answer.num_generated_tokens} tokens; first after {answer.time_to_first_token:.2f} s, then "
+        f"{answer.tokens_per_second:.1f} tokens/s; peak memory {readable_bytes(answer.peak_memory)}"
     )

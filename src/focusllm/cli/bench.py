@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from focusllm.cli.options import Encoding, Json, ModelOptions, grouped
-from focusllm.cli.terminal import bench_progress, calm_libraries, make_folder, notify, writing_to
+from focusllm.cli.terminal import bench_progress, calm_libraries, console, if_stopped, make_folder, notify
+from focusllm.files import writing_to
 from focusllm.options import parse_lengths
 
 
@@ -69,17 +70,16 @@ def bench(
         command = shlex.join(["focusllm", *sys.argv[1:]])
 
         def keep(found: dict[str, Any]) -> list[Path]:  # what is measured is there even if the rest is not waited for
-            with writing_to(output):
+            with writing_to(output, "make room, or choose another folder"):
                 return write_result({"command": command, **found}, output)
 
-        result = run(plan, document or sample_text(), name, report, notify, keep)
+        with if_stopped(f"what was measured is in {output}, as far as a length was done"):
+            result = run(plan, document or sample_text(), name, report, notify, keep)
     result = {"command": command, **result}
     paths = keep(result)
     if not as_json:
-        from rich.console import Console
-
-        console = Console()
-        print_table(result, console if console.is_terminal else Console(width=120))
+        out = console()
+        print_table(result, out if out.is_terminal else console(width=120))
         print("Written:", *paths)
         if len(paths) == 1:
             print("There are no plots, for matplotlib is not installed.")

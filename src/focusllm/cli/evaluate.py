@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from focusllm.cli.options import FocusOptions, Json, ModelOptions, grouped
-from focusllm.cli.terminal import calm_libraries, evaluation_progress, load, make_folder, notify
+from focusllm.cli.terminal import (
+    calm_libraries,
+    console,
+    evaluation_progress,
+    if_stopped,
+    load,
+    make_folder,
+    notify,
+    visible,
+)
 from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError
 from focusllm.options import parse_lengths, parse_setting
@@ -76,11 +84,8 @@ def evaluate(
     with calm_libraries(), evaluation_progress(as_json) as report:
         from focusllm.evaluation.runner import evaluate as run_evaluation
 
-        try:
+        with if_stopped(f"run the same command again to go on with what is in {output}"):
             results = run_evaluation(plan, llm, output, report)
-        except KeyboardInterrupt:
-            notify(f"Stopped. Run the same command again to go on with what is in {output}.")
-            sys.exit(130)
     from focusllm.evaluation.report import write_report
 
     if as_json:
@@ -139,25 +144,24 @@ def report_evaluation(
 
 def _show_results(folders: list[Path]) -> None:
     """A table a task: methods by lengths."""
-    from rich.console import Console
     from rich.table import Table
 
     from focusllm.evaluation.results import by_sentence, differences_of, read, rows_of
 
-    runs, console = read(folders), Console()
+    runs, out = read(folders), console()
     rows = rows_of(runs)
     for task in dict.fromkeys(row.task for row in rows):
         mine = {(row.method, row.length): row for row in rows if row.task == task}
         lengths = sorted({length for _, length in mine}, key=lambda length: length or 0)
-        table = Table("method", title=f"{task}: {next(iter(mine.values())).metric}")
+        table = Table("method", title=visible(f"{task}: {next(iter(mine.values())).metric}"))
         for length in lengths:
             table.add_column(f"{length:,}" if length else "own lengths", justify="right")
         for method in dict.fromkeys(method for method, _ in mine):
             cells = [mine.get((method, length)) for length in lengths]
-            table.add_row(method, *(cell.shown if cell else "" for cell in cells))
-        console.print(table)
+            table.add_row(visible(method), *(cell.shown if cell else "" for cell in cells))
+        out.print(table)
         for row in mine.values():
             if row.left_out:
-                console.print(row.left_out, markup=False)
+                out.print(visible(row.left_out))
     for line in by_sentence(differences_of(runs)):
-        console.print(line, markup=False)
+        out.print(visible(line))

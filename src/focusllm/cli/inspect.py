@@ -9,9 +9,10 @@ from typing import Annotated, Any, get_args
 import typer
 
 from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, Packed, grouped
-from focusllm.cli.terminal import calm_libraries, notify, status
+from focusllm.cli.terminal import calm_libraries, console, notify, status, visible
 from focusllm.config import KvPlace
 from focusllm.errors import ConfigError, FocusError
+from focusllm.machine import readable_bytes
 from focusllm.memory.chunking import count_chunks
 
 
@@ -31,7 +32,7 @@ def info(
     """Show a model, its candidate projections, and what lengths will cost in memory; loads no weights."""
     from focusllm.checks.info import describe
     from focusllm.huggingface.embedded import cache_folder
-    from focusllm.memory.cost import GIB, estimate, find_place
+    from focusllm.memory.cost import estimate, find_place
     from focusllm.method.base import layout
 
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
@@ -49,18 +50,18 @@ def info(
         rows = [{"tokens": length, "place": place, **cost.to_dict()} for length, place, cost in costs]
         print(json.dumps({**found, "costs": rows}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    out = console()
     about = Table(show_header=False, box=None)
     for name, value in found.items():
         about.add_row(
             name.replace("_", " "),
-            str(value) if isinstance(value, bool) or not isinstance(value, int) else f"{value:,}",
+            visible(str(value)) if isinstance(value, bool) or not isinstance(value, int) else f"{value:,}",
         )
-    console.print(about)
-    table = Table(title=f"Memory in GiB, one question; {costs[0][2].free / GIB:.1f} are free")
+    out.print(about)
+    table = Table(title=f"Memory of one question; {readable_bytes(costs[0][2].free)} are free")
     for title in ("tokens", "chunks", "kept", "weights, libraries", "chunk KV", "rows", "scratch", "total"):
         table.add_column(title, justify="right", no_wrap=title == "kept")
     for length, place, cost in costs:
@@ -69,10 +70,10 @@ def info(
         table.add_row(
             f"{length:,}",
             f"{num_chunks:,}",
-            place if place in get_args(KvPlace) else f"[red]{place or 'too much'}[/red]",
-            *(f"{part / GIB:.2f}" for part in parts),
+            place if place in get_args(KvPlace) else Text(place or "too much", "red"),
+            *map(readable_bytes, parts),
         )
-    console.print(table)
+    out.print(table)
 
 
 def verify(
@@ -113,7 +114,8 @@ def _verify_cases(folder: Path, quiet: bool) -> list[dict[str, Any]]:
         )
         if not quiet:
             errors = ", ".join(f"{name} {error:.1e}" for name, error in result.errors.items())
-            print(f"{'pass' if result.passed else 'FAIL'}  {result.name}: {errors}", *result.failures, sep="; ")
+            said = "; ".join([f"{'pass' if result.passed else 'FAIL'}  {result.name}: {errors}", *result.failures])
+            print(visible(said))
     return results
 
 
@@ -134,8 +136,9 @@ def _verify_model(model: str, dtype: str, device: str | None, quiet: bool) -> li
 def _load_base(model: str, dtype: str, device: str | None, quiet: bool) -> Any:
     with calm_libraries(), status("Loading the model", quiet):
         from focusllm.huggingface.embedded import resolve_model
-        from focusllm.huggingface.loading import on_device, parse_dtype
+        from focusllm.huggingface.loading import on_device, parse_device, parse_dtype
         from focusllm.huggingface.modeling import FocusForCausalLM
 
+        chosen, place = parse_dtype(dtype), parse_device(device)
         path = resolve_model(model, notify)  # without a tokenizer, and whatever its positions allow
-        return on_device(FocusForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype)), device).base
+        return on_device(FocusForCausalLM.from_pretrained(path, dtype=chosen), place).base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
@@ -64,14 +65,24 @@ class FocusOptions:
         return given
 
 
+def finite(value: float) -> float:
+    """For options that take numbers: a range alone lets nan and inf through."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are chosen."""
 
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="0 takes the likeliest token each time.")
+    ] = 0.0
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this share.")
+        float,
+        typer.Option(min=0.0, max=1.0, callback=finite, help="Sample from the likeliest tokens up to this share."),
     ] = 1.0
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")] = None
 

@@ -1,27 +1,67 @@
-"""What commands show on the terminal while they work: remarks, progress bars; and how they load a model."""
+"""What commands show while they work: the answer on standard output, beside it remarks and progress bars on standard
+error; and how they load a model.
+
+What comes from files and models may hold control codes, with which it could command the terminal, and square brackets,
+which are no markup: it goes through `visible`, and rich's markup is off everywhere.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from focusllm.cli.options import ModelOptions
-from focusllm.errors import FocusError
+from focusllm.files import writing_to
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
+    from focusllm.cli.options import ModelOptions
     from focusllm.llm import FocusLLM
 
 
-def notify(message: str) -> None:
-    """A remark beside the output."""
-    print(message, file=sys.stderr)
+class Stopped(Exception):
+    """The user stopped a command; no FocusError, for nothing is wrong."""
+
+    def __init__(self, remedy: str = ""):
+        super().__init__(f"Stopped; {remedy}." if remedy else "Stopped.")
+
+
+@contextmanager
+def if_stopped(remedy: str = "") -> Iterator[None]:
+    """What to say if the user stops what is under way."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(remedy) from error
+
+
+def visible(text: str) -> str:
+    """A text with its control codes spelt out, line ends among them: a single line, which commands no terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """A text of a model on standard output: as it is into files and pipes, on a terminal with control codes visible."""
+    if sys.stdout.isatty():
+        text = re.sub(r"[^\n\t]+", lambda found: visible(found[0]), text.replace("\r\n", "\n"))
+    print(text, end=end, flush=True)
+
+
+def notify(message: str = "") -> None:
+    """A remark beside the output: a line."""
+    print(visible(message), file=sys.stderr)
+
+
+def console(stderr: bool = False, **settings: Any) -> Console:
+    """A console that takes text as it is: no markup, no emoji, no guesses at numbers."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, **settings)
 
 
 def load(options: ModelOptions, settings: dict[str, Any], quiet: bool, needs_candidates: bool = True) -> FocusLLM:
@@ -41,6 +81,8 @@ def load(options: ModelOptions, settings: dict[str, Any], quiet: bool, needs_can
 @contextmanager
 def calm_libraries() -> Iterator[None]:
     """Keep transformers' own loading bars and remarks off the terminal."""
+    import warnings
+
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -56,47 +98,36 @@ def status(text: str, quiet: bool) -> Iterator[None]:
     if quiet:
         yield
         return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
+    shown = console(stderr=True)
+    with shown.status(text, spinner="line" if shown.options.ascii_only else "dots"):
         yield
-
-
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """A folder that cannot be written is bad input."""
-    try:
-        yield
-    except OSError as error:
-        raise FocusError(f"{folder} cannot be written ({error.strerror or error}); choose another folder.") from error
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder, and see that files can be written into it, before anything is computed."""
-    with writing_to(folder):
+    import tempfile
+
+    with writing_to(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager
 def reading_progress(name: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, as a function of (tokens done, tokens in all); there from the first call to the last token."""
+    """A progress bar, as a function of (tokens done, tokens in all); there until the last token."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("Reading {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    bar = _bar(quiet, *columns, TimeRemainingColumn())
-    task = bar.add_task(name, total=None)
+    columns = (_description("Reading "), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
+    with _bar(quiet, *columns) as bar:
+        task = bar.add_task(visible(name), total=None)
 
-    def report(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
+        def report(done: int, total: int) -> None:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+            if done >= total:
+                bar.stop()
 
-    try:
         yield report
-    finally:
-        bar.stop()
 
 
 @contextmanager
@@ -104,9 +135,9 @@ def training_progress(
     steps: int, quiet: bool
 ) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str, int], None], dict[str, Any]]]:
     """A live line: step, losses by objective, supervised tokens a second, time left. Evaluations stay above it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (_description(), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     last: dict[str, Any] = {}
     with _bar(quiet, *columns) as bar:
         task = bar.add_task("Preparing", total=None)
@@ -115,6 +146,7 @@ def training_progress(
             return "  ".join(f"{name} {values['loss']:.2f}" for name, values in found["objectives"].items())
 
         def report(entry: dict[str, Any]) -> None:
+            bar.start()
             last.update(entry)
             if "evaluation" in entry:
                 bar.console.print(f"step {entry['step']}, held out: {losses(entry['evaluation'])}")
@@ -126,7 +158,8 @@ def training_progress(
                 bar.update(task, description=text, completed=entry["step"], total=steps)
 
         def reading(source: str, tokens: int) -> None:
-            bar.update(task, description=f"Reading {source}: {tokens:,} tokens")
+            bar.start()
+            bar.update(task, description=f"Reading {visible(source)}: {tokens:,} tokens")
 
         yield report, reading, last
 
@@ -134,35 +167,51 @@ def training_progress(
 @contextmanager
 def evaluation_progress(quiet: bool) -> Iterator[Callable[[str, float, float], None]]:
     """A live line: what is measured, the share that is done, time left."""
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (_description(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with _bar(quiet, *columns, speed_estimate_period=600) as bar:
         task = bar.add_task("Preparing", total=None)
-        yield lambda title, done, total: bar.update(task, description=title, completed=done, total=total)
+
+        def report(title: str, done: float, total: float) -> None:
+            bar.start()
+            bar.update(task, description=visible(title), completed=done, total=total)
+
+        yield report
 
 
 @contextmanager
 def bench_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A live line: turns done, what is under way, time since the start."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = _bar(quiet, *columns)
-    task = bar.add_task("", total=None)
+    columns = (_description(), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    with _bar(quiet, *columns) as bar:
+        task = bar.add_task("", total=None)
 
-    def report(what: str, done: int, total: int) -> None:
-        bar.start()  # not before: bad input is one line
-        bar.update(task, description=what, completed=done, total=total)
+        def report(what: str, done: int, total: int) -> None:
+            bar.start()
+            bar.update(task, description=visible(what), completed=done, total=total)
 
-    try:
         yield report
-    finally:
-        bar.stop()
 
 
-def _bar(quiet: bool, *columns: ProgressColumn, **settings: Any) -> Progress:
-    from rich.console import Console
+def _description(before: str = "") -> ProgressColumn:
+    from rich.progress import TextColumn
+
+    return TextColumn(f"{before}{{task.description}}", markup=False)
+
+
+@contextmanager
+def _bar(quiet: bool, *columns: ProgressColumn, **settings: Any) -> Iterator[Progress]:
+    """A bar that is not started yet, for bad input is one line; and that is gone when its work ends in an error."""
     from rich.progress import Progress
 
-    return Progress(*columns, console=Console(stderr=True), disable=quiet, **settings)
+    bar = Progress(*columns, console=console(stderr=True), disable=quiet, **settings)
+    try:
+        yield bar
+    except BaseException:
+        bar.live.transient = True
+        raise
+    finally:
+        bar.stop()

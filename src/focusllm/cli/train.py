@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from focusllm.cli.options import Json
-from focusllm.cli.terminal import calm_libraries, notify, training_progress
+from focusllm.cli.terminal import calm_libraries, if_stopped, notify, training_progress
 
 
 def train(
@@ -51,14 +50,10 @@ def train(
     with calm_libraries(), training_progress(settings.steps, as_json or not is_first) as (report, reading, last):
         from focusllm.training.run import train as run_training
 
-        try:
+        with if_stopped(f"run the same command again to go on from the last checkpoint in {output}"):
             folder = run_training(
                 settings, output, report=report, reading=reading, notify=notify if is_first else lambda _: None
             )
-        except KeyboardInterrupt:
-            if is_first:
-                notify(f"Stopped. Run the same command again to go on from the last checkpoint in {output}.")
-            sys.exit(130)
     if not is_first:
         return
     if as_json:

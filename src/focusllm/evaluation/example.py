@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -204,7 +205,7 @@ class Setting:
         if self.data is None:
             raise DocumentError(f"this task needs {names[0]}, and no data folder is given; name it with --data.")
         for name in names:
-            if (self.data / name).exists():
+            if os.path.exists(self.data / name):
                 return self.data / name
         raise DocumentError(f"the data folder {self.data} has no {' or '.join(names)}; put the benchmark's file there.")
 

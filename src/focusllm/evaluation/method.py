@@ -18,8 +18,9 @@ from focusllm.documents.text import encode_ids, frame_ids, start_tokens
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.llm import FocusLLM
+from focusllm.machine import readable_bytes
 from focusllm.memory.chunk_cache import LastText
-from focusllm.memory.cost import GIB, total_memory
+from focusllm.memory.cost import total_memory
 from focusllm.method.base import layout, run_plain
 
 Step = Callable[[int], Tensor]
@@ -119,9 +120,8 @@ class Method(ABC):
         weights = sum(parameter.nbytes for parameter in self.base.parameters())
         needed, there = weights + per_token * num_tokens, total_memory(self.base.device)
         if needed > there:
-            return (
-                f"weights, keys and values take {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
-            )
+            taken = f"weights, keys and values take {readable_bytes(needed)}"
+            return f"{taken}, and there are {readable_bytes(there)} of memory"
         return None
 
     @abstractmethod

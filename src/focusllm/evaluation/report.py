@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from focusllm.errors import missing_package
 from focusllm.evaluation.results import Row, by_sentence, differences_of, read, rows_of
+from focusllm.files import whole_file, writing_to
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,14 +36,13 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
 
     Raises:
         ConfigError, DocumentError: as `load`; or matplotlib is not installed.
+        FocusError: the folder cannot be written; every file in it is whole, of this report or of an earlier one.
     """
     runs = read(folders)
     rows, differ = rows_of(runs), differences_of(runs)
     whole = overview(rows)
-    output.mkdir(parents=True, exist_ok=True)
-    paths, parts = [output / "report.html", output / "overview.md"], [_as_html(whole)]
+    parts, plots = [_as_html(whole)], dict[Path, bytes]()
     notes = "".join(f"\n{line}\n" for line in by_sentence(differ))
-    paths[1].write_text(_as_markdown(whole) + notes, encoding="utf-8")
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]
         parts.append(f"<h2>{html.escape(task)}</h2>\n{table(mine)}")
@@ -52,17 +52,22 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         if said:
             parts.append(f'<p class="note">{"<br>".join(map(html.escape, said))}</p>')
         for name, figure in figures(mine):
-            paths.append(output / f"{task}-{name}.png")
-            figure.savefig(paths[-1], dpi=150)
+            plots[output / f"{task}-{name}.png"] = _drawn(figure, "png", dpi=150)
             parts.append(_inline(figure, f"{task}: {name.replace('-', ' ')}"))
     about = "".join(f"<h3>{html.escape(name)}</h3>\n{_about(results)}" for name, (results, _) in runs.items())
     body = "\n".join([*parts, "<h2>Runs</h2>", about])
-    paths[0].write_text(
+    page = (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>FocusLLM evaluation</title>\n'
-        f"<style>{STYLE}</style>\n<h1>FocusLLM evaluation</h1>\n{body}\n</html>\n",
-        encoding="utf-8",
+        f"<style>{STYLE}</style>\n<h1>FocusLLM evaluation</h1>\n{body}\n</html>\n"
     )
-    return paths
+    texts = {output / "report.html": page, output / "overview.md": _as_markdown(whole) + notes}
+    contents = {path: text.encode(errors="replace") for path, text in texts.items()} | plots
+    with writing_to(output, "make room, or choose another folder"):
+        output.mkdir(parents=True, exist_ok=True)
+        for path in reversed(contents):  # the page last: it is there with all that belongs to it
+            with whole_file(path) as part:
+                part.write_bytes(contents[path])
+    return list(contents)
 
 
 def overview(rows: Sequence[Row]) -> list[list[str]]:
@@ -226,10 +231,14 @@ def _figure(width: float, height: float) -> Figure:
 
 def _inline(figure: Figure, title: str) -> str:
     """A plot as an image in the page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(_drawn(figure, "svg", metadata={"Date": None})).decode()
     return f'<p><img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}"></p>'
+
+
+def _drawn(figure: Figure, kind: str, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, **settings)
+    return buffer.getvalue()
 
 
 def _about(results: dict[str, Any]) -> str:

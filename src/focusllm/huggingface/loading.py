@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
+import os
+import warnings
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,11 @@ Model = TypeVar("Model", bound=nn.Module)
 UNTRAINED = "none"
 ADAPTER_FOLDER = "candidate_projections"
 SETTINGS_NAME = "focus_settings.json"
+INSTRUCTIONS = {  # as torch.cpu.get_capabilities() calls them: of x86, then of ARM
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""What computes in a 16-bit type; one of them is enough."""
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -44,13 +50,13 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def computing_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
     """The type that `auto` stands for: a checkpoint's own, but float32 where 16-bit types are several times slower.
 
-    That is so on x86 CPUs without instructions for them (bfloat16: AVX512-BF16 or AMX, float16: AVX512-FP16).
+    That is so on CPUs without instructions for them, whatever their architecture, and is taken to be so on those of
+    which it is not known.
     """
-    if device.type != "cpu" or own.itemsize != 2 or platform.machine().lower() not in ("x86_64", "amd64"):
+    if device.type != "cpu" or own not in INSTRUCTIONS:
         return own
-    if own == torch.float16:
-        return own if torch.ops.mkldnn._is_mkldnn_fp16_supported() else torch.float32
-    return own if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
+    able = torch.cpu.get_capabilities()
+    return own if any(able.get(name, False) for name in INSTRUCTIONS[own]) else torch.float32
 
 
 def in_type(model: Model, dtype: torch.dtype) -> Model:
@@ -75,16 +81,21 @@ def on_device(model: Model, device: str | torch.device | None) -> Model:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device by its name; None: a GPU if there is one, else the CPU.
+    """A device by its name, on which something was computed; None: a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: no such kind of device.
+        ConfigError: no such device, or one that computes nothing (meta).
     """
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(chosen)
-    except RuntimeError as error:
-        raise _no_device(chosen, error) from error
+        with warnings.catch_warnings():  # of torch, about names of devices that are going to be dropped
+            warnings.simplefilter("ignore")
+            found = torch.device(device)
+            torch.ones(1, device=found).add(1).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise _no_device(device, error) from error
+    return found
 
 
 def _no_device(device: str | torch.device, error: Exception) -> ConfigError:
@@ -137,7 +148,7 @@ def saved_settings(folder: str | Path) -> FocusConfig | None:
         ModelError: the file is damaged.
     """
     path = Path(folder) / SETTINGS_NAME
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         return FocusConfig().replace(**json.loads(path.read_text()))
@@ -148,4 +159,4 @@ def saved_settings(folder: str | Path) -> FocusConfig | None:
 def saved_adapter(folder: str | Path) -> Path | None:
     """The candidate projections that were saved with a model, if any."""
     path = Path(folder) / ADAPTER_FOLDER
-    return path if path.is_dir() else None
+    return path if os.path.isdir(path) else None

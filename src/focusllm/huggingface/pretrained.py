@@ -12,7 +12,15 @@ from transformers import AutoTokenizer
 from focusllm.config import FocusConfig
 from focusllm.errors import ModelError, first_line
 from focusllm.huggingface.embedded import resolve_model
-from focusllm.huggingface.loading import UNTRAINED, computing_dtype, find_saved, in_type, on_device, parse_dtype
+from focusllm.huggingface.loading import (
+    UNTRAINED,
+    computing_dtype,
+    find_saved,
+    in_type,
+    on_device,
+    parse_device,
+    parse_dtype,
+)
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.method.base import layout
 from focusllm.method.packed import is_packed_by_default, pack
@@ -29,8 +37,8 @@ def load(
     settings: dict[str, Any],
 ) -> tuple[FocusForCausalLM, Any]:
     """Model and tokenizer, ready to compute; for the arguments see `FocusLLM.from_pretrained`."""
+    dtype, device = parse_dtype(dtype), parse_device(device)  # refused before anything is fetched
     path = resolve_model(model, notify)
-    dtype = parse_dtype(dtype)
     found, config = find_saved(model, path, adapter, config)
     config = config.replace(**settings)
     loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)

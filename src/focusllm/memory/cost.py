@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import nn
 
 from focusllm.config import FocusConfig
 from focusllm.errors import MemoryLimitError
-from focusllm.machine import computes_on_cpu, forget_peak_resident, memory_limits, peak_resident
+from focusllm.machine import computes_on_cpu, forget_peak_resident, memory_limits, peak_resident, readable_bytes
 from focusllm.memory.chunking import count_by_length, count_chunks
 from focusllm.memory.chunks import ChunkBlock, count_alike, tokens_at_once
 from focusllm.memory.store import Packing
@@ -23,7 +24,6 @@ from focusllm.method.base import layout
 from focusllm.method.kv import GrowingKV
 from focusllm.method.packed import is_packed_by_default, packable_bytes, packed_bytes
 
-GIB = 2**30
 REMEDIES: dict[str, Any] = {"kv_place": "disk", "kv_dtype": "int8", "chunks_per_batch": 1}
 """Settings that take less memory."""
 
@@ -199,8 +199,8 @@ def check_read(
         return place
     cost = estimate(model, config, num_tokens, place=_places(model, config)[0], packed=packed)
     stored = stored_bytes(model, config, num_tokens)
-    memory = f"needs about {cost.needed / GIB:.1f} GiB of memory, but {cost.free / GIB:.1f} GiB are free"
-    disk = f"needs about {stored / GIB:.1f} GiB on disk, but {free_disk(folder) / GIB:.1f} GiB are free in {folder}"
+    memory = f"needs about {readable_bytes(cost.needed)} of memory, but {readable_bytes(cost.free)} are free"
+    disk = f"needs about {readable_bytes(stored)} on disk, but {readable_bytes(free_disk(folder))} are free in {folder}"
     remedies = _remedies(model, config, num_tokens, folder, packed)
     raise MemoryLimitError(
         f"reading {num_tokens:,} tokens {disk if config.kv_place == 'disk' and cost.needed <= cost.free else memory}; "
@@ -226,8 +226,8 @@ def check_question(
         less = f"generate fewer tokens than {num_new_tokens:,} (max_new_tokens), " if num_new_tokens > 256 else ""
         raise MemoryLimitError(
             f"a question about {num_tokens:,} tokens in {sum(alike.values()):,} chunks needs about "
-            f"{needed / GIB:.1f} GiB of memory beside them, but {cost.free / GIB:.1f} GiB are free; {less}ask about "
-            f"fewer documents, or use a greater chunk_length."
+            f"{readable_bytes(needed)} of memory beside them, but {readable_bytes(cost.free)} are free; {less}ask "
+            f"about fewer documents, or use a greater chunk_length."
         )
 
 
@@ -290,7 +290,7 @@ def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Pa
 
 def free_disk(folder: Path) -> int:
     """Bytes that can be written into a folder, there or not yet."""
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 

@@ -28,13 +28,13 @@ import xxhash
 from torch import Tensor, nn
 
 from focusllm.errors import DocumentError
+from focusllm.machine import readable_bytes
 from focusllm.method.base import layout
 from focusllm.method.kv import KV
 
 GROUP = 32
 HEADER = 4096
 TRAILER = 16
-GIB = 2**30
 
 
 class RowStore(Protocol):
@@ -309,9 +309,9 @@ def _digest(token_ids: Sequence[int]) -> bytes:
 
 def _cannot_write(path: Path | None, folder: Path, error: OSError, needed: int) -> DocumentError:
     kept = "What is written is kept: make room and read again" if path else "Make room and read again"
-    free = f", {shutil.disk_usage(folder).free / GIB:.1f} GiB are free" if folder.exists() else ""
+    free = f", {readable_bytes(shutil.disk_usage(folder).free)} are free" if os.path.exists(folder) else ""
     return DocumentError(
         f"the chunks' keys and values cannot be written to {path or folder} ({os.strerror(error.errno or 0)}); about "
-        f"{needed / GIB:.1f} GiB are still needed{free}. {kept}, or use "
+        f"{readable_bytes(needed)} are still needed{free}. {kept}, or use "
         f"another folder or kv_dtype='int8'."
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def load_corpus(source: Source, tokenizer: Any, folder: Path, report: Report = l
         DocumentError: no text, or a file that cannot be read; ConfigError: a dataset without the named column.
     """
     target = folder / f"{_key(source, tokenizer)}"
-    if not (target / "source.json").exists():
+    if not os.path.exists(target / "source.json"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):  # another process may be at it
@@ -135,7 +136,7 @@ def _tokenise(source: Source, tokenizer: Any, folder: Path, report: Report) -> N
 
 def check_source(source: Source) -> None:
     """Raises: DocumentError: a file or folder that is not there."""
-    if not source.path.startswith("hf:") and not Path(source.path).exists():
+    if not source.path.startswith("hf:") and not os.path.exists(source.path):
         raise DocumentError(f"there is no file or folder {source.path}; name one, or a dataset as hf:owner/name.")
 
 
@@ -171,7 +172,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 def files(path: Path) -> list[Path]:
     """The files with text in a folder, in a fixed order, hidden ones left out; a file is itself."""
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
     found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES | JSON_LINES]
     shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -253,7 +254,7 @@ def _key(source: Source, tokenizer: Any) -> str:
     rules = getattr(tokenizer, "backend_tokenizer", None)
     known = sorted(tokenizer.get_vocab().items()) if rules is None else rules.to_str()
     digest.update(repr((known, tokenizer.chat_template, tokenizer.eos_token_id)).encode())
-    if not source.path.startswith("hf:") and Path(source.path).exists():
+    if not source.path.startswith("hf:") and os.path.exists(source.path):
         for file in files(Path(source.path)):
             stat = file.stat()
             digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())

@@ -22,10 +22,11 @@ from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
 from focusllm.llm import FocusLLM
+from focusllm.machine import readable_bytes
 from focusllm.memory.chunk_cache import LastText
 from focusllm.memory.chunking import count_chunks, cut, num_local_chunks, split, steps
 from focusllm.memory.chunks import ChunkBlock, count_alike
-from focusllm.memory.cost import GIB, estimate, total_memory
+from focusllm.memory.cost import estimate, total_memory
 from focusllm.method.base import run_plain
 from focusllm.method.kv import KV
 from focusllm.training.dense import Sample, memory_logits
@@ -61,7 +62,7 @@ class Focus(Method):
         needed = estimate(self.base, self.config, num_tokens).total
         there = total_memory(self.base.device)
         if needed > there:
-            return f"it needs about {needed / GIB:.0f} GiB, and there are {there / GIB:.0f} GiB of memory"
+            return f"it needs about {readable_bytes(needed)}, and there are {readable_bytes(there)} of memory"
         return None
 
     def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
