@@ -277,7 +277,7 @@ class FocusLLM:
         places: Sequence[tuple[int, int]] = (),
     ) -> Callable[..., Answer]:
         """A function that decodes from a state, which may hold documents; `places` says what its chunks are."""
-        taken = {"streamer", "past_key_values", "attention_mask", "inputs", "input_ids"} & set(generate)
+        taken = {"streamer", "cache", "past_key_values", "attention_mask", "inputs", "input_ids"} & set(generate)
         if taken:
             raise ConfigError(f"{', '.join(sorted(taken))} is set by ask itself; use model.generate() to choose it.")
         for name in ("num_beams", "num_return_sequences"):
@@ -300,7 +300,7 @@ class FocusLLM:
             self.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                past_key_values=state,
+                cache=state,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([*criteria, *more_criteria]),
                 **arguments,
