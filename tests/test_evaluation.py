@@ -22,6 +22,7 @@ from focusllm.memory.chunk_cache import ChunkCache, LastText
 from focusllm.memory.chunking import cut
 from focusllm.memory.chunks import encode
 from focusllm.memory.store import Packed
+from focusllm.method.base import CACHE_NAME
 
 TEXT = "A whale is not a fish, and the sea is wide. " * 12
 LONG = Example("long", "Read this.\n", TEXT, "\nWhat is wide?", ("the sea",), max_new_tokens=6)
@@ -190,7 +191,7 @@ def test_snapkv_keeps_what_a_heads_window_pays_most(window: int) -> None:
     group = base.config.num_attention_heads // num_kv_heads
     assert group > 1
     for layer, weights in enumerate(whole.attentions):
-        held = whole.past_key_values.layers[layer]
+        held = whole[CACHE_NAME].layers[layer]
         for head in range(num_kv_heads):
             paid = weights[0, head * group : (head + 1) * group, -window:, :num_earlier].sum((0, 1)).tolist()
             smooth = [sum(paid[max(0, i - half) : i + half + 1]) for i in range(num_earlier)]
@@ -209,7 +210,7 @@ def test_snapkv_goes_on_at_true_positions() -> None:
     method, example = build_method("snapkv:window=5", llm), loss_example(100, labels=11)
     cache, ids = Compressed(method), list(example.text_ids)
     cache.read(ids[:89])
-    whole = llm.model.base(torch.tensor([ids]), use_cache=True).past_key_values.layers[0].keys[0, 0]
+    whole = llm.model.base(torch.tensor([ids]), use_cache=True)[CACHE_NAME].layers[0].keys[0, 0]
     seen = torch.cdist(cache.kept.keys[0][0, 0], whole).argmin(1)
     assert len(set(seen.tolist())) == 32
     mask = torch.ones(100, 100, dtype=torch.bool).tril()

@@ -18,6 +18,7 @@ from focusllm import FocusLLM
 from focusllm.errors import ConfigError, ModelError
 from focusllm.evaluation.example import LossExample
 from focusllm.huggingface import embedded
+from focusllm.method.base import CACHE_NAME
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 with warnings.catch_warnings():
@@ -70,7 +71,7 @@ def test_long_texts_have_the_methods_likelihoods(lm: FocusHarness) -> None:
     made, expected = lm.llm.model(torch.tensor([context])), 0.0
     for token in continuation:
         expected += float(made.logits[0, -1].log_softmax(-1)[token])
-        made = lm.llm.model(torch.tensor([[token]]), past_key_values=made.past_key_values)
+        made = lm.llm.model(torch.tensor([[token]]), cache=made[CACHE_NAME])
     assert nats == pytest.approx(expected, abs=1e-4)
     (whole,) = lm.loglikelihood_rolling(asked("loglikelihood_rolling", (LONG,)), disable_tqdm=True)
     ids = (1, *lm.tok_encode(LONG))

@@ -107,7 +107,7 @@ def decoder(model: FocusForCausalLM, tokenizer: Any, asked: Asked, generate: Map
         model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=state,
+            cache=state,
             streamer=streamer,
             tokenizer=tokenizer,
             stopping_criteria=StoppingCriteriaList([*criteria, *more_criteria]),

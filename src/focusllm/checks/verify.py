@@ -19,7 +19,7 @@ from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import cut
 from focusllm.memory.chunks import encode
 from focusllm.method.adapter import AdapterConfig, inject, injected, remove
-from focusllm.method.base import layout, run
+from focusllm.method.base import layout, run, run_plain
 from focusllm.method.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, read_prompt
 from focusllm.method.kv import KV, Segment, concat
 from focusllm.method.rope import move_keys, rotation
@@ -130,7 +130,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 def _token_by_token(model: nn.Module, ids: Tensor) -> Tensor:
     """The base model's logits from its own cache, one token at a time."""
     cache = DynamicCache(config=model.config)
-    return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])], 1)
+    return torch.cat([run_plain(model, ids[:, i : i + 1], cache, 0) for i in range(ids.shape[1])], 1)
 
 
 def _untrained(model: nn.Module, ids: Tensor) -> Pairs:

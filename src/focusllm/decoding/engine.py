@@ -25,7 +25,7 @@ from focusllm.memory.chunks import ChunkBlock, count_alike, encode, tokens_at_on
 from focusllm.method.adapter import sink_token
 from focusllm.method.base import layout, run_plain
 from focusllm.method.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
-from focusllm.method.kv import KV, GrowingKV, Segment, concat
+from focusllm.method.kv import KV, GrowingKV, Segment, concat, lasting
 
 
 @dataclass(eq=False)
@@ -79,6 +79,7 @@ class Request:
         own = [*self.tails, *self.hot, self.local_kv, self.candidates]
         return sum(part.nbytes for part in own if part is not None)
 
+    @lasting
     def fork(self) -> Request:
         """An independent request in the same state; the chunks are shared."""
         twin = copy.copy(self)
@@ -122,7 +123,7 @@ def start_request(
     return request
 
 
-@torch.no_grad()
+@lasting
 def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int = 1) -> Tensor:
     """Read the dynamic prompt behind every chunk, then the local context.
 
@@ -155,7 +156,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     return _local_from_start(model, request, config, logits_to_keep)
 
 
-@torch.no_grad()
+@lasting
 def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int], config: FocusConfig) -> Tensor:
     """Append one token to every request.
 

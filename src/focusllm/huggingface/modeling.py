@@ -27,7 +27,7 @@ from focusllm.memory.chunking import split
 from focusllm.memory.chunks import ChunkBlock, Place, Progress, document_key, encode
 from focusllm.memory.cost import check_read
 from focusllm.method.adapter import AdapterConfig, injected, injected_config, remove
-from focusllm.method.base import layout
+from focusllm.method.base import CACHE_NAME, layout
 
 
 class FocusState(Cache):
@@ -82,6 +82,14 @@ class FocusState(Cache):
         raise ConfigError("assisted generation is not supported: rows cannot take tokens back; generate without it.")
 
 
+def _take_cache(arguments: dict[str, Any]) -> Any:
+    """Take the cache out of keyword arguments, by whichever of its two names it is there; None: there is none."""
+    new, old = (arguments.pop(name, None) for name in ("cache", "past_key_values"))
+    if None not in (new, old) and new is not old:
+        raise ConfigError("cache and past_key_values are two names of one thing, and differ; pass only one of them.")
+    return old if new is None else new
+
+
 class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose far context is read by FocusLLM.
 
@@ -130,9 +138,10 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 1,
+        past_key_values: Cache | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
         """Prefill with a whole text, or one decode step.
@@ -141,24 +150,24 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]. Without a state (or with an empty one): texts, cut into far and local context each.
                 With a state: the newest token of every sequence.
             attention_mask: [B, >= T], 0 for padding on either side.
-            past_key_values: a `FocusState`, changed in place; None: a new one.
+            cache: a `FocusState`, changed in place; None: a new one.
             logits_to_keep: for a single sequence, how many of its last local tokens get logits (0: all); a batch
                 gets the last one's.
+            past_key_values: another name of `cache`, transformers' own before 5.24.
 
         Returns:
-            Logits [B, n, V] and the state.
+            Logits [B, n, V] and the state, as transformers names it.
 
         Raises:
             ConfigError: a sequence without tokens, another kind of cache, or lengths beyond the model's positions.
             MemoryLimitError: the far context would not fit.
         """
-        if past_key_values is not None and not isinstance(past_key_values, FocusState):
-            if past_key_values.get_seq_length() > 0:
-                raise ConfigError(
-                    f"past_key_values is a {type(past_key_values).__name__} with tokens in it; pass a FocusState."
-                )
-            past_key_values = None
-        state = past_key_values if past_key_values is not None else FocusState()
+        given = _take_cache({"cache": cache, "past_key_values": past_key_values})
+        if given is not None and not isinstance(given, FocusState):
+            if not isinstance(given, Cache) or given.get_seq_length() > 0:
+                raise ConfigError(f"the cache is a {type(given).__name__} with tokens in it; pass a FocusState.")
+            given = None
+        state = FocusState() if given is None else given
         if not input_ids.shape[1]:
             raise ConfigError(f"there are no tokens behind the {state.num_tokens} that were read; give at least one.")
         if not state.requests:
@@ -168,7 +177,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             for column in input_ids.T.tolist():
                 logits = decode(self.base, state.requests, column, self.focus_config)[:, None]
                 state.num_tokens += 1
-        return CausalLMOutputWithPast(logits=logits, past_key_values=state)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: state})
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor | None, state: FocusState, logits_to_keep: int) -> Tensor:
         """Start a request for every sequence; equal ones (beams, return sequences) are read once.
@@ -229,10 +238,11 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Transformers' `generate()` with all its arguments; see its documentation.
 
-        `past_key_values` may be a `FocusState` that holds documents (then the input ids are the local context).
+        `cache` (or `past_key_values`, its name before transformers 5.24) may be a `FocusState` that holds documents
+        (then the input ids are the local context).
         """
-        kwargs.setdefault("past_key_values", FocusState())
-        return super().generate(inputs, **kwargs)
+        state = _take_cache(kwargs)
+        return super().generate(inputs, **kwargs, **{CACHE_NAME: FocusState() if state is None else state})
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
@@ -246,7 +256,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: there is nothing new.
         """
-        state = kwargs.get("past_key_values")
+        state = _take_cache(kwargs)
         seen, length = state.get_seq_length() if state is not None else 0, input_ids.shape[1]
         if next_sequence_length is None:
             next_sequence_length = length - seen if kwargs.get("use_cache") is False else length
@@ -255,7 +265,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         return {
             "input_ids": input_ids[:, -next_sequence_length:],
             "attention_mask": kwargs.get("attention_mask"),
-            "past_key_values": state,
+            "cache": state,
         }
 
     def get_input_embeddings(self) -> nn.Module:

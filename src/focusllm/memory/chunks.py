@@ -22,7 +22,7 @@ from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
 from focusllm.method.adapter import injected
 from focusllm.method.base import layout
 from focusllm.method.focus import encode_chunks
-from focusllm.method.kv import KV
+from focusllm.method.kv import KV, lasting
 
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
@@ -141,7 +141,7 @@ def _joined(parts: Sequence[KV]) -> KV:
     return whole
 
 
-@torch.no_grad()
+@lasting
 def encode(
     model: nn.Module,
     token_ids: Sequence[int],

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focusllm.method.differentiable import Part, bias_of, by_products, by_torch, flash, repeated, without_cudnn
+from focusllm.method.kv import lasting
 
 Block = tuple[Tensor, Tensor, int, Tensor | None]
 """Keys and values [rows, K, room, D]; how many of their tokens count (the room behind them holds finite numbers); and
@@ -258,6 +259,7 @@ def _causal_by_torch(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
 
 @lru_cache(maxsize=32)
+@lasting
 def _later_tokens(length: int, num_groups: int, device: torch.device) -> Tensor:
     """[G * T, T]: True where a key is later than the query."""
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1).repeat(num_groups, 1)

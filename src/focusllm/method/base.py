@@ -14,17 +14,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from focusllm.errors import ModelError
 from focusllm.method.differentiable import without_cudnn
 
 ATTENTION_NAME = "focusllm"
+# What transformers calls the cache, in arguments and in outputs: `cache` since 5.24, which warns of the name before it.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 PROJECTION_NAMES = {
     "q": ("q_proj",),
     "k": ("k_proj",),
@@ -150,7 +153,8 @@ def run_plain(model: nn.Module, input_ids: Tensor, cache: Any, logits_to_keep: i
     the model itself must not do so while another thread reads or answers.
     """
     with _one_pass_at_a_time, without_cudnn():
-        logits: Tensor = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep).logits
+        given = {"input_ids": input_ids, CACHE_NAME: cache, "use_cache": True, "logits_to_keep": logits_to_keep}
+        logits: Tensor = model(**given).logits
     return logits
 
 

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from focusllm.method.adapter import sink_token
 from focusllm.method.attention import attend
 from focusllm.method.base import PassEnded, layout, run
-from focusllm.method.kv import KV, Segment, concat
+from focusllm.method.kv import KV, Segment, concat, lasting
 from focusllm.method.rope import move_keys, rotation
 
 
@@ -80,7 +80,7 @@ class Over:
         return out
 
 
-@torch.no_grad()
+@lasting
 def encode_chunks(model: nn.Module, chunk_ids: Tensor) -> KV:
     """Read R chunks of equal length by the base model, each as if it were the whole text (paper section 3.1).
 

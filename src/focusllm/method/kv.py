@@ -9,9 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function, without gradients, whose tensors outlive the call.
+
+    Called within `torch.inference_mode()` it leaves that mode: what is made there cannot be changed in place, or used
+    in training, after it.
+    """
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @dataclass
