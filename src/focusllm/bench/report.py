@@ -103,9 +103,8 @@ def print_table(result: dict[str, Any], console: Any) -> None:
         say(f"{name} at {', '.join(lengths)} tokens {words[status]}: {reason}.")
     for length, limits in result["limits"].items():
         rates = limits["flops_per_second"]["median"] / 1e9, limits["bytes_per_second"]["median"] / 1e9
-        say(
-            f"The machine beside {int(length):,} tokens: products {rates[0]:,.0f} GFLOP/s, bandwidth {rates[1]:,.1f} GB/s."
-        )
+        where = f"beside {int(length):,} tokens"  # a name in a result that was read from its file
+        say(f"The machine {where}: products {rates[0]:,.0f} GFLOP/s, bandwidth {rates[1]:,.1f} GB/s.")
 
 
 def _cells(row: Row) -> list[str]:
