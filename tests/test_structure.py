@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a room may import only rooms named before it, and a file only files named before it.
 ROOMS = {
-    "": ["errors", "options", "files", "machine", "config"],  # what every room may use
+    "": ["errors", "options", "files", "machine", "config", "plots"],  # what every room may use
     "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
@@ -48,7 +48,7 @@ ORDER = [
     name if room in OUTSIDE else f"{room}.{name}".removesuffix(".") for room, names in ROOMS.items() for name in names
 ]
 WITHOUT_TORCH = [
-    *("errors", "options", "files", "machine", "config", "memory.chunking"),
+    *("errors", "options", "files", "machine", "config", "plots", "memory.chunking"),
     *(f"documents.{name}" for name in ("extracted", "readers", "folders", "sources", "detokenizer", "text")),
     "huggingface.embedded",
     *(name for name in ORDER if name.startswith("cli")),

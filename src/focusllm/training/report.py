@@ -39,6 +39,7 @@ def plot_losses(log: list[dict[str, Any]], path: Path) -> bool:
                 axes.axhline(alone["loss"], color=color, ls="--", lw=0.8, alpha=0.6)
     axes.set(xlabel="supervised tokens", ylabel="nats a token", title="Loss (dots: held out; dashed: without memory)")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
