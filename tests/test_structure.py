@@ -17,9 +17,9 @@ SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a room may import only rooms named before it, and a file only files named before it.
 ROOMS = {
     "": ["errors", "options", "files", "machine", "config", "plots"],  # what every room may use
-    "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
-    "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
-    "decoding": ["refresh", "engine"],
+    "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus", "opened"],
+    "memory": ["chunking", "store", "lookup", "chunks", "chunk_cache", "cost"],
+    "decoding": ["refresh", "request", "opened", "engine"],
     "documents": [
         *("extracted", "readers", "folders", "sources"),  # files
         *("detokenizer", "text", "answer", "document"),  # tokens
@@ -29,7 +29,7 @@ ROOMS = {
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
     ],
-    "checks": ["info", "verify", "conformance"],
+    "checks": ["info", "verify", "conformance", "needles", "heads"],
     "evaluation": [
         *("example", "metrics", "benchmark"),
         *(f"tasks.{name}" for name in ("passkey", "perplexity", "documents", "retrieval")),

@@ -18,16 +18,19 @@ from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Generati
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from focusllm.config import FocusConfig
-from focusllm.decoding.engine import Request, decode, prefill, start_request
+from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.decoding.request import Request
 from focusllm.errors import ConfigError, DocumentError, ModelError
 from focusllm.huggingface.adapter_files import load_adapter, save_adapter
 from focusllm.huggingface.embedded import cache_folder, public_name
 from focusllm.huggingface.loading import ADAPTER_FOLDER, SETTINGS_NAME, cannot_load, find_saved
-from focusllm.memory.chunking import split
+from focusllm.memory.chunking import split, split_start
 from focusllm.memory.chunks import ChunkBlock, Place, Progress, document_key, encode
 from focusllm.memory.cost import check_read
+from focusllm.memory.lookup import Heads, middle_heads
 from focusllm.method.adapter import AdapterConfig, injected, injected_config, remove
 from focusllm.method.base import CACHE_NAME, layout
+from focusllm.method.opened import read_start
 
 
 class FocusState(Cache):
@@ -117,6 +120,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base = base
         self.focus_config = focus_config or FocusConfig()
+        self.found_heads: Heads | None = None
         self.generation_config: GenerationConfig = base.generation_config
         self.eval()
 
@@ -124,6 +128,21 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     def adapter_config(self) -> AdapterConfig | None:
         """Settings of the candidate projections that the model has; None: none, so candidates are untrained."""
         return injected_config(self.base)
+
+    @property
+    def settings(self) -> FocusConfig:
+        """`focus_config` with what it leaves open settled: how the far context is seen (`far_context`)."""
+        return self._settled(self.focus_config)
+
+    def _settled(self, config: FocusConfig) -> FocusConfig:
+        if config.far_context != "auto":
+            return config
+        return config.replace(far_context="opened" if self.adapter_config is None else "condensed")
+
+    @property
+    def lookup_heads(self) -> Heads:
+        """The heads by which chunks are chosen: those that were found for the model, else some of its middle layers."""
+        return self.found_heads or middle_heads(self.base)
 
     def load_candidates(self, source: str | Path) -> AdapterConfig:
         """Load candidate projections from a folder or the hub (see `load_adapter`)."""
@@ -175,7 +194,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             state.num_tokens += input_ids.shape[1]
         else:
             for column in input_ids.T.tolist():
-                logits = decode(self.base, state.requests, column, self.focus_config)[:, None]
+                logits = decode(self.base, state.requests, column, self.settings)[:, None]
                 state.num_tokens += 1
         return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: state})
 
@@ -184,7 +203,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
         The state is changed when all went well.
         """
-        config = self.focus_config
+        config = self.settings
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
         texts = [tuple(row[mask].tolist()) for row, mask in zip(input_ids, seen.bool(), strict=True)]
         logits: dict[tuple[int, ...], Tensor] = {}
@@ -195,12 +214,16 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
                 requests.append(first[text].fork())
                 continue
             far, local = split(text, config) if state.blocks is None else ([], list(text))
-            blocks = self.encode(far) if state.blocks is None else state.blocks
-            first[text] = start_request(self.base, blocks, local, config, state.prompt_length)
+            blocks = self._far_context(far) if state.blocks is None else state.blocks
+            first[text] = start_request(self.base, blocks, local, config, state.prompt_length, self.lookup_heads)
             logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
             requests.append(first[text])
         state.requests = requests
         return torch.stack([logits[text] for text in texts])
+
+    def _far_context(self, token_ids: list[int]) -> list[ChunkBlock]:
+        start, rest = split_start(token_ids, self.settings)
+        return self.encode(rest, start_ids=start)
 
     def encode(
         self,
@@ -209,12 +232,14 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         store: Path | None = None,
         notify: Callable[[str], None] = lambda _: None,
         config: FocusConfig | None = None,
+        start_ids: Sequence[int] = (),
     ) -> list[ChunkBlock]:
         """Read far context, and put its keys and values where the settings and the free memory say.
 
         Args:
             store: a folder that keeps them; the same text is not read again.
             config: lengths and options; None: the model's.
+            start_ids: what every chunk is read behind, where chunks are opened.
 
         Raises:
             MemoryLimitError, ConfigError: it would not fit; raised before anything is computed.
@@ -223,16 +248,18 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         if not token_ids:
             return []
         folder = store or cache_folder() / "rows"
-        config = config or self.focus_config
+        config = self._settled(config or self.focus_config)
         config = config if store is None else config.replace(kv_place="disk")
-        name = document_key(self.base, token_ids, config) if store else None
+        start_ids = start_ids if config.is_opened else ()
+        name = document_key(self.base, token_ids, config, start_ids) if store else None
         try:
             written = sum(path.stat().st_size for path in folder.glob(f"{name}-*.rows")) if name else 0
             kind = check_read(self.base, config, len(token_ids), folder, written)
         except OSError as error:
             reason = error.strerror or error
             raise DocumentError(f"chunks cannot be kept in {folder} ({reason}); choose another folder.") from error
-        return encode(self.base, token_ids, config, progress, Place(kind, folder, name), notify)
+        start, heads = read_start(self.base, start_ids), self.lookup_heads if config.is_opened else None
+        return encode(self.base, token_ids, config, progress, Place(kind, folder, name), notify, start, heads)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +18,12 @@ from focusllm.config import FocusConfig
 from focusllm.errors import DocumentError
 from focusllm.machine import computes_on_cpu
 from focusllm.memory.chunking import cut
+from focusllm.memory.lookup import Heads, LookupKeys
 from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
 from focusllm.method.adapter import injected
 from focusllm.method.base import layout
-from focusllm.method.focus import encode_chunks
 from focusllm.method.kv import KV, lasting
+from focusllm.method.opened import Start, read_behind
 
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
@@ -59,6 +60,15 @@ class ChunkBlock:
     first: int = 0
     """Which row of `kv` is the first one of this block."""
     notify: Notify = lambda _: None
+    start: Start | None = None
+    """What the chunks were read behind."""
+    lookup: LookupKeys | None = None
+    """By what they are chosen, if they are to be."""
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """The tokens that the chunks were read behind."""
+        return self.start.token_ids if self.start is not None else ()
 
     @property
     def num_chunks(self) -> int:
@@ -77,7 +87,8 @@ class ChunkBlock:
 
     def part(self, start: int, stop: int) -> ChunkBlock:
         """Some of the chunks; nothing is copied."""
-        return ChunkBlock(self.token_ids[start:stop], self.kv, self.first + start, self.notify)
+        lookup = self.lookup.rows(start, stop) if self.lookup is not None else None
+        return replace(self, token_ids=self.token_ids[start:stop], first=self.first + start, lookup=lookup)
 
     def rows(self, model: nn.Module, start: int, stop: int) -> KV:
         """Keys and values of some chunks [n, K, C, D] a layer; what is damaged on disk is read anew, and said."""
@@ -90,7 +101,7 @@ class ChunkBlock:
                 return _joined(parts)
             assert isinstance(self.kv, RowFile)
             self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
-            encoded = encode_chunks(model, self.token_ids[start:stop])
+            encoded = read_behind(model, self.start_ids, self.token_ids[start:stop])
             try:
                 self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
             except DocumentError as full:  # what was asked for is there all the same
@@ -149,11 +160,15 @@ def encode(
     progress: Progress | None = None,
     place: Place | None = None,
     notify: Notify = lambda _: None,
+    start: Start | None = None,
+    heads: Heads | None = None,
 ) -> list[ChunkBlock]:
     """Cut a text into chunks and read them in batches of `config.chunks_per_batch`, on a CPU in smaller ones.
 
     Args:
         place: where the keys and values go; None: the device. Chunks that a named file holds already are not read.
+        start: what every chunk is read behind.
+        heads: those whose keys are kept apart, for chunks that are to be chosen.
 
     Returns:
         One block with the full chunks and one with the shorter last chunk, as far as there are such.
@@ -163,6 +178,7 @@ def encode(
     """
     device = next(model.parameters()).device
     place = place or Place()
+    start_ids = start.token_ids if start is not None else ()
     bounds = cut(len(token_ids), config)
     full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
     at_once = max(1, tokens_at_once(config, device) // config.chunk_length)
@@ -172,16 +188,23 @@ def encode(
             continue
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
+        block: ChunkBlock | None = None
+        lookup = _lookup(model, heads, ids)
         for first in range(0, len(group), at_once):
-            batch = ids[first : first + at_once]
+            batch, encoded = ids[first : first + at_once], None
             if not isinstance(store, RowFile):
-                store = filled(store, first, encode_chunks(model, batch), len(group))
+                encoded = read_behind(model, start_ids, batch)
+                store = filled(store, first, encoded, len(group))
             elif not all(store.has(first + i, row) for i, row in enumerate(batch.tolist())):
-                store.write(first, encode_chunks(model, batch), batch)
+                encoded = read_behind(model, start_ids, batch)
+                store.write(first, encoded, batch)
+            block = block or ChunkBlock(ids, store, notify=notify, start=start, lookup=lookup)
+            if lookup is not None:
+                lookup.write(first, block.rows(model, first, first + len(batch)) if encoded is None else encoded)
             if progress is not None:
                 progress(group[first + len(batch) - 1][1], len(token_ids))
-        assert store is not None
-        blocks.append(ChunkBlock(ids, store, notify=notify))
+        assert block is not None
+        blocks.append(block)
     return blocks
 
 
@@ -209,11 +232,13 @@ def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
     return min(allowed, CPU_TOKENS_AT_ONCE) if computes_on_cpu(device) else allowed
 
 
-def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
-    """A name for a text as a model reads it: other weights or settings of the model, another type, length of chunks or
-    token give another.
+def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig, start_ids: Sequence[int] = ()) -> str:
+    """A name for a text as a model reads it: other weights or settings of the model, another type, length of chunks,
+    start or token give another.
     """
     digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
+    if start_ids:
+        digest.update(f"behind {','.join(map(str, start_ids))} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
     add_model(digest, model)
     return digest.hexdigest()
@@ -230,6 +255,12 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
     theirs = (p for p in model.parameters() if id(p) not in ours)
     for tensor in (layout(model).inv_freq, *theirs):
         digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
+
+
+def _lookup(model: nn.Module, heads: Heads | None, ids: Tensor) -> LookupKeys | None:
+    if heads is None:
+        return None
+    return LookupKeys.empty(heads, *ids.shape, layout(model).head_dim)
 
 
 def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> Packed | RowFile | None:

@@ -193,7 +193,8 @@ def check_read(
         MemoryLimitError: with what is needed, what is free, and the setting that would fit.
         ConfigError: more chunks than the base model has positions for.
     """
-    config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
+    if not config.is_opened:  # what is not open takes no position
+        config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
     place = find_place(model, config, num_tokens, folder, written, packed)
     if place is not None:
         return place

@@ -96,13 +96,13 @@ class Packing:
 
     def pack(self, kv: KV) -> list[Tensor]:
         """[n, K, C, D] a layer to packed tensors: of the keys of all layers, then of the values."""
-        packing = {"same": lambda x: (x,), "int8": _to_int8, "int4": _to_int4}[self.kv_dtype]
+        packing = {"same": lambda x: (x,), "int8": to_int8, "int4": _to_int4}[self.kv_dtype]
         return [part for tensor in (*kv.keys, *kv.values) for part in packing(tensor)]
 
     def unpack(self, parts: Sequence[Tensor]) -> KV:
         """The way back, onto the device."""
         each = len(parts) // (2 * len(self.devices))
-        unpacking: Any = {"same": lambda x, _: x.contiguous(), "int8": _from_int8, "int4": _from_int4}[self.kv_dtype]
+        unpacking: Any = {"same": lambda x, _: x.contiguous(), "int8": from_int8, "int4": _from_int4}[self.kv_dtype]
         tensors = []
         for i, device in enumerate(self.devices * 2):
             packed = [part.to(device, non_blocking=True) for part in parts[i * each : (i + 1) * each]]
@@ -111,12 +111,14 @@ class Packing:
         return KV(tensors[:half], tensors[half:])
 
 
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] to 8 bits a number and a scale [..., 1]."""
     scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-7).half()
     return (x.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def _from_int8(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def from_int8(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back."""
     wide: Tensor = packed.float().mul_(scale)
     return wide.to(dtype)
 

@@ -145,6 +145,11 @@ class GrowingKV:
         twin._kv = self._kv.map(torch.clone)
         return twin
 
+    def move(self, move: Callable[[int, Tensor], Tensor]) -> None:
+        """Put the same tokens at other positions: a function of (layer, keys), see `focus.mover`."""
+        for layer, keys in enumerate(self._kv.keys):
+            self._kv.keys[layer] = move(layer, keys)
+
     def _grow(self, num_tokens: int) -> None:
         """A layer after another: no more than one is held twice."""
         room = self.room(num_tokens)

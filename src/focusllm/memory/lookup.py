@@ -1,0 +1,134 @@
+"""Look-up keys: of every token what the few heads that choose chunks need, apart from all else and contiguous.
+
+A question touches these and nothing else of a document: some 250 bytes a token for the embedded model of 0.5B
+parameters, where all its keys and values are 24 KiB. So what lies on disk is chosen from without being read.
+
+    int8, a scale a token      [P key heads, R chunks, C tokens, D]   P: key-value heads that the look-up heads share
+
+Letters: R chunks, C tokens of a chunk, T of the question, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from focusllm.memory.store import from_int8, to_int8
+from focusllm.method.base import layout
+from focusllm.method.kv import KV
+from focusllm.method.opened import Start
+
+ROWS_AT_ONCE = 64
+"""Chunks whose keys are unpacked at once."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which query heads choose: (layer, head) each, and how many query heads share a key-value head."""
+
+    pairs: tuple[tuple[int, int], ...]
+    group: int
+
+    @property
+    def key_heads(self) -> list[tuple[int, int]]:
+        """The (layer, key-value head) pairs whose keys are kept, each once."""
+        return sorted({(layer, head // self.group) for layer, head in self.pairs})
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers that they lie in."""
+        return {layer for layer, _ in self.pairs}
+
+
+def middle_heads(model: nn.Module) -> Heads:
+    """Where nothing was found out about a model: all heads of four layers below its middle.
+
+    Heads that look things up lie there in every model that was looked at (arXiv 2506.09944, 2602.22591).
+    """
+    found = layout(model)
+    first = max(0, len(found.layers) * 3 // 8 - 1)
+    layers = range(first, min(first + 4, len(found.layers)))
+    pairs = tuple((layer, head) for layer in layers for head in range(found.num_heads))
+    return Heads(pairs, found.num_heads // found.num_kv_heads)
+
+
+@dataclass(eq=False)
+class LookupKeys:
+    """The look-up keys of R chunks of C tokens."""
+
+    heads: Heads
+    packed: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, heads: Heads, num_rows: int, length: int, head_dim: int) -> LookupKeys:
+        """Room for so many chunks."""
+        shape = (len(heads.key_heads), num_rows, length)
+        packed = torch.zeros(*shape, head_dim, dtype=torch.int8)
+        return cls(heads, packed, torch.zeros(*shape, 1, dtype=torch.float16))
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.packed.shape[1]
+
+    @property
+    def length(self) -> int:
+        """C."""
+        return self.packed.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    def write(self, first: int, kv: KV) -> None:
+        """Take what is needed of some chunks' keys [n, K, C, D] a layer."""
+        for place, (layer, head) in enumerate(self.heads.key_heads):
+            packed, scales = to_int8(kv.keys[layer][:, head])
+            self.packed[place, first : first + kv.num_rows] = packed.to(self.packed.device)
+            self.scales[place, first : first + kv.num_rows] = scales.to(self.scales.device)
+
+    def rows(self, start: int, stop: int) -> LookupKeys:
+        """Some of the chunks, as views."""
+        return LookupKeys(self.heads, self.packed[:, start:stop], self.scales[:, start:stop])
+
+    def scores(self, queries: Tensor, place: int) -> Tensor:
+        """Scores [T, R * C] of queries [T, D] with the keys of a key head, by its place among `heads.key_heads`."""
+        found = []
+        for first in range(0, self.num_rows, ROWS_AT_ONCE):
+            part = slice(first, first + ROWS_AT_ONCE)
+            keys = from_int8(self.packed[place, part], self.scales[place, part], torch.float32).flatten(0, 1)
+            found.append(queries @ keys.T)
+        return torch.cat(found, 1)
+
+
+def token_weights(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], start: Start | None) -> list[Tensor]:
+    """What the look-up heads pay to every token of all chunks: one [R, C] for each of `keys`.
+
+    A softmax a head and token of the question, over the shared start and all chunks' tokens jointly, so that a chunk
+    is weighed against all others; a token of the question that looks nothing up pays the start. Summed over heads, a
+    mean over the question.
+
+    Args:
+        keys: of the same heads. queries: of each layer [H, T, D], scaled, as `look_up` gives them.
+        start: the shared start, if there is one.
+    """
+    heads = keys[0].heads
+    total: Tensor | None = None
+    for layer, head in heads.pairs:
+        asked, key_head = queries[layer][head].float().cpu(), head // heads.group
+        place = heads.key_heads.index((layer, key_head))
+        parts = [found.scores(asked, place) for found in keys]
+        num_start = 0
+        if start is not None:
+            parts.insert(0, asked @ start.kv.keys[layer][0, key_head].float().cpu().T)
+            num_start = start.length
+        weights = torch.cat(parts, 1).softmax(-1).mean(0)[num_start:]
+        total = weights if total is None else total + weights
+    assert total is not None
+    sizes = [found.num_rows * found.length for found in keys]
+    return [part.view(-1, found.length) for part, found in zip(total.split(sizes), keys, strict=True)]
