@@ -24,7 +24,7 @@ ROOMS = {
         *("extracted", "readers", "folders", "sources"),  # files
         *("detokenizer", "text", "answer", "document"),  # tokens
     ],
-    "huggingface": ["adapter_files", "embedded", "loading", "modeling", "pretrained"],
+    "huggingface": ["adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained"],
     "front": ["reading", "asking", "llm"],  # lies in no folder
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
@@ -40,7 +40,7 @@ ROOMS = {
         *("methods", "plan", "runner", "results", "report", "harness"),
     ],
     "bench": ["plan", "measure", "contenders", "run", "report"],
-    "cli": ["options", "terminal", "ask", "train", "bench", "evaluate", "inspect", "app", "process", ""],
+    "cli": ["options", "terminal", "ask", "heads", "train", "bench", "evaluate", "inspect", "app", "process", ""],
     "shell": ["__main__"],  # lies in no folder
 }
 OUTSIDE = ("", "front", "shell")

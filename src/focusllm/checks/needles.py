@@ -13,7 +13,20 @@ import numpy as np
 
 Rng = np.random.Generator
 
-FIRST_NAMES = ("Adela", "Bram", "Corin", "Delia", "Edwin", "Fenna", "Gustav", "Hester", "Ivo", "Jorun", "Kasper", "Lenore")
+FIRST_NAMES = (
+    "Adela",
+    "Bram",
+    "Corin",
+    "Delia",
+    "Edwin",
+    "Fenna",
+    "Gustav",
+    "Hester",
+    "Ivo",
+    "Jorun",
+    "Kasper",
+    "Lenore",
+)
 LAST_NAMES = ("Ashdown", "Brindle", "Calloway", "Dunmore", "Everhart", "Fairweather", "Grimsby", "Hollis", "Ironside")
 THINGS = (
     *("telescope", "violin", "ledger", "dagger", "necklace", "compass", "map", "crown", "lantern", "testament"),

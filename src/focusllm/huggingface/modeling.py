@@ -23,6 +23,7 @@ from focusllm.decoding.request import Request
 from focusllm.errors import ConfigError, DocumentError, ModelError
 from focusllm.huggingface.adapter_files import load_adapter, save_adapter
 from focusllm.huggingface.embedded import cache_folder, public_name
+from focusllm.huggingface.head_files import HEADS_NAME, find_heads, save_heads
 from focusllm.huggingface.loading import ADAPTER_FOLDER, SETTINGS_NAME, cannot_load, find_saved
 from focusllm.memory.chunking import split, split_start
 from focusllm.memory.chunks import ChunkBlock, Place, Progress, document_key, encode
@@ -328,6 +329,10 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             if not any(name.startswith(f"{path}.") and not name.startswith(f"{path}.base.") for path in wrappers)
         }
         self.base.save_pretrained(folder, state_dict=base_only, **kwargs)
+        if self.found_heads is not None:
+            save_heads(self.base, self.found_heads, folder / HEADS_NAME)
+        else:
+            (folder / HEADS_NAME).unlink(missing_ok=True)  # of an earlier save
         (folder / SETTINGS_NAME).write_text(json.dumps(self.focus_config.to_dict(), indent=2) + "\n")
 
     @classmethod
@@ -361,4 +366,5 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(base, focus_config)
         if adapter is not None:
             model.load_candidates(adapter)
+        model.found_heads = find_heads(base, str(name), Path(name))
         return model
