@@ -17,14 +17,14 @@ from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import count_chunks
 from focusllm.memory.chunks import encode
 from focusllm.method.adapter import injected
-from focusllm.method.base import Layout, layout
+from focusllm.method.base import Rotary, layout
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str, attention: str) -> None:
     checks = list(verify(build(family, attention)))
-    assert len(checks) == 11
+    assert len(checks) == 12
     assert not [check for check in checks if not check.passed]
 
 
@@ -45,8 +45,8 @@ def test_verify_leaves_the_model_as_it_was() -> None:
 
 def test_verify_catches_keys_moved_by_wrong_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    wrong = layout(model).inv_freq * 1.01
-    monkeypatch.setattr(Layout, "inv_freq", property(lambda _: wrong))
+    wrong = layout(model).rotaries[0].inv_freq * 1.01
+    monkeypatch.setattr(Rotary, "inv_freq", property(lambda _: wrong))
     assert [check.name for check in verify(model) if not check.passed] == ["keys moved equal keys computed in place"]
 
 

@@ -17,7 +17,9 @@ SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a room may import only rooms named before it, and a file only files named before it.
 ROOMS = {
     "": ["errors", "options", "files", "machine", "config"],  # what every room may use
-    "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
+    "method": [
+        *("kv", "rope", "scoring", "differentiable", "attention", "passes", "base", "packed", "adapter", "focus"),
+    ],
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
     "documents": ["readers", "text", "answer", "document"],

@@ -25,7 +25,7 @@ from focusllm.memory.chunks import ChunkBlock, count_alike, encode, tokens_at_on
 from focusllm.method.adapter import sink_token
 from focusllm.method.base import layout, run_plain
 from focusllm.method.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
-from focusllm.method.kv import KV, GrowingKV, Segment, concat
+from focusllm.method.kv import KV, GrowingKV, Segment, behind_sink, concat
 
 
 @dataclass(eq=False)
@@ -224,7 +224,9 @@ def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) 
         return _local_from_start(model, request, config, 1)[-1]
     newest = _tensor(model, [request.local_ids[-1:]])
     place = _tensor(model, [_first_place(model, request) + len(request.local_ids) - 1])
-    logits, kv, paid = local_pass(model, newest, place, [Segment([request.candidates]), Segment([request.local_kv])])
+    segments = Segment([request.candidates]), Segment([request.local_kv])
+    segments = behind_sink(*segments) if _first_slot(model) else segments
+    logits, kv, paid = local_pass(model, newest, place, segments)
     request.local_kv.append(kv)
     _count_attention(request, paid[0])
     return logits[0, -1]
