@@ -79,7 +79,7 @@ _MIXED = {"sliding_window": 10, "layer_types": ["sliding_attention", "full_atten
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 1}
 WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("MistralConfig", {"sliding_window": 10}),
-    "ministral": ("MinistralConfig", _MIXED),
+    "ministral": ("MinistralConfig", {**_MIXED, "head_dim": 16}),
     "qwen2-window": ("Qwen2Config", {**_MIXED, "use_sliding_window": True}),
     "gemma2": ("Gemma2Config", {**_MIXED, "head_dim": 16, "attn_logit_softcapping": 0.01, "query_pre_attn_scalar": 1}),
     "vaultgemma": (
@@ -98,8 +98,14 @@ WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "mimo_v2_flash": (
         "MiMoV2FlashConfig",
         {
-            **(_MIXED | _EXPERTS | {"n_routed_experts": 2, "n_group": 1, "topk_group": 1}),
-            **{"head_dim": 16, "v_head_dim": 12, "rope_parameters": _TWO_ROPES},
+            **_MIXED,
+            **_EXPERTS,
+            "n_routed_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "head_dim": 16,
+            "v_head_dim": 12,
+            "rope_parameters": _TWO_ROPES,
         },
     ),
     "afmoe": ("AfmoeConfig", {**_MIXED, **_EXPERTS, "head_dim": 16, "num_experts": 2, "num_dense_layers": 1}),

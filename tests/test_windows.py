@@ -8,6 +8,7 @@ right at its slot, so no key is moved, and masks are made of positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from focusllm import AdapterConfig, FocusConfig
 from focusllm.checks.verify import verify
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import cut
-from focusllm.memory.chunks import encode
-from focusllm.memory.store import RowFile
+from focusllm.memory.chunks import Place, encode
+from focusllm.memory.cost import stored_bytes
 from focusllm.method import attention, passes
 from focusllm.method.adapter import trainable_parameters
 from focusllm.method.attention import attend
@@ -183,15 +184,22 @@ def test_rows_in_buffers_of_their_own(sink: int | None) -> None:
 
 
 @torch.no_grad()
-def test_rows_that_lie_elsewhere() -> None:
-    """Kept on disk and brought in batches; keys and values of other widths in each layer."""
-    model = with_candidates(build("mimo_v2_flash", "eager", sliding_window=9))
-    from focusllm.memory.chunks import Place
-
-    blocks = encode(model, FAR, SMALL, place=Place("disk", folder=None) if False else None)
-    assert blocks
-    shapes = {tuple(kv.shape[1::2]) for block in blocks for kv in (*block.kv.keys, *block.kv.values)}
-    assert shapes == {(2, 16), (2, 12), (4, 16), (4, 12)}
+@pytest.mark.parametrize("kv_dtype", ["same", "int8"])
+def test_keys_and_values_of_other_shapes_in_each_layer(tmp_path: Path, kv_dtype: str) -> None:
+    """Kept on disk, and in memory if packed."""
+    model = with_candidates(build("mimo_v2_flash", "eager"))
+    config = SMALL.replace(kv_dtype=kv_dtype)
+    expected = cached_reference(model)[0] if kv_dtype == "same" else run(model, config)[0][0]
+    place = Place("disk", tmp_path, "document")
+    for blocks in (encode(model, FAR, config, place=place), encode(model, FAR, config, place=place)):
+        request = start_request(model, blocks, LOCAL, config)
+        torch.testing.assert_close(prefill(model, request, config)[-1], expected, **CLOSE)
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.rows"))
+    assert size > stored_bytes(model, config, len(FAR))
+    layers = layout(model).layers
+    assert [(layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers] == [
+        *((4, 16, 12), (2, 16, 12), (4, 16, 12)),
+    ]
 
 
 @pytest.mark.parametrize("family", ["mistral-window", "gemma2", "gpt_oss"])
@@ -203,7 +211,9 @@ def test_training_computes_what_decoding_does(family: str, sink: int | None) -> 
     sample = Sample(LOCAL + FORCED, len(FORCED), 6)
     shorter = Sample(LOCAL[3:] + FORCED[:2], 2, 4)
     logits = dense_logits(model, kv, [sample, shorter])
-    request = start_request(model, encode(model, FAR[: len(FAR) - len(CHUNKS[-1]) + SMALL.overlap], SMALL), LOCAL, SMALL)
+    request = start_request(
+        model, encode(model, FAR[: len(FAR) - len(CHUNKS[-1]) + SMALL.overlap], SMALL), LOCAL, SMALL
+    )
     assert request.num_chunks == len(chunks)
     expected = [prefill(model, request, SMALL)[-1]]
     expected += [decode(model, [request], [token], SMALL)[0] for token in FORCED[:-1]]

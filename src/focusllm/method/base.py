@@ -295,7 +295,7 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, _Call]:
         for path in modules:
             layer = model.get_submodule(path.rpartition(".")[0])
             undo.enter_context(_forward(layer, partial(layer_called, path, inspect.signature(layer.forward))))
-        undo.enter_context(entered(model, Pass(lambda *_: kept[0], NO_TOKENS, ids, None)))  # no masks are built
+        undo.enter_context(entered(model, Pass(lambda *_: ids, NO_TOKENS, ids, None)))  # so that no masks are made
         model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)  # type: ignore[operator]
     return calls
 

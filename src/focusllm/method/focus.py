@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from focusllm.method.adapter import sink_token
 from focusllm.method.attention import attend
 from focusllm.method.base import layout, run
-from focusllm.method.kv import KV, Segment, behind_sink, concat
+from focusllm.method.kv import KV, Segment, behind_sink, concat, hidden_from_first
 from focusllm.method.passes import PassEnded
 from focusllm.method.rope import move_keys, rotation
 from focusllm.method.scoring import Scoring
@@ -141,12 +141,8 @@ def mover(model: nn.Module, delta: Tensor) -> Callable[[int, Tensor], Tensor]:
     """A function of (layer, keys [B, K, T, D]) that moves keys by delta [B, T] positions."""
     found = layout(model)
     turns = {rotary: rotation(delta, rotary.inv_freq.to(delta.device)) for rotary in found.rotaries}
-
-    def move(layer: int, keys: Tensor) -> Tensor:
-        rotary = found.layers[layer].rotary
-        return move_keys(keys, turns[rotary], found.interleaved) if rotary else keys
-
-    return move
+    of_layer = [turns[layer.rotary] if layer.rotary else None for layer in found.layers]
+    return lambda i, keys: keys if (turn := of_layer[i]) is None else move_keys(keys, turn, found.interleaved)
 
 
 def local_pass(
@@ -177,19 +173,11 @@ def local_pass(
     if sink is not None:
         logits_to_keep = logits_to_keep or tokens.shape[1]
         tokens, positions = F.pad(tokens, (1, 0), value=sink), F.pad(positions, (1, 0))
-        segments = [_hidden_from_first(segment, tokens.shape[1]) for segment in segments]
+        segments = [hidden_from_first(segment, tokens.shape[1]) for segment in segments]
     attention = Over(segments, watch=watch if segments and not torch.is_grad_enabled() else 0)
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None
     return logits, attention.kv, attention.paid
-
-
-def _hidden_from_first(segment: Segment, num_tokens: int) -> Segment:
-    (block,) = segment.blocks
-    device = block.keys[0].device
-    mask = torch.ones(num_tokens, block.length, dtype=torch.bool, device=device)
-    mask[0] = False
-    return Segment(segment.blocks, mask, segment.shown, [torch.arange(1, block.length + 1, device=device)])
 
 
 def decode_pass(
@@ -234,7 +222,7 @@ def decode_pass(
         all_of = (query, key, value)
         q_rows, k_rows, v_rows = (x[0, :, : 2 * rows].reshape(-1, rows, 2, x.shape[3]).transpose(0, 1) for x in all_of)
         q, k, v = (x[0, :, 2 * rows :].transpose(0, 1)[:, :, None] for x in all_of)  # [B, heads, 1, D]
-        out_rows = over_rows(layer, q_rows, k_rows, v_rows, how.at(positions[0, : 2 * rows].view(-1, 2)))  # [R, H, 2, D]
+        out_rows = over_rows(layer, q_rows, k_rows, v_rows, how.at(at_rows))  # [R, H, 2, D]
         lined_up = move(layer, key[:, :, 1 : 2 * rows : 2])  # [1, K, R, D]
         made = torch.split(lined_up, counts, 2), torch.split(value[:, :, 1 : 2 * rows : 2], counts, 2)
         for kv, own_slots, own_keys, own_values in zip(candidates, slots, *made, strict=True):
@@ -242,14 +230,15 @@ def decode_pass(
             kv.values[layer].index_copy_(2, own_slots, own_values)
         local_kv.keys.append(k)
         local_kv.values.append(v)
-        how = how.at(local_start[:, None])
-        out_local, paid = attend(q, k, v, [seen.layer(layer), local.layer(layer)], None, how, 1)
+        own = how.at(local_start[:, None])
+        out_local, paid = attend(q, k, v, [seen.layer(layer), local.layer(layer)], None, own, 1)
         totals[:] = [a + b for a, b in zip(totals, paid, strict=True)] if totals else paid
         flat = [out_rows.transpose(0, 1).flatten(1, 2), out_local[:, :, 0].transpose(0, 1)]
         return torch.cat(flat, 1)[None]
 
     tokens = torch.cat([pairs.flatten(), newest])[None]
-    positions = torch.cat([torch.stack([start, start + 1], 1).flatten(), local_start])[None]
+    at_rows = torch.stack([start, start + 1], 1)
+    positions = torch.cat([at_rows.flatten(), local_start])[None]
     keep = torch.arange(2 * rows, 2 * rows + len(newest), device=tokens.device)
     logits = run(model, tokens, positions, attention, candidates=slice(1, 2 * rows, 2), logits_to_keep=keep)
     assert logits is not None

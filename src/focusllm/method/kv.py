@@ -180,6 +180,15 @@ class Segment:
         return LayerSegment(held, self.mask, self.positions)
 
 
+def hidden_from_first(candidates: Segment, num_tokens: int) -> Segment:
+    """A local pass that begins with a sink, at position 0: it does not see the candidates, which are behind it."""
+    (block,) = candidates.blocks
+    device = block.keys[0].device
+    mask = torch.ones(num_tokens, block.length, dtype=torch.bool, device=device)
+    mask[0] = False
+    return replace(candidates, mask=mask, positions=[torch.arange(1, block.length + 1, device=device)])
+
+
 def behind_sink(candidates: Segment, local: Segment) -> tuple[Segment, Segment]:
     """A local pass that goes on: where candidates and kept local tokens are if the first of these is a sink.
 

@@ -95,7 +95,8 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     limits = sliding_window is not None and this.last is not None and this.last >= sliding_window
     how = Scoring(scale, softcap, s_aux, sliding_window if limits else None, this.positions)
-    return this.attention(module.layer_idx, query, key, value, how).transpose(1, 2), None  # type: ignore[arg-type]
+    out = this.attention(module.layer_idx, query, key, value, how)  # type: ignore[arg-type]
+    return out.transpose(1, 2).contiguous(), None  # in one piece, as transformers' own functions give it
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
