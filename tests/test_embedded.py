@@ -246,6 +246,6 @@ def test_converted_model_is_in_the_hub_format(embedded: FocusLLM) -> None:
 def test_positions_have_the_angles_of_the_base_model(embedded: FocusLLM) -> None:
     """In 16 bits they would be others: at a distance of 1,024 tokens by more than a radian."""
     alone = AutoModelForCausalLM.from_pretrained(module.resolve_model(module.ALIAS), dtype="auto")
-    ours, theirs = layout(embedded.model.base).inv_freq, layout(alone).inv_freq
+    ours, theirs = (layout(model).rotaries[0].inv_freq for model in (embedded.model.base, alone))
     assert ours.dtype == theirs.dtype == torch.float32
     assert torch.equal(ours, theirs)

@@ -16,9 +16,8 @@ from focusllm.checks import heads as module
 from focusllm.checks.needles import needles
 from focusllm.huggingface.head_files import HEADS_NAME, find_heads, load_heads, save_heads
 from focusllm.memory.lookup import Heads, middle_heads
-from focusllm.method.base import layout
 
-HEADS = Heads(((0, 1), (2, 3)), 2)
+HEADS = Heads(((0, 1), (2, 3)), (0, 1))
 
 
 def test_needles_are_told_apart() -> None:
@@ -41,24 +40,22 @@ def test_every_fact_is_in_its_chunk_alone() -> None:
         module._hide(hidden, tokenizer, 64)
 
 
-def test_the_head_that_looks_up_is_found(llama: nn.Module) -> None:
+def test_the_head_that_looks_up_is_found() -> None:
     """One head pays the right chunk more than others do, one always the first, the rest at random."""
-    found, generator = layout(llama), torch.Generator().manual_seed(0)
-    num_heads, right = found.num_heads * len(found.layers), torch.arange(24) % 6
-    paid = 0.02 * torch.rand(24, num_heads, 6, generator=generator)
+    generator, right = torch.Generator().manual_seed(0), torch.arange(24) // 2 % 6
+    paid = 0.02 * torch.rand(24, 12, 6, generator=generator)
     paid[torch.arange(24), 7, right] += 0.2
     paid[:, 3, 0] += 0.5
-    best = module._best(paid, right, 1, found)
-    assert best.heads.pairs == ((1, 3),)
-    assert (best.right_first, best.num_questions, best.num_chunks) == (1.0, 12, 6)
-    assert best.all_heads_first < 0.5
+    best, first, among_four, by_all = module._best(paid, right, 1)
+    assert (best, first, among_four) == ([7], 1.0, 1.0)
+    assert by_all < 0.5
 
 
 def test_heads_of_a_tiny_model(llama: nn.Module) -> None:
     steps: list[tuple[int, int]] = []
     found = module.find_heads(llama, byte_tokenizer(), 4, 1024, 2, lambda *step: steps.append(step))
     assert len(found.heads.pairs) == 2
-    assert found.heads.group == 2
+    assert (found.num_questions, found.num_chunks) == (2, 2)
     assert steps[-1] == (6, 6)
     with pytest.raises(ModelError, match="num_heads is 99, but the model has 12 heads"):
         module.find_heads(llama, byte_tokenizer(), 4, num_heads=99)

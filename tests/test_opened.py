@@ -147,7 +147,7 @@ def test_a_small_budget_opens_a_part(llama: nn.Module) -> None:
 
 def test_token_weights_are_the_joint_softmax(llama: nn.Module) -> None:
     """Against scores of the unpacked keys; eight bits move them by little."""
-    heads = Heads(((0, 1), (1, 2), (1, 3)), 2)
+    heads = Heads.of(llama, [(0, 1), (1, 2), (1, 3)])
     start = read_start(llama, START)
     blocks = encode(llama, random_ids(100), OPENED, start=start, heads=heads)
     question = torch.tensor(random_ids(6, 3))
@@ -172,7 +172,7 @@ def test_what_is_asked_for_is_chosen(llama: nn.Module) -> None:
     lookup = blocks[0].lookup
     assert lookup is not None
     for place, (layer, key_head) in enumerate(heads.key_heads):
-        wanted = asked[layer][key_head * heads.group].mean(0)
+        wanted = asked[layer][key_head * 2].mean(0)
         lookup.packed[place, 2, 5] = (wanted / wanted.abs().max() * 127).round().to(torch.int8)
         lookup.scales[place, 2, 5] = 1.0
     request = start_request(llama, blocks, question, config)
@@ -229,5 +229,5 @@ def test_a_budget_that_the_positions_do_not_hold(llama: nn.Module) -> None:
 
 
 def test_lookup_keys_are_small(llama: nn.Module) -> None:
-    keys = LookupKeys.empty(Heads(((1, 0), (1, 1), (2, 3)), 2), 3, 24, 16)
+    keys = LookupKeys.empty(Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24, 16)
     assert keys.nbytes == 2 * 3 * 24 * (16 + 2)

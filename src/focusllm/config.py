@@ -44,8 +44,8 @@ class FocusConfig:
     places with them when they would get more. None: all. `exact` takes all."""
     far_context: FarContext = "auto"
     """How the local context sees a chunk: `condensed` into a candidate token (the paper), or `opened`, all tokens of
-    the few that matter, which needs no training (docs/method.md). auto: condensed where candidate projections were trained
-    for the model, else opened."""
+    the few that matter, which needs no training (docs/method.md). auto: condensed where candidate projections were
+    trained for the model, else opened."""
     open_tokens: int = 1024
     """opened: most tokens of the far context that are seen at once; whole chunks, as many as it holds, or the part of
     one that matters most. Each further chunk costs some of the answers (docs/method.md)."""

@@ -229,6 +229,6 @@ def _before_rotation(model: nn.Module, candidates: KV | None) -> tuple[Tensor, T
     assert candidates is not None
     found = layout(model)
     back = -torch.arange(candidates.length)[None]
-    turn = rotation(back, found.inv_freq)
+    turn = rotation(back, found.rotaries[0].inv_freq)
     keys = [move_keys(key, turn)[0] for key in candidates.keys]
     return torch.stack(keys), torch.stack([value[0] for value in candidates.values])

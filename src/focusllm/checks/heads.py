@@ -22,15 +22,13 @@ from torch import Tensor, nn
 from focusllm.checks.needles import Needle, needles
 from focusllm.documents.text import encode_ids, frame_ids, frame_question
 from focusllm.errors import ModelError
-from focusllm.memory.lookup import Heads
-from focusllm.method.base import Layout, layout
+from focusllm.memory.lookup import Heads, choosing_layers
+from focusllm.method.base import layout
 from focusllm.method.kv import KV
 from focusllm.method.opened import Start, look_up, read_behind, read_start
 
 NUM_HEADS = 8
 FACTS_A_CHUNK = 4
-SHARPNESS = 0.02
-"""By how much more of its attention a head must pay to the right chunk than to others for that to count."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,11 @@ class Found:
     heads: Heads
     right_first: float
     right_among_four: float
+    all_heads_first: float
+    """What the mean of all heads reaches."""
     num_questions: int
     """Held-out ones."""
     num_chunks: int
-    all_heads_first: float
-    """What the mean of all heads reaches."""
 
 
 def find_heads(
@@ -65,11 +63,9 @@ def find_heads(
     Raises:
         ModelError: the model has fewer heads than are asked for, or a chunk holds no fact.
     """
-    found = layout(model)
-    if num_heads > found.num_heads * len(found.layers):
-        raise ModelError(
-            f"num_heads is {num_heads}, but the model has {found.num_heads * len(found.layers)} heads; ask for fewer."
-        )
+    able = [(i, head) for i in choosing_layers(model) for head in range(layout(model).layers[i].num_heads)]
+    if num_heads > len(able):
+        raise ModelError(f"num_heads is {num_heads}, but the model has {len(able)} heads to choose by; ask for fewer.")
     hidden = needles(np.random.default_rng(0), num_questions)
     rows, right = _hide(hidden, tokenizer, chunk_length)
     start_ids, steps = frame_ids(tokenizer)[0], len(rows) + len(hidden)
@@ -83,7 +79,9 @@ def find_heads(
         question = torch.tensor(frame_question(tokenizer, needle.question)[1], device=device)
         paid.append(_paid(model, start, chunks, question))
         progress(len(rows) + i + 1, steps)
-    return _best(torch.stack(paid), torch.tensor(right), num_heads, found)
+    best, *recalls = _best(torch.stack(paid), torch.tensor(right), num_heads)
+    heads = Heads.of(model, [able[i] for i in best])
+    return Found(heads, *recalls, num_questions=len(hidden) // 2, num_chunks=len(chunks))
 
 
 def _hide(hidden: Sequence[Needle], tokenizer: Any, chunk_length: int) -> tuple[list[list[int]], list[int]]:
@@ -113,37 +111,32 @@ def _hide(hidden: Sequence[Needle], tokenizer: Any, chunk_length: int) -> tuple[
 
 
 def _paid(model: nn.Module, start: Start | None, chunks: Sequence[KV], question: Tensor) -> Tensor:
-    """What every head of every layer pays to every chunk, a mean over the question: [L * H, R]."""
-    found = layout(model)
-    group, num_start = found.num_heads // found.num_kv_heads, start.length if start is not None else 0
-    asked = look_up(model, start, question, num_start + chunks[0].length, range(len(found.layers)))
+    """What every head that may choose pays to every chunk, a mean over the question: [heads, R]."""
+    able, num_start = choosing_layers(model), start.length if start is not None else 0
+    asked = look_up(model, start, question, num_start + chunks[0].length, able)
     paid = []
-    for layer in range(len(found.layers)):
+    for layer in able:
         before = [start.kv.keys[layer][0]] if start is not None else []
-        keys = torch.cat([*before, *(chunk.keys[layer][0] for chunk in chunks)], 1).repeat_interleave(group, 0)
-        weights = (asked[layer].float() @ keys.float().transpose(1, 2)).softmax(-1).mean(1)[:, num_start:]
-        paid.append(weights.view(found.num_heads, len(chunks), -1).sum(-1))
+        keys = torch.cat([*before, *(chunk.keys[layer][0] for chunk in chunks)], 1).float()
+        queries = asked[layer].float().view(keys.shape[0], -1, *asked[layer].shape[1:])
+        weights = (queries @ keys[:, None].transpose(2, 3)).softmax(-1).mean(2).flatten(0, 1)[:, num_start:]
+        paid.append(weights.view(len(weights), len(chunks), -1).sum(-1))
     return torch.cat(paid)
 
 
-def _best(paid: Tensor, right: Tensor, num_heads: int, found: Layout) -> Found:
-    """The best heads by every other question [Q, L * H, R], tried on the others."""
+def _best(paid: Tensor, right: Tensor, num_heads: int) -> tuple[list[int], float, float, float]:
+    """The best heads by every other question [Q, heads, R]; tried on the others, how often the right chunk comes first
+    and among four, and how often it does by the mean of all heads.
+    """
     learn, held_out = slice(0, None, 2), slice(1, None, 2)
     each = torch.arange(len(right[learn]))
-    sure = (paid[learn] / SHARPNESS).softmax(-1)[each, :, right[learn]].mean(0)
-    best = sure.topk(num_heads).indices
-    pairs = tuple(sorted(divmod(int(i), found.num_heads) for i in best))
+    to_right = paid[learn][each, :, right[learn]]
+    first = (paid[learn].argmax(-1) == right[learn][:, None]).float().mean(0)
+    best = (first + to_right.mean(0) / 1000).topk(num_heads).indices  # of equals, the one that is surer
 
     def recall(of: Tensor, count: int) -> float:
         chosen = of.sum(1).topk(min(count, of.shape[-1])).indices
         return float((chosen == right[held_out][:, None]).any(-1).float().mean())
 
     few = paid[held_out][:, best]
-    return Found(
-        heads=Heads(pairs, found.num_heads // found.num_kv_heads),
-        right_first=recall(few, 1),
-        right_among_four=recall(few, 4),
-        num_questions=len(right[held_out]),
-        num_chunks=paid.shape[-1],
-        all_heads_first=recall(paid[held_out], 1),
-    )
+    return sorted(best.tolist()), recall(few, 1), recall(few, 4), recall(paid[held_out], 1)

@@ -26,7 +26,7 @@ from focusllm.memory.lookup import Heads
 from focusllm.method.adapter import sink_token
 from focusllm.method.base import layout, run_plain
 from focusllm.method.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
-from focusllm.method.kv import KV, GrowingKV, Segment, concat, lasting
+from focusllm.method.kv import KV, GrowingKV, Segment, behind_sink, concat, lasting
 
 
 def start_request(
@@ -174,7 +174,9 @@ def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) 
         return _local_from_start(model, request, config, 1)[-1]
     newest = _tensor(model, [request.local_ids[-1:]])
     place = _tensor(model, [_first_place(model, request) + len(request.local_ids) - 1])
-    logits, kv, paid = local_pass(model, newest, place, [Segment([request.candidates]), Segment([request.local_kv])])
+    segments = Segment([request.candidates]), Segment([request.local_kv])
+    segments = behind_sink(*segments) if _first_slot(model) else segments
+    logits, kv, paid = local_pass(model, newest, place, segments)
     request.local_kv.append(kv)
     _count_attention(model, request, paid[0])
     return logits[0, -1]

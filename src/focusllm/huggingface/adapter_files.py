@@ -31,14 +31,14 @@ PEFT_PREFIX = "base_model.model."
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """The shape of a base model: an adapter fits a model with the same one."""
-    found, config = layout(model), model.config
+    layers, config = layout(model).layers, model.config
     return {
         "model_type": config.model_type,  # type: ignore[union-attr]
-        "num_hidden_layers": len(found.layers),
+        "num_hidden_layers": len(layers),
         "hidden_size": config.hidden_size,  # type: ignore[union-attr]
-        "num_attention_heads": found.num_heads,
-        "num_key_value_heads": found.num_kv_heads,
-        "head_dim": found.head_dim,
+        "num_attention_heads": layers[0].num_heads,
+        "num_key_value_heads": layers[0].num_kv_heads,
+        "head_dim": layers[0].key_dim,
     }
 
 

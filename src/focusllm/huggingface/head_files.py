@@ -13,7 +13,7 @@ from focusllm.errors import ModelError, first_line
 from focusllm.files import whole_file
 from focusllm.huggingface.adapter_files import fingerprint
 from focusllm.huggingface.embedded import cache_folder
-from focusllm.memory.lookup import Heads
+from focusllm.memory.lookup import Heads, choosing_layers
 from focusllm.method.base import layout
 
 HEADS_NAME = "lookup_heads.json"
@@ -45,13 +45,13 @@ def load_heads(model: nn.Module, path: Path) -> Heads:
         base = content["base"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} has no look-up heads ({first_line(error)}); find them anew.") from error
-    odd = [pair for pair in pairs if not (0 <= pair[0] < len(shape.layers) and 0 <= pair[1] < shape.num_heads)]
-    if base != fingerprint(model) or odd or not pairs:
+    able = {(i, head) for i in choosing_layers(model) for head in range(shape.layers[i].num_heads)}
+    if base != fingerprint(model) or not pairs or not able.issuperset(pairs):
         raise ModelError(
             f"the look-up heads in {path} are of another model ({base}), not of this one ({fingerprint(model)}); find "
             f"them with focusllm heads."
         )
-    return Heads(pairs, shape.num_heads // shape.num_kv_heads)
+    return Heads.of(model, pairs)
 
 
 def cached_path(model: nn.Module, name: str) -> Path:

@@ -249,18 +249,19 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
     base_config: Any = model.config
     settings = {name: value for name, value in base_config.to_diff_dict().items() if name not in UNIMPORTANT}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    rotary = layout(model).rotary
-    digest.update(f" {getattr(rotary, 'attention_scaling', 1.0)}".encode())
+    rotaries = layout(model).rotaries
+    for rotary in rotaries:
+        digest.update(f" {rotary.attention_scaling}".encode())
     ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}
     theirs = (p for p in model.parameters() if id(p) not in ours)
-    for tensor in (layout(model).inv_freq, *theirs):
+    for tensor in (*(rotary.inv_freq for rotary in rotaries), *theirs):
         digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
 
 
 def _lookup(model: nn.Module, heads: Heads | None, ids: Tensor) -> LookupKeys | None:
     if heads is None:
         return None
-    return LookupKeys.empty(heads, *ids.shape, layout(model).head_dim)
+    return LookupKeys.empty(heads, *ids.shape, layout(model).layers[heads.pairs[0][0]].key_dim)
 
 
 def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> Packed | RowFile | None:

@@ -10,6 +10,7 @@ Letters: R chunks, C tokens of a chunk, T of the question, D head dimension.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,15 +28,22 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Heads:
-    """Which query heads choose: (layer, head) each, and how many query heads share a key-value head."""
+    """Which query heads choose: (layer, head) each, and the key-value head that each of them shares."""
 
     pairs: tuple[tuple[int, int], ...]
-    group: int
+    shared: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, pairs: Sequence[tuple[int, int]]) -> Heads:
+        """Heads of a model."""
+        layers = layout(model).layers
+        shared = (head * layers[layer].num_kv_heads // layers[layer].num_heads for layer, head in pairs)
+        return cls(tuple(pairs), tuple(shared))
 
     @property
     def key_heads(self) -> list[tuple[int, int]]:
         """The (layer, key-value head) pairs whose keys are kept, each once."""
-        return sorted({(layer, head // self.group) for layer, head in self.pairs})
+        return sorted({(layer, key_head) for (layer, _), key_head in zip(self.pairs, self.shared, strict=True)})
 
     @property
     def layers(self) -> set[int]:
@@ -48,11 +56,17 @@ def middle_heads(model: nn.Module) -> Heads:
 
     Heads that look things up lie there in every model that was looked at (arXiv 2506.09944, 2602.22591).
     """
-    found = layout(model)
-    first = max(0, len(found.layers) * 3 // 8 - 1)
-    layers = range(first, min(first + 4, len(found.layers)))
-    pairs = tuple((layer, head) for layer in layers for head in range(found.num_heads))
-    return Heads(pairs, found.num_heads // found.num_kv_heads)
+    able, found = choosing_layers(model), layout(model)
+    first = max(0, len(able) * 3 // 8 - 1)
+    return Heads.of(model, [(i, head) for i in able[first : first + 4] for head in range(found.layers[i].num_heads)])
+
+
+def choosing_layers(model: nn.Module) -> list[int]:
+    """The layers whose heads may choose: those that see all chunks, with keys of one width."""
+    layers = layout(model).layers
+    able = [i for i, layer in enumerate(layers) if layer.window is None] or list(range(len(layers)))
+    (width, _), *_ = Counter(layers[i].key_dim for i in able).most_common(1)
+    return [i for i in able if layers[i].key_dim == width]
 
 
 @dataclass(eq=False)
@@ -119,8 +133,8 @@ def token_weights(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], sta
     """
     heads = keys[0].heads
     total: Tensor | None = None
-    for layer, head in heads.pairs:
-        asked, key_head = queries[layer][head].float().cpu(), head // heads.group
+    for (layer, head), key_head in zip(heads.pairs, heads.shared, strict=True):
+        asked = queries[layer][head].float().cpu()
         place = heads.key_heads.index((layer, key_head))
         parts = [found.scores(asked, place) for found in keys]
         num_start = 0

@@ -64,8 +64,8 @@ class DamagedRow(Exception):
 class Packing:
     """How a model's keys and values are laid out when they are not as computed."""
 
-    num_kv_heads: int
-    head_dim: int
+    shapes: tuple[tuple[int, int], ...]
+    """Heads and width of a token: of the keys of each layer, then of the values."""
     devices: tuple[torch.device, ...]
     """Where each layer computes."""
     dtype: torch.dtype
@@ -76,13 +76,19 @@ class Packing:
     @classmethod
     def of(cls, model: nn.Module, kv_dtype: str) -> Packing:
         """The packing of a model's keys and values."""
-        found = layout(model)
-        devices = tuple(next(layer.module.parameters()).device for layer in found.layers)
-        return cls(found.num_kv_heads, found.head_dim, devices, next(model.parameters()).dtype, kv_dtype)
+        layers = layout(model).layers
+        keys = [(layer.num_kv_heads, layer.key_dim) for layer in layers]
+        values = [(layer.num_kv_heads, layer.value_dim) for layer in layers]
+        devices = tuple(next(layer.module.parameters()).device for layer in layers)
+        return cls((*keys, *values), devices, next(model.parameters()).dtype, kv_dtype)
 
     def parts(self, length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of a row and type of what a tensor of a layer is packed into."""
-        heads, width = self.num_kv_heads, self.head_dim
+        """Shape of a row and type of all that its keys and values are packed into."""
+        return [part for shape in self.shapes for part in self.parts_of(shape, length)]
+
+    def parts_of(self, shape: tuple[int, int], length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """The same for keys or values of one layer."""
+        heads, width = shape
         if self.kv_dtype == "same":
             return [((heads, length, width), self.dtype)]
         if self.kv_dtype == "int8":
@@ -92,7 +98,15 @@ class Packing:
 
     def row_bytes(self, length: int) -> int:
         """Bytes of a row, keys and values of all layers."""
-        return 2 * len(self.devices) * sum(torch.Size(s).numel() * t.itemsize for s, t in self.parts(length))
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts(length))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What tells it from another model's, for a file's header."""
+        (heads, width), *others = dict.fromkeys(self.shapes)
+        if others:
+            return {"layers": len(self.devices), "shapes": xxhash.xxh3_64_hexdigest(repr(self.shapes).encode())}
+        return {"layers": len(self.devices), "num_kv_heads": heads, "head_dim": width}
 
     def pack(self, kv: KV) -> list[Tensor]:
         """[n, K, C, D] a layer to packed tensors: of the keys of all layers, then of the values."""
@@ -155,9 +169,9 @@ class Packed:
     def empty(cls, packing: Packing, num_rows: int, length: int, device: torch.device | None) -> Packed:
         """Room for so many rows; device None: where each layer computes."""
         parts = []
-        for layer in packing.devices * 2:
+        for layer, of_token in zip(packing.devices * 2, packing.shapes, strict=True):
             pinned = device is not None and device.type == "cpu" and layer.type == "cuda"
-            for shape, dtype in packing.parts(length):
+            for shape, dtype in packing.parts_of(of_token, length):
                 where = device or layer
                 parts.append(torch.empty((num_rows, *shape), dtype=dtype, device=where, pin_memory=pinned))
         return cls(packing, parts, length)
@@ -199,8 +213,7 @@ class RowFile:
         self._turn = threading.Lock()
         self._digests: dict[int, bytes] = {}
         header = {"format": 1, "dtype": str(packing.dtype), "kv_dtype": packing.kv_dtype, "length": length}
-        sizes = {"layers": len(packing.devices), "num_kv_heads": packing.num_kv_heads, "head_dim": packing.head_dim}
-        wanted = json.dumps({**header, **sizes}).encode().ljust(HEADER)
+        wanted = json.dumps({**header, **packing.sizes}).encode().ljust(HEADER)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = self._opened(path, folder)
@@ -254,7 +267,7 @@ class RowFile:
     def unpack(self, raw: Tensor) -> KV:
         """Records to keys and values [n, K, C, D] a layer."""
         parts, offset = [], 0
-        for shape, dtype in self.packing.parts(self.length) * (2 * len(self.packing.devices)):
+        for shape, dtype in self.packing.parts(self.length):
             size = torch.Size(shape).numel() * dtype.itemsize
             parts.append(raw[:, offset : offset + size].contiguous().view(dtype).view(-1, *shape))
             offset += size

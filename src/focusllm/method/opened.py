@@ -31,9 +31,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from focusllm.method.base import PassEnded, run
+from focusllm.method.base import run
 from focusllm.method.focus import Over, encode_chunks, local_pass, mover
 from focusllm.method.kv import KV, Segment, concat, lasting
+from focusllm.method.passes import PassEnded
+from focusllm.method.scoring import Scoring
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +97,12 @@ def look_up(
     behind = Over([Segment([start.kv])] if start is not None else [])
     last = max(layers)
 
-    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
         if layer in layers:
-            found[layer] = query[0] * scale
+            found[layer] = query[0] * how.scale
         if layer == last:
             raise PassEnded
-        return behind(layer, query, key, value, scale)
+        return behind(layer, query, key, value, how)
 
     positions = torch.arange(position, position + len(question), device=question.device)
     run(model, question[None], positions[None], attention)
