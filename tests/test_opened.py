@@ -229,5 +229,5 @@ def test_a_budget_that_the_positions_do_not_hold(llama: nn.Module) -> None:
 
 
 def test_lookup_keys_are_small(llama: nn.Module) -> None:
-    keys = LookupKeys.empty(Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24, 16)
+    keys = LookupKeys.of(llama, Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24)
     assert keys.nbytes == 2 * 3 * 24 * (16 + 2)

@@ -60,6 +60,19 @@ def decode(model: nn.Module, requests: Sequence[Request], config: FocusConfig) -
     return list(logits[:, -1])
 
 
+def read_on(model: nn.Module, request: Request, tokens: Sequence[int]) -> Tensor:
+    """Read several local tokens at once, without looking up anew: logits [T, V] behind each."""
+    assert request.opened is not None
+    assert request.local_kv is not None
+    new = torch.tensor([list(tokens)], device=request.blocks[0].token_ids.device)
+    place = torch.tensor([request.opened.far.length + len(request.local_ids)], device=new.device)
+    segments = [Segment([request.opened.far]), Segment([request.local_kv])]
+    logits, kv, _ = local_pass(model, new, place, segments, logits_to_keep=0, watch=0)
+    request.local_kv.append(kv)
+    request.local_ids.extend(tokens)
+    return logits[0]
+
+
 def check_positions(blocks: Sequence[ChunkBlock], config: FocusConfig, max_positions: int) -> None:
     """Check that start, what is opened and the local context stay inside a base model's positions.
 

@@ -133,9 +133,10 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def settings(self) -> FocusConfig:
         """`focus_config` with what it leaves open settled: how the far context is seen (`far_context`)."""
-        return self._settled(self.focus_config)
+        return self.settled(self.focus_config)
 
-    def _settled(self, config: FocusConfig) -> FocusConfig:
+    def settled(self, config: FocusConfig) -> FocusConfig:
+        """Settings with what they leave open as it is best for this model."""
         if config.far_context != "auto":
             return config
         return config.replace(far_context="opened" if self.adapter_config is None else "condensed")
@@ -249,7 +250,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         if not token_ids:
             return []
         folder = store or cache_folder() / "rows"
-        config = self._settled(config or self.focus_config)
+        config = self.settled(config or self.focus_config)
         config = config if store is None else config.replace(kv_place="disk")
         start_ids = start_ids if config.is_opened else ()
         name = document_key(self.base, token_ids, config, start_ids) if store else None

@@ -18,7 +18,7 @@ from focusllm.config import FocusConfig
 from focusllm.errors import DocumentError
 from focusllm.machine import computes_on_cpu
 from focusllm.memory.chunking import cut
-from focusllm.memory.lookup import Heads, LookupKeys
+from focusllm.memory.lookup import ROWS_AT_ONCE, Heads, LookupKeys
 from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
 from focusllm.method.adapter import injected
 from focusllm.method.base import layout
@@ -189,7 +189,7 @@ def encode(
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
         block: ChunkBlock | None = None
-        lookup = _lookup(model, heads, ids)
+        lookup = LookupKeys.of(model, heads, *ids.shape) if heads is not None else None
         for first in range(0, len(group), at_once):
             batch, encoded = ids[first : first + at_once], None
             if not isinstance(store, RowFile):
@@ -258,10 +258,13 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
         digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
 
 
-def _lookup(model: nn.Module, heads: Heads | None, ids: Tensor) -> LookupKeys | None:
-    if heads is None:
-        return None
-    return LookupKeys.empty(heads, *ids.shape, layout(model).layers[heads.pairs[0][0]].key_dim)
+def lookup_of(model: nn.Module, heads: Heads | None, block: ChunkBlock) -> LookupKeys | None:
+    """The look-up keys of chunks that were read already; None: there are no heads to choose by."""
+    keys = LookupKeys.of(model, heads, *block.token_ids.shape) if heads is not None else None
+    if keys is not None:
+        for first, kv in block.batches(model, ROWS_AT_ONCE):
+            keys.write(first, kv)
+    return keys
 
 
 def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> Packed | RowFile | None:

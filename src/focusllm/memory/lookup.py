@@ -78,10 +78,10 @@ class LookupKeys:
     scales: Tensor
 
     @classmethod
-    def empty(cls, heads: Heads, num_rows: int, length: int, head_dim: int) -> LookupKeys:
-        """Room for so many chunks."""
-        shape = (len(heads.key_heads), num_rows, length)
-        packed = torch.zeros(*shape, head_dim, dtype=torch.int8)
+    def of(cls, model: nn.Module, heads: Heads, num_rows: int, length: int) -> LookupKeys:
+        """Room for so many chunks of a model."""
+        shape, width = (len(heads.key_heads), num_rows, length), layout(model).layers[heads.pairs[0][0]].key_dim
+        packed = torch.zeros(*shape, width, dtype=torch.int8)
         return cls(heads, packed, torch.zeros(*shape, 1, dtype=torch.float16))
 
     @property
