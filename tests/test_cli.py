@@ -140,7 +140,7 @@ def test_a_read_that_is_cancelled(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("focusllm.memory.chunks.encode_chunks", stop)
+    monkeypatch.setattr("focusllm.memory.chunks.read_behind", stop)
     given = ("--store", tmp_path / "kept") if store else ()
     code, _, err = focusllm("ask", story, "-q", "What?", "-m", model_folder, *given)
     assert code == 130

@@ -77,7 +77,7 @@ def test_focus_answers_as_ask_does(overlap: int, llm: FocusLLM) -> None:
     example = dataclasses.replace(LONG, before="", after="\n\nWhat is wide?")
     method = build_method("focus", llm)
     assert method.generate(example).text == expected
-    far = method.divide(method.prompt(example))[0]
+    far = method.divide(method.prompt(example))[1]
     stops = [stop for _, stop in cut(document.num_tokens, llm.config)]
     assert len(far) in stops  # a chunk's end: the far chunks are the document's own
 
@@ -117,8 +117,8 @@ def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.Mon
     from focusllm.memory import chunk_cache
 
     read: list[int] = []
-    encode_chunks = chunk_cache.encode_chunks
-    monkeypatch.setattr(chunk_cache, "encode_chunks", lambda model, ids: read.append(1) or encode_chunks(model, ids))
+    read_behind = chunk_cache.read_behind
+    monkeypatch.setattr(chunk_cache, "read_behind", lambda *given: read.append(1) or read_behind(*given))
     base = llm.model.base
     cache, config = ChunkCache(base, 2**30), SMALL.replace(chunk_overlap=0)
     first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
@@ -391,9 +391,9 @@ def test_the_last_text_makes_room_before_the_next_is_read(llm: FocusLLM, monkeyp
 
     last, config = LastText(llm.model.base), SMALL
     kept = weakref.ref(last.blocks(random_ids(80), config)[0].kv)
-    encode_chunks, alive = chunk_cache.encode_chunks, []
+    read_behind, alive = chunk_cache.read_behind, []
     monkeypatch.setattr(
-        chunk_cache, "encode_chunks", lambda model, ids: alive.append(kept() is not None) or encode_chunks(model, ids)
+        chunk_cache, "read_behind", lambda *given: alive.append(kept() is not None) or read_behind(*given)
     )
     last.blocks(random_ids(80, seed=1), config)
     assert alive == [False] * 4

@@ -27,6 +27,7 @@ from focusllm.method.attention import (
 from focusllm.method.differentiable import by_products
 from focusllm.method.focus import encode_chunks, focus_logits, read_prompt
 from focusllm.method.kv import KV
+from focusllm.method.opened import read_behind
 from focusllm.method.rope import move_keys, rotation
 from reference import cached_logits, candidates_of, exact_logits
 
@@ -136,7 +137,7 @@ def test_a_cpu_reads_few_tokens_at_once(
     read = []
     monkeypatch.setattr("focusllm.memory.chunks.CPU_TOKENS_AT_ONCE", limit)
     monkeypatch.setattr(
-        "focusllm.memory.chunks.encode_chunks", lambda m, ids: read.append(len(ids)) or encode_chunks(m, ids)
+        "focusllm.memory.chunks.read_behind", lambda *given: read.append(len(given[2])) or read_behind(*given)
     )
     encode(llama, FAR, SMALL.replace(chunks_per_batch=per_batch))
     assert read == passes

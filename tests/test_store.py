@@ -101,7 +101,7 @@ def test_what_is_in_a_named_file_is_not_read_again(
 ) -> None:
     place = Place("disk", tmp_path, document_key(llama, IDS, SMALL))
     before = rows_of(llama, encode(llama, IDS, SMALL, place=place))
-    monkeypatch.setattr(chunks, "encode_chunks", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(chunks, "read_behind", lambda *_: pytest.fail("it was read again"))
     after = rows_of(llama, encode(llama, IDS, SMALL, place=place))
     assert difference(after, before) == 0
 
@@ -116,8 +116,8 @@ def test_a_read_that_was_broken_off_goes_on(llama: nn.Module, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         encode(llama, IDS, SMALL, stop, place)
     read = []
-    whole = chunks.encode_chunks
-    monkeypatch.setattr(chunks, "encode_chunks", lambda model, ids: (read.append(len(ids)), whole(model, ids))[1])
+    whole = chunks.read_behind
+    monkeypatch.setattr(chunks, "read_behind", lambda *given: (read.append(len(given[2])), whole(*given))[1])
     got = rows_of(llama, encode(llama, IDS, SMALL, place=place))
     assert read == [2, 1]  # two full chunks and the short one were left
     assert difference(got, rows_of(llama, encode(llama, IDS, SMALL))) == 0
@@ -294,7 +294,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr("focusllm.memory.cost.free_disk", lambda _: 1000)
     model = build(max_position_embeddings=10_000)
-    with pytest.raises(MemoryLimitError, match=r"on disk, but 0.0 GiB are free in .*a text of at most"):
+    with pytest.raises(MemoryLimitError, match=r"on disk, but 1000 bytes are free in .*a text of at most"):
         check_read(model, SMALL.replace(kv_place="disk"), 100_000, tmp_path)
 
 
