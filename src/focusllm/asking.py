@@ -84,7 +84,9 @@ def going_on(blocks: list[ChunkBlock], local_ids: list[int], num_tokens: int) ->
     return Asked(local_ids, blocks, None, num_tokens, Context([], [], [], [], []), 0)
 
 
-def decoder(model: FocusForCausalLM, tokenizer: Any, asked: Asked, generate: Mapping[str, Any]) -> Callable[..., Answer]:
+def decoder(
+    model: FocusForCausalLM, tokenizer: Any, asked: Asked, generate: Mapping[str, Any]
+) -> Callable[..., Answer]:
     """A function of (on_text, stopping criteria ...) that decodes an answer; it can be called once.
 
     Args:

@@ -395,9 +395,7 @@ def _count_attention(model: nn.Module, request: Request, paid: Tensor) -> None:
     """Add what a token paid to the candidates, and to the local context behind the sink."""
     chunks, local = paid[0, : request.num_chunks], paid[0, request.num_chunks + _first_slot(model) :]
     request.paid = chunks if request.paid is None else request.paid + chunks
-    request.paid_local = (
-        local if request.paid_local is None else _added(request.paid_local, local, request.local_start)
-    )
+    request.paid_local = local if request.paid_local is None else _added(request.paid_local, local, request.local_start)
 
 
 def _added(total: Tensor, local: Tensor, start: tuple[int, int]) -> Tensor:

@@ -180,7 +180,7 @@ def _attend_many(
 
 
 def _paid_to(key: Tensor, newest: Tensor, lse: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """What the newest n queries [B, H, n, D] pay to keys, nothing to masked ones: a mean over heads and queries [B, S]."""
+    """What the newest n queries [B, H, n, D] pay to keys, to masked ones nothing: a mean over heads and queries."""
     count = newest.shape[2]
     scores = _packed(newest.to(lse.dtype), key.shape[1]) @ key.to(lse.dtype).transpose(-1, -2) * scale
     scores = scores.reshape(*newest.shape[:3], -1)
