@@ -265,7 +265,7 @@ def test_untrained_candidates_are_mentioned(focusllm, model_folder: Path, story:
     ("arguments", "message"),
     [
         (["ask", "{missing}", "-q", "What?"], "there is no file"),
-        (["ask", "{folder}", "-q", "What?"], "is a folder"),
+        (["ask", "{folder}", "-q", "What?"], "folder has no file with text; hidden and ignored"),
         (["ask", "{empty}", "-q", "What?"], "has no text in it"),
         (["ask", "{binary}", "-q", "What?"], "is not text"),
         (["ask", "{latin}", "-q", "What?"], "is not utf-8: byte 0xe9"),

@@ -152,10 +152,10 @@ class FocusLLM:
     ) -> Document:
         """Read the files of a folder, or those that a pattern such as `src/**/*.py` names, as one document.
 
-        They are read in the order of their names, each headed by a line with its name, relative to the folder, and small
-        ones share chunks. Hidden files and what a `.gitignore` leaves out are not read; of files that are not text or
-        cannot be read, `notify` is told. A citation names a file and a place in it. The other arguments are those of
-        `read`.
+        They are read in the order of their names, each headed by a line with its name, relative to the folder, and
+        small ones share chunks. Hidden files and what a `.gitignore` leaves out are not read; of files that are not
+        text or cannot be read, `notify` is told. A citation names a file and a place in it. The other arguments are
+        those of `read`.
 
         Raises:
             DocumentError: there is nothing in it that can be read. And what `read` raises.

@@ -43,7 +43,7 @@ class Answer:
     """An answer with its origin and its cost."""
 
     text: str
-    """What the tokens say without control tokens, white space at both ends included: the pieces of the stream, joined."""
+    """What the tokens say, control tokens left out and white space at both ends kept: the stream's pieces, joined."""
     citations: list[Citation]
     """All chunks that were seen, the most attended first; weights add up to 1. None if the base model alone read it."""
     num_document_tokens: int

@@ -75,7 +75,7 @@ class Near:
 
 @dataclass(frozen=True)
 class Context:
-    """What a question sees of documents: their first chunks as far context, what is behind these in the local context."""
+    """What a question sees of documents: far context, and what stands behind it in the local context."""
 
     documents: Sequence[Document]
     blocks: list[ChunkBlock]

@@ -172,12 +172,12 @@ def short_names(files: Sequence[File]) -> list[str]:
         others = places[file.name] - {parts}
         while count < len(parts) and any(path[-count:] == parts[-count:] for path in others):
             count += 1
-        found.append(_printable(str(Path(*parts[-count:]))) if others and parts else file.name)
+        found.append(_printable(str(Path(*parts[-count:]))) if others else file.name)
     return found
 
 
 def _parts(file: File) -> tuple[str, ...]:
-    return Path(file.path).parts if file.path else ()
+    return Path(file.path or file.name).parts
 
 
 def _printable(name: str) -> str:

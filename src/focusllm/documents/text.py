@@ -73,7 +73,7 @@ def _is_control(token: str) -> bool:
 
     Others are how some vocabularies write ordinary text: runs of spaces, words of a language or a trade.
     """
-    return re.search(r"[<>\[\]{}|｜]", token) is not None
+    return re.search(r"[<>\[\]{}|\uff5c]", token) is not None
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
