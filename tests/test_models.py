@@ -75,8 +75,12 @@ REFUSED = {
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 1, "n_head": 4}, "no rotary positions"),
     "llama4_text": ("Llama4TextConfig", {"num_local_experts": 2}, "layers of type chunked_attention"),
     "minicpm3": ("MiniCPM3Config", {}, "multi-head latent attention"),
-    "gemma3n_text": ("Gemma3nTextConfig", {"head_dim": 16}, "no keys and values of their own"),
-    "diffllama": ("DiffLlamaConfig", {}, "does not go through transformers' attention functions"),
+    "gemma3n_text": (
+        "Gemma3nTextConfig",
+        {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1},
+        "no keys and values of their own",
+    ),
+    "diffllama": ("DiffLlamaConfig", {}, "do not call transformers' attention function once each"),
     "mamba": ("MambaConfig", {}, "layers of type linear_attention"),
     "qwen3_next": ("Qwen3NextConfig", {"head_dim": 16, "num_experts": 2}, "layers of type linear_attention"),
     "gpt_neox": ("GPTNeoXConfig", {}, "projections"),
@@ -112,7 +116,7 @@ def test_what_each_layer_sees_and_is_rotated_by() -> None:
     ]
     frequencies = [layer.rotary.inv_freq[-1].item() for layer in layout(build("gemma3_text")).layers if layer.rotary]
     assert frequencies[0] == frequencies[2] > frequencies[1]
-    one = layout(build("granite_swa"))
+    one = layout(build("granite_swa", "eager"))
     assert [layer.rotary and layer.rotary.inv_freq[-1] > 1e-3 for layer in one.layers] == [False, None, True]
     assert len(one.rotaries) == 2
 

@@ -223,14 +223,14 @@ def _inspect(model: nn.Module) -> Layout:
         calls = _calls(model, {path: module for path, module, _ in found})
     except _STRANGE as error:
         raise refuse(f"its layers cannot be called one by one ({type(error).__name__}: {first_line(error)})") from error
-    if len(calls) < len(found):
-        raise refuse("its attention does not go through transformers' attention functions")
-    if not any(call.rotary for call in calls.values()):
+    if any(len(made) != 1 for made in calls.values()):
+        raise refuse("its layers do not call transformers' attention function once each")
+    if not any(call.rotary for (call,) in calls.values()):
         raise refuse("its rotary positions do not reach its attention")
     most = _max_positions(config)
     layers = []
     for path, module, names in found:
-        call = calls[path]
+        (call,) = calls[path]
         window = call.window if call.window is not None and call.window < most else None
         layers.append(
             AttentionLayer(
@@ -257,15 +257,15 @@ class _Call:
 
 
 @torch.no_grad()
-def _calls(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, _Call]:
+def _calls(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[_Call]]:
     """How the model calls its attention layers, and these the attention function, by path: for one token.
 
-    The model's own forward goes from layer to layer, of which only the attention is called, up to its attention
-    function. Nothing is computed but a token's projections; works on the meta device.
+    The model's own forward goes from layer to layer, of which only the attention is called. Nothing is computed but a
+    token's projections; works on the meta device.
     """
     rotary: dict[int, Rotary] = {}
     kept: list[Any] = []  # so that an address stands for one tensor
-    calls: dict[str, _Call] = {}
+    calls: dict[str, list[_Call]] = {path: [] for path in modules}
 
     def rotary_called(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         kind = next((given for given in (*args, *kwargs.values()) if isinstance(given, str)), None)
@@ -282,10 +282,10 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, _Call]:
             given = {name: value for name, value in given.items() if name in takes}
 
         def attention(_: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
-            calls[path] = _Call(rotary[id(turn)] if using.seen else None, how.window, query, key, value)
-            raise PassEnded
+            calls[path].append(_Call(rotary[id(turn)] if using.seen else None, how.window, query, key, value))
+            return query.new_zeros(*query.shape[:3], value.shape[3])
 
-        with suppress(PassEnded), _Using(turn) as using, entered(model, Pass(attention, NO_TOKENS, ids, sys.maxsize)):
+        with _Using(turn) as using, entered(model, Pass(attention, NO_TOKENS, ids, sys.maxsize)):
             modules[path](hidden, **given)
         return hidden  # type: ignore[no-any-return]
 

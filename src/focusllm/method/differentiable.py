@@ -53,7 +53,7 @@ def by_formula(query: Tensor, parts: Sequence[Part], how: Scoring) -> Tensor:
     """Attention to several parts as it is written down, with cap and sinks: [B, H, T, D], differentiable."""
     rows, heads, length, width = query.shape
     num_kv_heads = parts[0][0].shape[1]
-    grouped = (query * how.scale).view(rows, num_kv_heads, -1, width)  # [B, K, G * T, D]
+    grouped = (query * how.scale).reshape(rows, num_kv_heads, -1, width)  # [B, K, G * T, D]
     scores = []
     for key, _, mask in parts:
         score = how.capped((grouped @ key.transpose(-1, -2)).to(_wide(query))).view(rows, heads, length, -1)
