@@ -20,7 +20,9 @@ ROOMS = {
     "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
-    "documents": ["extracted", "readers", "text", "answer", "document"],
+    "documents": [
+        *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers"),
+        * "text", "answer", "document"],
     "huggingface": ["adapter_files", "embedded", "loading", "modeling"],
     "front": ["llm"],  # lies in no folder
     "training": [
