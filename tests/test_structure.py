@@ -22,7 +22,8 @@ ROOMS = {
     "decoding": ["refresh", "engine"],
     "documents": [
         *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers"),
-        * "text", "answer", "document"],
+        *("text", "answer", "document"),
+    ],
     "huggingface": ["adapter_files", "embedded", "loading", "modeling"],
     "front": ["llm"],  # lies in no folder
     "training": [
@@ -48,7 +49,8 @@ ORDER = [
 ]
 WITHOUT_TORCH = [
     *("errors", "options", "files", "machine", "config", "memory.chunking"),
-    *("documents.extracted", "documents.readers", "documents.text", "huggingface.embedded"),
+    *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
+    *("documents.text", "huggingface.embedded"),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),

@@ -85,8 +85,7 @@ def _detected(data: bytes, name: str) -> tuple[str, list[str]]:
     odd = text.count("\ufffd")
     if odd * 10 < len(text) - len(text.encode("ascii", "ignore")):  # else it is another encoding
         return text, [f"{counted(odd, 'byte')} outside UTF-8 replaced by U+FFFD"]
-    codec = _detector_says(data)
-    for codec in (codec, "windows-1252"):
+    for codec in (_detector_says(data), "windows-1252"):
         try:
             return data.decode(codec), [f"read as {codec}, as detected"]
         except (LookupError, UnicodeError):
@@ -138,7 +137,9 @@ def _is_binary(data: bytes) -> bool:
 
 
 def _binary(name: str) -> DocumentError:
-    return DocumentError(f"{name} is not text but binary data; give a text, a document of a known format, or source code.")
+    return DocumentError(
+        f"{name} is not text but binary data; give a text, a document of a known format, or source code."
+    )
 
 
 def _is_codec(encoding: str) -> bool:

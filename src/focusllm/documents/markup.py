@@ -117,9 +117,7 @@ class Layout:
         tag = tag.rpartition("}")[2]  # in XHTML it has a namespace
         self.depth += 1
         if self.depth > self.max_depth:
-            raise DocumentError(
-                f"{self.name} cannot be read: over {self.max_depth:,} elements lie inside each other."
-            )
+            raise DocumentError(f"{self.name} cannot be read: over {self.max_depth:,} elements lie inside each other.")
         if tag in self.hides:
             self.hidden += 1
         elif tag in ("td", "th"):

@@ -63,7 +63,9 @@ def read_file(path: str | Path, encoding: str | None = None) -> Extracted:
     try:
         found = format_of(name, data).read(name, data, encoding)
     except (MemoryError, RecursionError) as error:
-        raise DocumentError(f"{name} cannot be read: it is nested too deep or too big ({first_line(error)}).") from error
+        raise DocumentError(
+            f"{name} cannot be read: it is nested too deep or too big ({first_line(error)})."
+        ) from error
     check_text(found.text, name)
     return found
 
