@@ -24,7 +24,7 @@ ROOMS = {
     "memory": ["chunking", "store", "lookup", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "request", "opened", "engine"],
     "documents": [
-        *("extracted", "readers", "folders", "sources"),  # files
+        *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers", "folders", "sources"),  # files
         *("detokenizer", "text", "answer", "document"),  # tokens
     ],
     "huggingface": ["adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained"],
@@ -52,7 +52,8 @@ ORDER = [
 ]
 WITHOUT_TORCH = [
     *("errors", "options", "files", "machine", "config", "plots", "memory.chunking"),
-    *(f"documents.{name}" for name in ("extracted", "readers", "folders", "sources", "detokenizer", "text")),
+    *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
+    *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text")),
     "huggingface.embedded",
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
