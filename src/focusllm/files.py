@@ -6,7 +6,6 @@ Their modes are those of the user's umask, as if they had been written without a
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +82,7 @@ def writing_to(place: Path, remedy: str) -> Iterator[None]:
 
 
 def _part_beside(path: Path) -> Path:
-    return path.with_name(f"{PART}{secrets.token_hex(8)}")
+    return path.with_name(f"{PART}{os.urandom(8).hex()}")
 
 
 def _to_disk(path: Path) -> None:
