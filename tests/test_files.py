@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from conftest import build, with_candidates
-from focusllm import FocusError, save_adapter
+from focusllm import FocusError, FocusForCausalLM
 from focusllm.files import PART, whole_file, whole_folder, writing_to
-from focusllm.method.adapter import AdapterConfig
 
 
 @contextmanager
@@ -32,11 +33,13 @@ def test_the_umask_is_respected(tmp_path: Path, mask: int, file: int, folder: in
                 part.write_text("text")
             with whole_folder(tmp_path / "folder") as part:
                 (part / "inside").write_text("text")
-            save_adapter(with_candidates(build()), tmp_path / "adapter", AdapterConfig())
+            FocusForCausalLM(with_candidates(build())).save_pretrained(tmp_path / "model")
+            with whole_folder(tmp_path / "weights") as part:
+                safetensors.torch.save_file({"x": torch.zeros(1)}, part / "x.safetensors")
     modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert {modes[path] for path in modes if path.is_file()} == {file}, modes
     assert {modes[path] for path in modes if path.is_dir()} == {folder}, modes
-    assert len(modes) == 3 + 1 + len(list((tmp_path / "adapter").iterdir()))  # no parts
+    assert not [path for path in modes if path.name.startswith(PART)]
 
 
 def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
