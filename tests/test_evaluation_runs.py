@@ -236,7 +236,7 @@ def files_of_at_most(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("room", [0, 300, 1000, 3000, 5000])
+@pytest.mark.parametrize("room", [0, 1000, 2000, 3000])
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
     small: FocusLLM, setting: Setting, tmp_path: Path, room: int
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
     assert (measured > 0) == (room > 1000)
     found = evaluate(plan_for(setting), small, run)
     assert found["examples"] == whole["examples"]
-    assert (run / "examples.jsonl").read_bytes().count(b"\n") == 4 - 2  # full does not fit at 520
+    assert (run / "examples.jsonl").read_bytes().count(b"\n") == 6  # full does not fit at 520
 
 
 def test_a_report_on_a_full_disk_is_whole_or_not_there(
