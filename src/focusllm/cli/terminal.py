@@ -212,6 +212,7 @@ def _bar(quiet: bool, *columns: ProgressColumn, **settings: Any) -> Iterator[Pro
         yield bar
     except BaseException:
         bar.live.transient = True
+        bar.live.stop()
         raise
-    finally:
+    if bar.live.is_started:  # else it would leave an empty line
         bar.stop()
