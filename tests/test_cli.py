@@ -249,7 +249,6 @@ def test_train_and_go_on(focusllm, model_folder: Path, story: Path, tmp_path: Pa
         (("x", "-o", "x" * 300), "x cannot be written"),
         (("x", "-c", "x" * 300), "x cannot be read"),
         (("x", "-m", "x" * 300), "x cannot be loaded"),
-        (("x", "--adapter", "x" * 300), "there is no adapter folder xxx"),
     ],
 )
 def test_train_with_bad_input(
