@@ -21,6 +21,7 @@ from focusllm.config import FocusConfig
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.decoding.request import Request
 from focusllm.errors import ConfigError, DocumentError, ModelError
+from focusllm.files import give_usual_modes
 from focusllm.huggingface.adapter_files import load_adapter, save_adapter
 from focusllm.huggingface.embedded import cache_folder, public_name
 from focusllm.huggingface.head_files import HEADS_NAME, find_heads, save_heads
@@ -330,6 +331,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             if not any(name.startswith(f"{path}.") and not name.startswith(f"{path}.base.") for path in wrappers)
         }
         self.base.save_pretrained(folder, state_dict=base_only, **kwargs)
+        give_usual_modes(folder.glob("*.safetensors"), folder)
         if self.found_heads is not None:
             save_heads(self.base, self.found_heads, folder / HEADS_NAME)
         else:
