@@ -21,7 +21,7 @@ ROOMS = {
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
     "documents": ["readers", "text", "answer", "document"],
-    "huggingface": ["adapter_files", "embedded", "loading", "modeling"],
+    "huggingface": ["adapter_files", "embedded", "loading", "modeling", "custom_generate"],
     "front": ["llm"],  # lies in no folder
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),

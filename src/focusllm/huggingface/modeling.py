@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,22 @@ from focusllm.decoding.engine import Request, decode, prefill, start_request
 from focusllm.errors import ConfigError, DocumentError, ModelError
 from focusllm.huggingface.adapter_files import load_adapter, save_adapter
 from focusllm.huggingface.embedded import cache_folder, public_name
-from focusllm.huggingface.loading import ADAPTER_FOLDER, SETTINGS_NAME, cannot_load, find_saved
+from focusllm.huggingface.loading import (
+    ADAPTER_FOLDER,
+    GENERATE_NAME,
+    SETTINGS_NAME,
+    cannot_load,
+    find_saved,
+    saved_folder,
+    saved_settings,
+)
 from focusllm.memory.chunking import split
 from focusllm.memory.chunks import ChunkBlock, Place, Progress, document_key, encode
 from focusllm.memory.cost import check_read
 from focusllm.method.adapter import AdapterConfig, injected, injected_config, remove
 from focusllm.method.base import CACHE_NAME, layout
+
+_wrapping = threading.Lock()
 
 
 class FocusState(Cache):
@@ -286,7 +297,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a folder that any tool reads as the base model, with the candidate projections in a folder below.
 
-        A model without candidate projections leaves none in the folder.
+        A model without candidate projections leaves none in the folder. Loaded by transformers itself, it generates
+        with FocusLLM if `trust_remote_code=True` allows it to (see `custom_generate.py`).
         """
         folder = Path(save_directory)
         wrappers = injected(self.base)
@@ -302,6 +314,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         }
         self.base.save_pretrained(folder, state_dict=base_only, **kwargs)
         (folder / SETTINGS_NAME).write_text(json.dumps(self.focus_config.to_dict(), indent=2) + "\n")
+        (folder / GENERATE_NAME).parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(__file__).with_name("custom_generate.py"), folder / GENERATE_NAME)
 
     @classmethod
     def from_pretrained(
@@ -331,7 +345,30 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:  # a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
             raise cannot_load(pretrained_model_name_or_path, error) from error
+        vars(base).pop("generate", None)  # with trust_remote_code=True the folder's own, which would come back here
         model = cls(base, focus_config)
         if adapter is not None:
             model.load_candidates(adapter)
+        return model
+
+    @classmethod
+    def from_loaded(cls, base: Any) -> FocusForCausalLM:
+        """Put a base model that transformers loaded from a folder or the hub behind this interface, with the settings
+        and candidate projections saved there; it keeps those that it has.
+
+        Raises:
+            ModelError: nothing is saved there, or what is saved is damaged.
+            AdapterError: the candidate projections do not fit.
+        """
+        name = str(base.config.name_or_path)
+        folder = saved_folder(name, getattr(base.config, "_commit_hash", None))
+        if saved_settings(folder) is None:
+            raise ModelError(
+                f"{name}, which the model was loaded from, has no {SETTINGS_NAME}; load one that FocusLLM saved."
+            )
+        adapter, focus_config = find_saved(name, folder, None, None)
+        with _wrapping:  # threads that come at once load the projections once
+            model = cls(base, focus_config)
+            if adapter is not None and model.adapter_config is None:
+                model.load_candidates(adapter)
         return model
