@@ -67,6 +67,11 @@ class FocusState(Cache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Not recurrent: given the whole text, `generate()` cuts off what was seen. (There are no layers to tell it.)"""
+        return [False]
+
+    @property
     def is_croppable(self) -> bool:
         """Rows cannot forget tokens (see `crop`)."""
         return False
