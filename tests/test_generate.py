@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import split
 from focusllm.memory.chunks import encode
 from focusllm.method.adapter import injected
+from focusllm.method.attention import _later_tokens
 from focusllm.method.base import CACHE_NAME, run_plain
 
 TEXT = torch.tensor([random_ids(110)])
@@ -216,7 +218,7 @@ def test_a_state_goes_on_in_and_out_of_inference_mode(model: FocusForCausalLM, l
     assert torch.equal(out, model.generate(text.clone(), max_new_tokens=30, cache=whole))
 
 
-def test_documents_read_in_inference_mode_are_asked_and_trained_with_outside(model: FocusForCausalLM) -> None:
+def test_documents_read_in_inference_mode_are_asked_outside(model: FocusForCausalLM) -> None:
     with torch.inference_mode():
         blocks = model.encode(TEXT[0, :90].tolist())
     expected = FocusState(model.encode(TEXT[0, :90].tolist()))
@@ -224,6 +226,15 @@ def test_documents_read_in_inference_mode_are_asked_and_trained_with_outside(mod
     again = model.generate(local, max_new_tokens=30, cache=state)
     assert torch.equal(again, model.generate(local, max_new_tokens=30, cache=expected))
     assert not any(tensor.is_inference() for block in blocks for tensor in block.resident.keys)
+
+
+def test_masks_kept_in_inference_mode_can_be_trained_with() -> None:
+    _later_tokens.cache_clear()
+    with torch.inference_mode():
+        _later_tokens(5, 2, torch.device("cpu"))
+    scores = torch.zeros(10, 5, requires_grad=True)
+    scores.masked_fill(_later_tokens(5, 2, scores.device), -1.0).sum().backward()
+    assert scores.grad.sum() == 30
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -234,7 +245,7 @@ def test_a_cache_has_two_names(model: FocusForCausalLM, name: str) -> None:
     assert model.generate(TEXT, max_new_tokens=30, **{name: state})[0, 110:].tolist() == tokens
     assert state.get_seq_length() == 139
     made = model(TEXT, **{name: FocusState()})
-    for token, expected in zip(tokens, tokens[1:], strict=False):
+    for token, expected in pairwise(tokens):
         made = model(torch.tensor([[token]]), **{name: made[CACHE_NAME]})
         assert int(made.logits[0, -1].argmax()) == expected
     inputs = model.prepare_inputs_for_generation(TEXT, next_sequence_length=1, **{name: state})

@@ -27,7 +27,9 @@ ROOMS = {
         *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers", "folders", "sources"),  # files
         *("detokenizer", "text", "answer", "document"),  # tokens
     ],
-    "huggingface": ["adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained"],
+    "huggingface": [
+        *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
+    ],
     "front": ["reading", "asking", "llm"],  # lies in no folder
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),

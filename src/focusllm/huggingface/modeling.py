@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,15 @@ from focusllm.files import give_usual_modes
 from focusllm.huggingface.adapter_files import load_adapter, save_adapter
 from focusllm.huggingface.embedded import cache_folder, public_name
 from focusllm.huggingface.head_files import HEADS_NAME, find_heads, save_heads
-from focusllm.huggingface.loading import ADAPTER_FOLDER, SETTINGS_NAME, cannot_load, find_saved
+from focusllm.huggingface.loading import (
+    ADAPTER_FOLDER,
+    GENERATE_NAME,
+    SETTINGS_NAME,
+    cannot_load,
+    find_saved,
+    saved_folder,
+    saved_settings,
+)
 from focusllm.memory.chunking import split, split_start
 from focusllm.memory.chunks import ChunkBlock, Place, Progress, document_key, encode
 from focusllm.memory.cost import check_read
@@ -33,6 +42,8 @@ from focusllm.memory.lookup import Heads, middle_heads
 from focusllm.method.adapter import AdapterConfig, injected, injected_config, remove
 from focusllm.method.base import CACHE_NAME, layout
 from focusllm.method.opened import read_start
+
+_wrapping = threading.Lock()
 
 
 class FocusState(Cache):
@@ -59,6 +70,11 @@ class FocusState(Cache):
     def is_compileable(self) -> bool:
         """Steps differ in shape."""
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Not recurrent: given the whole text, `generate()` cuts off what was seen. (There are no layers to tell it.)"""
+        return [False]
 
     @property
     def is_croppable(self) -> bool:
@@ -316,7 +332,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a folder that any tool reads as the base model, with the candidate projections in a folder below.
 
-        A model without candidate projections leaves none in the folder.
+        A model without candidate projections leaves none in the folder. Loaded by transformers itself, it generates
+        with FocusLLM if `trust_remote_code=True` allows it to (see `custom_generate.py`).
         """
         folder = Path(save_directory)
         wrappers = injected(self.base)
@@ -337,6 +354,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             (folder / HEADS_NAME).unlink(missing_ok=True)  # of an earlier save
         (folder / SETTINGS_NAME).write_text(json.dumps(self.focus_config.to_dict(), indent=2) + "\n")
+        (folder / GENERATE_NAME).parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(__file__).with_name("custom_generate.py"), folder / GENERATE_NAME)
 
     @classmethod
     def from_pretrained(
@@ -366,8 +385,32 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:  # a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
             raise cannot_load(pretrained_model_name_or_path, error) from error
+        vars(base).pop("generate", None)  # with trust_remote_code=True the folder's own, which would come back here
         model = cls(base, focus_config)
         if adapter is not None:
             model.load_candidates(adapter)
         model.found_heads = find_heads(base, str(name), Path(name))
+        return model
+
+    @classmethod
+    def from_loaded(cls, base: Any) -> FocusForCausalLM:
+        """Put a base model that transformers loaded from a folder or the hub behind this interface, with the settings
+        and candidate projections saved there; it keeps those that it has.
+
+        Raises:
+            ModelError: nothing is saved there, or what is saved is damaged.
+            AdapterError: the candidate projections do not fit.
+        """
+        name = str(base.config.name_or_path)
+        folder = saved_folder(name, getattr(base.config, "_commit_hash", None))
+        if saved_settings(folder) is None:
+            raise ModelError(
+                f"{name}, which the model was loaded from, has no {SETTINGS_NAME}; load one that FocusLLM saved."
+            )
+        adapter, focus_config = find_saved(name, folder, None, None)
+        with _wrapping:  # threads that come at once load the projections once
+            model = cls(base, focus_config)
+            if adapter is not None and model.adapter_config is None:
+                model.load_candidates(adapter)
+            model.found_heads = find_heads(base, name, folder)
         return model
