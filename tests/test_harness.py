@@ -194,7 +194,7 @@ def rows(**given):
 
 def test_the_real_command(task: dict[str, Any], lm: FocusHarness, tmp_path: Path) -> None:
     """As on a machine without a GPU: the alias, tasks on a local file, and one that asks for a tokenizer like RULER."""
-    model = tmp_path / "models" / embedded.ALIAS
+    model = tmp_path / "models" / embedded.DEFAULT
     lm.llm.save_pretrained(model)
     digest = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
     (model / embedded.MANIFEST_NAME).write_text(json.dumps({"config.json": digest}))
@@ -208,7 +208,7 @@ def test_the_real_command(task: dict[str, Any], lm: FocusHarness, tmp_path: Path
     (tmp_path / "tasks" / "sized.yaml").write_text(
         "include: multiple_choice.yaml\ntask: tiny_sized\ncustom_dataset: !function sized.rows\n"
     )
-    command = ["run", "--model", "focusllm", "--model_args", f"model={embedded.ALIAS}", "--log_samples"]
+    command = ["run", "--model", "focusllm", "--model_args", f"model={embedded.DEFAULT}", "--log_samples"]
     command += ["--tasks", *(f"tiny_{kind}" for kind in (*kinds, "sized")), "--include_path", str(tmp_path / "tasks")]
     ran = subprocess.run(
         [sys.executable, "-m", "focusllm.evaluation.harness", *command, "--output_path", str(tmp_path / "results")],
