@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a room may import only rooms named before it, and a file only files named before it.
 ROOMS = {
-    "": ["errors", "options", "files", "machine", "config"],  # what every room may use
+    "": ["errors", "json_text", "options", "files", "machine", "config"],  # what every room may use
     "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
@@ -45,7 +45,7 @@ ORDER = [
     name if room in OUTSIDE else f"{room}.{name}".removesuffix(".") for room, names in ROOMS.items() for name in names
 ]
 WITHOUT_TORCH = [
-    *("errors", "options", "files", "machine", "config", "memory.chunking"),
+    *("errors", "json_text", "options", "files", "machine", "config", "memory.chunking"),
     *("documents.readers", "documents.text", "huggingface.embedded"),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),

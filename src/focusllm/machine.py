@@ -34,6 +34,14 @@ def computes_on_cpu(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "meta" and not torch.cuda.is_available())
 
 
+def readable_bytes(count: float) -> str:
+    """A number of bytes in the largest unit that it is at least one of, as in 1.5 GiB, 20.0 MiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def peak_resident() -> int:
     """Most bytes that this process has held in memory so far."""
     try:  # the usage that the system reports begins, behind fork and exec, with the parent's

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from focusllm.errors import ModelError
 from focusllm.files import PART, remove_parts, whole_file, whole_folder
+from focusllm.json_text import parse_json
 
 ALIAS = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -167,7 +168,7 @@ def _write_manifest(folder: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether a converted model is there and every file has its checksum."""
     try:
-        sums = json.loads((folder / MANIFEST_NAME).read_text())
+        sums = parse_json((folder / MANIFEST_NAME).read_bytes())
         return bool(sums) and all(_sha256(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -47,7 +47,8 @@ class Place:
     folder: Path | None = None
     """disk: where the files go."""
     name: str | None = None
-    """disk: what the files' names begin with; None: temporary files."""
+    """disk: what the files are of (`document_key`): their names begin with it, their headers have it. None: temporary
+    files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +155,7 @@ def encode(
 
     Args:
         place: where the keys and values go; None: the device. Chunks that a named file holds already are not read.
+        notify: called with a sentence about what is read again though there was a file.
 
     Returns:
         One block with the full chunks and one with the shorter last chunk, as far as there are such.
@@ -166,12 +168,16 @@ def encode(
     bounds = cut(len(token_ids), config)
     full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
     at_once = max(1, tokens_at_once(config, device) // config.chunk_length)
-    blocks = []
+    blocks: list[ChunkBlock] = []
+    replaced = ""
     for group in (full, bounds[len(full) :]):
         if not group:
             continue
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
+        if isinstance(store, RowFile) and store.replaced and not replaced:
+            replaced = store.replaced
+            notify(f"{store.path} was of {replaced}; the text is read again.")
         for first in range(0, len(group), at_once):
             batch = ids[first : first + at_once]
             if not isinstance(store, RowFile):
@@ -211,9 +217,10 @@ def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
 
 def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
     """A name for a text as a model reads it: other weights or settings of the model, another type, length of chunks or
-    token give another.
+    token give another. Whatever chunks' keys and values depend on has to be in here: nothing else tells files apart.
     """
-    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
+    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype)
+    digest = xxhash.xxh3_128("".join(f"{part} " for part in how).encode())
     digest.update(",".join(map(str, token_ids)).encode())
     add_model(digest, model)
     return digest.hexdigest()
@@ -238,7 +245,7 @@ def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> 
     if place.kind == "disk":
         assert place.folder is not None
         path = place.folder / f"{place.name}-{length}.rows" if place.name else None
-        return RowFile(packing, num_rows, length, path, place.folder)
+        return RowFile(packing, num_rows, length, path, place.folder, place.name or "")
     if place.kind == "device" and config.kv_dtype == "same":
         return None
     return Packed.empty(packing, num_rows, length, torch.device("cpu") if place.kind == "host" else None)
