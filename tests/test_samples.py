@@ -101,18 +101,9 @@ def test_json_that_is_nested_too_deeply(tmp_path: Path) -> None:
             read(path, tmp_path / "cache")
         with pytest.raises(DocumentError, match="nested too deeply"):
             read_multihop([path])
-    content: Any = "x"
-    for _ in range(300):  # read, but too deep for what comes behind
-        content = [content]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]
-    path.write_text(json.dumps({"messages": messages}))
-    try:
-        read(path, tmp_path / "cache")
-    except DocumentError as error:
-        assert "\n" not in str(error)
 
 
-def test_names_of_files_are_what_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_names_of_files_are_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     try:
         (tmp_path / "folder" / os.fsdecode(b"caf\xe9.txt")).write_text("one")
@@ -271,6 +262,8 @@ def test_datasets_of_the_hub_are_kept_by_their_revision(tmp_path: Path, monkeypa
     hub: dict[str, str] = {"owner/name": "alpha"}
 
     def info(_: Any, repository: str) -> Any:
+        if repository not in hub:
+            raise ConnectionError("no route")
         return SimpleNamespace(sha=f"revision of {hub[repository]}")
 
     def load(path: str, revision: str, **_: Any) -> list[dict[str, str]]:
@@ -292,7 +285,7 @@ def test_datasets_of_the_hub_are_kept_by_their_revision(tmp_path: Path, monkeypa
     assert len(list((tmp_path / "cache").glob("*/source.json"))) == 3
     hub.clear()  # out of reach
     assert text("owner/name") == "beta"
-    with pytest.raises(DocumentError, match="the dataset owner/name cannot be read: the hub cannot be reached"):
+    with pytest.raises(DocumentError, match=r"the dataset owner/name cannot be read \(no route\)"):
         text("owner/name", split="test")
     hub["nobody/nothing"] = "gamma"
 

@@ -97,13 +97,16 @@ def load_corpus(source: Source, tokenizer: Any, folder: Path, report: Report = l
     Raises:
         DocumentError: no text, or a file that cannot be read; ConfigError: a dataset without the named column.
     """
-    rules, content = _rules(source, tokenizer), _content(source)
-    if not content:  # the hub is out of reach
-        known = sorted(folder.glob(f"{rules}-*/source.json"), key=lambda path: path.stat().st_mtime)
-        if not known:
-            raise DocumentError(f"the dataset {source.path[3:]} cannot be read: the hub cannot be reached; try again.")
-        logger.warning("%s: the hub cannot be reached; what was read of it before is used", source.path)
-        content = known[-1].parent.name.removeprefix(f"{rules}-")
+    rules = _rules(source, tokenizer)
+    try:
+        content = _content(source)
+    except DocumentError as error:
+        kept = folder.glob(f"{rules}-*/source.json") if source.path.startswith("hf:") else ()
+        *_, last = [None, *sorted(kept, key=lambda path: path.stat().st_mtime)]
+        if last is None:
+            raise
+        logger.warning("%s What was read of it before is used.", error)
+        content = last.parent.name.removeprefix(f"{rules}-")
     target = folder / f"{rules}-{content}"
     if not (target / "source.json").exists():
         try:
@@ -298,7 +301,8 @@ def dataset_rows(source: Source, revision: str | None = None) -> Iterator[dict[s
 
 def _is_here(source: Source) -> bool:
     """Whether a source is a file or a folder, which `hf:` may name too."""
-    return os.path.exists(source.path.removeprefix("hf:"))
+    name = source.path.removeprefix("hf:")
+    return os.path.exists(name) if name == source.path else os.path.isdir(name) and ".jsonl" not in name
 
 
 def _repository(name: str) -> str:
@@ -317,19 +321,22 @@ def _rules(source: Source, tokenizer: Any) -> str:
 
 def _content(source: Source) -> str:
     """Changes when the content of a source does: of files their names in it and their bytes, of a dataset on the hub
-    its revision; empty: the hub cannot be asked.
+    its revision.
+
+    Raises:
+        DocumentError: there is no such source, or the hub does not give it.
     """
-    path = Path(source.path.removeprefix("hf:"))
+    name = source.path.removeprefix("hf:")
     if source.path.startswith("hf:") and not _is_here(source):
         from huggingface_hub import HfApi
 
         try:
-            return str(HfApi().dataset_info(_repository(str(path))).sha)
-        except Exception:  # whatever the hub, its client or a proxy objects to
-            return ""
+            return str(HfApi().dataset_info(_repository(name)).sha)
+        except Exception as error:  # whatever the hub, its client or a proxy objects to
+            raise DocumentError(f"the dataset {name} cannot be read ({first_line(error)}).") from error
     check_source(source)
-    digest = xxhash.xxh3_128()
-    for file in sorted(path.rglob("*")) if source.path.startswith("hf:") else files(path):
+    path, digest = Path(name), xxhash.xxh3_128()
+    for file in files(path) if name == source.path else sorted(path.rglob("*")):
         if file.is_file():
             digest.update(f"{(file.name if file == path else str(file.relative_to(path)))!r} {_digest(file)} ".encode())
     return digest.hexdigest()
