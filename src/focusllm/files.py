@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Write to what this gives; `path` is replaced when all went well."""
     temporary = part_beside(path)
     temporary.touch(exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        temporary.chmod(mode)  # some libraries, safetensors' say, put a file of their own in its place
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -65,9 +68,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_beside(path)
     part.mkdir()
+    mode = stat.S_IMODE(part.stat().st_mode)
     try:
         yield part
         for file in part.iterdir():
+            file.chmod(mode if file.is_dir() else mode & 0o666)
             _to_disk(file)
         put_in_place(part, path)
         _to_disk(path.parent)
