@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a room may import only rooms named before it, and a file only files named before it.
 ROOMS = {
-    "": ["errors", "options", "files", "machine", "config", "plots"],  # what every room may use
+    "": ["errors", "json_text", "options", "files", "machine", "config", "plots"],  # what every room may use
     "method": [
         *("kv", "rope", "scoring", "differentiable", "attention", "passes", "base", "packed", "adapter", "focus"),
         "opened",
@@ -53,7 +53,7 @@ ORDER = [
     name if room in OUTSIDE else f"{room}.{name}".removesuffix(".") for room, names in ROOMS.items() for name in names
 ]
 WITHOUT_TORCH = [
-    *("errors", "options", "files", "machine", "config", "plots", "memory.chunking"),
+    *("errors", "json_text", "options", "files", "machine", "config", "plots", "memory.chunking"),
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
     *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text")),
     "huggingface.embedded",

@@ -30,8 +30,13 @@ def length_name(tokens: int) -> str:
 def log_axis(axis: Axis) -> None:
     """Label an axis that is logarithmic, once all is drawn; between the labels there are no ticks."""
     low, high = sorted(axis.get_view_interval())
-    ticks = log_ticks(low, high, CLOSEST[axis.axis_name])
+    ticks = log_ticks(low, high, CLOSEST[_name(axis)])
     _label(axis, ticks, [f"{tick:,.10g}" for tick in ticks], (low, high))
+
+
+def _name(axis: Axis) -> str:
+    name: str = axis.axis_name  # type: ignore[attr-defined]
+    return name
 
 
 def length_axis(axis: Axis, lengths: Sequence[int]) -> None:
@@ -39,7 +44,7 @@ def length_axis(axis: Axis, lengths: Sequence[int]) -> None:
     low, high = sorted(axis.get_view_interval())
     ticks: list[int] = []
     for length in sorted(set(lengths)):
-        if not ticks or math.log(length / ticks[-1]) >= CLOSEST[axis.axis_name] * math.log(high / low):
+        if not ticks or math.log(length / ticks[-1]) >= CLOSEST[_name(axis)] * math.log(high / low):
             ticks.append(length)
     _label(axis, ticks, [length_name(tick) for tick in ticks], (low, high))
 

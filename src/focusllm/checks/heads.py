@@ -79,9 +79,9 @@ def find_heads(
         question = torch.tensor(frame_question(tokenizer, needle.question)[1], device=device)
         paid.append(_paid(model, start, chunks, question))
         progress(len(rows) + i + 1, steps)
-    best, *recalls = _best(torch.stack(paid), torch.tensor(right), num_heads)
+    best, first, among_four, by_all = _best(torch.stack(paid), torch.tensor(right), num_heads)
     heads = Heads.of(model, [able[i] for i in best])
-    return Found(heads, *recalls, num_questions=len(hidden) // 2, num_chunks=len(chunks))
+    return Found(heads, first, among_four, by_all, num_questions=len(hidden) // 2, num_chunks=len(chunks))
 
 
 def _hide(hidden: Sequence[Needle], tokenizer: Any, chunk_length: int) -> tuple[list[list[int]], list[int]]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 Rng = np.random.Generator
+Item = TypeVar("Item")
 
 FIRST_NAMES = (
     "Adela",
@@ -70,5 +72,5 @@ def needles(rng: Rng, count: int) -> list[Needle]:
     return list(found.values())
 
 
-def _pick(rng: Rng, choices: Sequence[str] | Sequence[tuple[str, str]]) -> str | tuple[str, str]:
+def _pick(rng: Rng, choices: Sequence[Item]) -> Item:
     return choices[int(rng.integers(len(choices)))]

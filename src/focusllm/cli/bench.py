@@ -56,7 +56,7 @@ def bench(
     if kept is not None:
         result = read_result(kept)
         make_folder(output)
-        with writing_to(output):
+        with writing_to(output, "make room, or choose another folder"):
             paths = write_plots(result, output)
         _show(result, paths, as_json)
         return

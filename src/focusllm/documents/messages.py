@@ -6,7 +6,7 @@ import email
 import email.policy
 import json
 import re
-from email.message import EmailMessage
+from email.message import EmailMessage, MIMEPart
 from typing import Any
 
 from focusllm.documents.encodings import decode, decode_text
@@ -41,7 +41,7 @@ def from_eml(name: str, data: bytes, encoding: str | None = None) -> Extracted:
     return joined([("", "\n".join(head)), ("", text)], remarks)
 
 
-def _body(name: str, part: EmailMessage) -> str:
+def _body(name: str, part: MIMEPart) -> str:
     content = part.get_payload(decode=True)
     assert isinstance(content, bytes)
     text, _ = decode(content, name, None, part.get_content_charset("") if b"\0" not in content else "")

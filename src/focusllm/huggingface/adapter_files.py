@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from focusllm.errors import AdapterError, first_line
+from focusllm.errors import AdapterError, first_line, shown
 from focusllm.files import whole_file
+from focusllm.json_text import parse_json
 from focusllm.method.adapter import AdapterConfig, CandidateLinear, inject, injected
 from focusllm.method.base import layout
 
@@ -99,7 +100,8 @@ def save_adapter(
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     if not (folder / "README.md").exists():
         with whole_file(folder / "README.md") as temporary:
-            temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in tensors.values()), notes))
+            card = _model_card(config, shown(base_name), sum(t.numel() for t in tensors.values()), notes)
+            temporary.write_text(card, encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, source: str | Path, dtype: torch.dtype | None = None) -> AdapterConfig:
@@ -192,16 +194,14 @@ def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple
 
 def may_be_on_hub(source: str | Path) -> bool:
     """Whether this is no folder, and can be a hub repository by its name (owner/name)."""
-    path = Path(source)
-    is_path = os.path.isdir(path) or path.is_absolute() or str(source).startswith((".", "~"))
+    is_path = os.path.isdir(source) or os.path.isabs(source) or str(source).startswith((".", "~"))
     return not is_path and str(source).count("/") == 1
 
 
 def _find(source: str | Path) -> Path:
     """A folder as it is, anything else as a hub repository."""
-    folder = Path(source)
-    if os.path.isdir(folder):
-        return folder
+    if os.path.isdir(source):
+        return Path(source)
     if not may_be_on_hub(source):
         raise AdapterError(f"there is no adapter folder {source}; give a folder or a hub repository (owner/name).")
     from huggingface_hub import snapshot_download
@@ -230,9 +230,9 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     """An adapter's own settings and the base model's shape, from our file or from PEFT's."""
     try:
         if (folder / FOCUS_CONFIG_NAME).exists():
-            content = json.loads((folder / FOCUS_CONFIG_NAME).read_text())
+            content = parse_json((folder / FOCUS_CONFIG_NAME).read_bytes())
             return AdapterConfig(**content["adapter"]), dict(content["base"])
-        content = json.loads((folder / PEFT_CONFIG_NAME).read_text())
+        content = parse_json((folder / PEFT_CONFIG_NAME).read_bytes())
         letters = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "dense": "o", "qkv_proj": "qkv"}
         if content.get("peft_type") != "LORA" or set(content["target_modules"]) - set(letters):
             raise AdapterError(

@@ -26,6 +26,7 @@ from typing import BinaryIO
 
 from focusllm.errors import ModelError, first_line
 from focusllm.files import PART, remove_parts, whole_folder
+from focusllm.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def _write_manifest(folder: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether a converted model is there and every file has its checksum."""
     try:
-        sums = json.loads((folder / MANIFEST_NAME).read_text())
+        sums = parse_json((folder / MANIFEST_NAME).read_bytes())
         return bool(sums) and all(_sha256(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -13,6 +13,7 @@ from focusllm.errors import ModelError, first_line
 from focusllm.files import whole_file
 from focusllm.huggingface.adapter_files import fingerprint
 from focusllm.huggingface.embedded import cache_folder
+from focusllm.json_text import parse_json
 from focusllm.memory.lookup import Heads, choosing_layers
 from focusllm.method.base import layout
 
@@ -40,10 +41,10 @@ def load_heads(model: nn.Module, path: Path) -> Heads:
     """
     shape = layout(model)
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
         pairs = tuple((int(layer), int(head)) for layer, head in content["heads"])
         base = content["base"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} has no look-up heads ({first_line(error)}); find them anew.") from error
     able = {(i, head) for i in choosing_layers(model) for head in range(shape.layers[i].num_heads)}
     if base != fingerprint(model) or not pairs or not able.issuperset(pairs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError, ModelError, first_line
 from focusllm.huggingface.adapter_files import may_be_on_hub
 from focusllm.huggingface.embedded import boxed_adapter
+from focusllm.json_text import parse_json
 
 Model = TypeVar("Model", bound=nn.Module)
 UNTRAINED = "none"
@@ -152,7 +152,7 @@ def saved_settings(folder: str | Path) -> FocusConfig | None:
     if not os.path.exists(path):
         return None
     try:
-        return FocusConfig().replace(**json.loads(path.read_text()))
+        return FocusConfig().replace(**parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}); save the model again.") from error
 

@@ -48,7 +48,8 @@ class Place:
     folder: Path | None = None
     """disk: where the files go."""
     name: str | None = None
-    """disk: what the files' names begin with; None: temporary files."""
+    """disk: what the files are of (`document_key`): their names begin with it, their headers have it. None: temporary
+    files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +168,7 @@ def encode(
 
     Args:
         place: where the keys and values go; None: the device. Chunks that a named file holds already are not read.
+        notify: called with a sentence about what is read again though there was a file.
         start: what every chunk is read behind.
         heads: those whose keys are kept apart, for chunks that are to be chosen.
 
@@ -182,7 +184,8 @@ def encode(
     bounds = cut(len(token_ids), config)
     full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
     at_once = max(1, tokens_at_once(config, device) // config.chunk_length)
-    blocks = []
+    blocks: list[ChunkBlock] = []
+    replaced = ""
     for group in (full, bounds[len(full) :]):
         if not group:
             continue
@@ -190,6 +193,9 @@ def encode(
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
         block: ChunkBlock | None = None
         lookup = LookupKeys.of(model, heads, *ids.shape) if heads is not None else None
+        if isinstance(store, RowFile) and store.replaced and not replaced:
+            replaced = store.replaced
+            notify(f"{store.path} was of {replaced}; the text is read again.")
         for first in range(0, len(group), at_once):
             batch, encoded = ids[first : first + at_once], None
             if not isinstance(store, RowFile):
@@ -234,9 +240,11 @@ def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
 
 def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig, start_ids: Sequence[int] = ()) -> str:
     """A name for a text as a model reads it: other weights or settings of the model, another type, length of chunks,
-    start or token give another.
+    start or token give another. Whatever chunks' keys and values depend on has to be in here: nothing else tells files
+    apart.
     """
-    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
+    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype)
+    digest = xxhash.xxh3_128("".join(f"{part} " for part in how).encode())
     if start_ids:
         digest.update(f"behind {','.join(map(str, start_ids))} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
@@ -273,7 +281,7 @@ def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> 
     if place.kind == "disk":
         assert place.folder is not None
         path = place.folder / f"{place.name}-{length}.rows" if place.name else None
-        return RowFile(packing, num_rows, length, path, place.folder)
+        return RowFile(packing, num_rows, length, path, place.folder, place.name or "")
     if place.kind == "device" and config.kv_dtype == "same":
         return None
     return Packed.empty(packing, num_rows, length, torch.device("cpu") if place.kind == "host" else None)

@@ -145,4 +145,4 @@ def token_weights(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], sta
         total = weights if total is None else total + weights
     assert total is not None
     sizes = [found.num_rows * found.length for found in keys]
-    return [part.view(-1, found.length) for part, found in zip(total.split(sizes), keys, strict=True)]
+    return [part.view(-1, found.length) for part, found in zip(torch.split(total, sizes), keys, strict=True)]

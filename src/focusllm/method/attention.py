@@ -200,7 +200,7 @@ def _attend_few(
         first = _mean(first.reshape(rows, heads, length, -1)[:, :, -watch:].float(), past[0][4])
         newest = weights.view(rows, heads, length, -1)[:, :, -1].float().mean(1)
         rooms = [part.shape[1] for part in values]  # over the whole room, as the scores are; a sink is behind them
-        _, *others = newest[:, : sum(rooms)].split(rooms, -1)
+        _, *others = torch.split(newest[:, : sum(rooms)], rooms, -1)
         counts = [*(count for _, _, count, *_ in past[1:]), length]
         share = torch.cat([first, *(part[:, :count] for part, count in zip(others, counts, strict=True))], -1)
     out, start = None, 0

@@ -81,8 +81,8 @@ class Focus(Method):
         return logits, lambda token: decode(self.base, [request], [token], self.config)[0]
 
     def divide(self, prompt: Prompt) -> tuple[list[int], list[int], list[int], int | None]:
-        """What opened chunks are read behind, far context, local context, and the length of the dynamic prompt (None: as
-        configured).
+        """What opened chunks are read behind, the far context, the local context, and the length of the dynamic prompt
+        (None: as configured).
         """
         head, tail = [*prompt.start, *prompt.before], [*prompt.after, *prompt.end]
         own = len(head) + len(tail)
