@@ -64,28 +64,28 @@ def main(names: Sequence[str]) -> None:
     DOCUMENT.write_text(f"{before}{START}\n{table}{END}{rest.partition(END)[2]}")
 
 
-def render(rows: Sequence[tuple[str, bool, str]]) -> str:
+def render(rows: Sequence[tuple[str, str, str]]) -> str:
     """A Markdown table: the supported first."""
-    count = sum(supported for _, supported, _ in rows)
+    count = sum(state == "supported" for _, state, _ in rows)
     lines = [
         f"transformers {transformers.__version__}: {count} of {len(rows)} types of causal language models.",
         *("", "| model type | | |", "|---|---|---|"),
     ]
-    for name, supported, what in sorted(rows, key=lambda row: not row[1]):
-        lines.append(f"| {name} | {'supported' if supported else 'refused'} | {what} |")
+    for name, state, what in sorted(rows, key=lambda row: ["supported", "refused", "not known"].index(row[1])):
+        lines.append(f"| {name} | {state} | {what} |")
     return "\n".join(lines) + "\n"
 
 
-def row(name: str) -> tuple[str, bool, str]:
-    """A model type, whether the method works with it, and what it has or why it is refused."""
+def row(name: str) -> tuple[str, str, str]:
+    """A model type; supported, refused or not known; and what it has or why."""
     try:
         found = described(name)
     except FocusError as error:
         reason = first_line(error).partition(" are not supported: ")[2].partition(". Supported are ")[0]
-        return name, False, reason or first_line(error)
+        return name, "refused", reason or first_line(error)
     except Exception as error:  # what a type wants that is not known here
-        return name, False, f"could not be built ({type(error).__name__})"
-    return name, True, found
+        return name, "not known", f"could not be built without settings of its own ({type(error).__name__})"
+    return name, "supported", found
 
 
 def described(name: str) -> str:

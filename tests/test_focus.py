@@ -26,9 +26,10 @@ from focusllm.method.attention import (
 )
 from focusllm.method.differentiable import by_products
 from focusllm.method.focus import encode_chunks, focus_logits, read_prompt
-from focusllm.method.kv import KV
+from focusllm.method.kv import KV, LayerSegment
 from focusllm.method.opened import read_behind
 from focusllm.method.rope import move_keys, rotation
+from focusllm.method.scoring import Scoring
 from reference import cached_logits, candidates_of, exact_logits
 
 TEXT = random_ids(24 * 3 + 7 + 20)
@@ -301,8 +302,8 @@ def test_partial_attention_by_formula_equals_the_kernel(causal: bool, masked: bo
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 9, 16) for heads in (6, 2, 2))
     mask = (torch.rand(2, 9, 9) > 0.3) | torch.eye(9, dtype=torch.bool) if masked and not causal else None
-    out, lse = _partial(query, key, value, mask, causal, 0.25)
-    want, want_lse = _partial_by_formula(query, key, value, mask, causal, 0.25)
+    out, lse = _partial(query, key, value, mask, causal, Scoring(0.25))
+    want, want_lse = _partial_by_formula(query, key, value, mask, causal, Scoring(0.25))
     torch.testing.assert_close(out, want, **CLOSE)
     torch.testing.assert_close(lse, want_lse, **CLOSE)
 
@@ -344,9 +345,9 @@ def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> Non
     }[own]
     segment_mask = torch.rand(5, 7, generator=generator) > 0.3 if masked else None
     segments = [([earlier], segment_mask), ([(random(2, 2, 3, 8), random(2, 2, 3, 8), 3, None)], None)]
-    results = []
+    results, parts = [], [LayerSegment(*segment) for segment in segments]
     for function in (_attend_joined, by_products):
-        out = function(query, _parts(key, value, segments, mask), 0.3)
+        out = function(query, _parts(key, value, parts, mask, Scoring(0.3)), 0.3)
         grads = torch.autograd.grad((out * torch.arange(8)).sum(), (query, key, value, earlier[1]))
         results.append((out, *grads))
     for expected, got in zip(*results, strict=True):
@@ -358,7 +359,7 @@ def test_the_kernel_for_gpus_gives_causal_attention() -> None:
     for heads, num_kv_heads in ((6, 2), (4, 4)):
         query = torch.randn(2, heads, 9, 16, generator=generator)
         key, value = (torch.randn(2, num_kv_heads, 9, 16, generator=generator) for _ in range(2))
-        want, _ = _partial_by_formula(query, key, value, None, True, 0.3)
+        want, _ = _partial_by_formula(query, key, value, None, True, Scoring(0.3))
         torch.testing.assert_close(_causal_by_torch(query, key, value, 0.3), want, **CLOSE)
 
 
@@ -370,11 +371,11 @@ def test_blocks_of_queries_give_causal_attention(length: int) -> None:
         query.float(), key.float(), value.float(), is_causal=True, scale=0.3, enable_gqa=True
     )
     got = attend(query, key, value, [], None, 0.3)[0]
-    assert torch.equal(got, _causal_by_blocks(query, key, value, 0.3))
+    assert torch.equal(got, _causal_by_blocks(query, key, value, Scoring(0.3)))
     scores = (query * 0.3) @ key.repeat_interleave(3, 1).transpose(2, 3)
     scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
     formula = scores.softmax(-1) @ value.repeat_interleave(3, 1)  # in the same type
     assert (got - want).norm() < 1.05 * (formula - want).norm()
     torch.testing.assert_close(
-        _causal_by_blocks(query.double(), key.double(), value.double(), 0.3).float(), want, **CLOSE
+        _causal_by_blocks(query.double(), key.double(), value.double(), Scoring(0.3)).float(), want, **CLOSE
     )

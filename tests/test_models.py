@@ -81,6 +81,7 @@ REFUSED = {
         "no keys and values of their own",
     ),
     "diffllama": ("DiffLlamaConfig", {}, "do not call transformers' attention function once each"),
+    "doge": ("DogeConfig", {}, "a layer has a mask of its own"),
     "mamba": ("MambaConfig", {}, "layers of type linear_attention"),
     "qwen3_next": ("Qwen3NextConfig", {"head_dim": 16, "num_experts": 2}, "layers of type linear_attention"),
     "gpt_neox": ("GPTNeoXConfig", {}, "projections"),
@@ -130,7 +131,20 @@ def test_the_table_of_models_is_what_the_program_says() -> None:
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     lines = (root / "docs" / "models.md").read_text().splitlines()
-    for name in ("gemma2", "gpt2", "gpt_oss", "llama", "longcat_flash", "mamba", "marian", "mistral", "qwen3_5_text"):
+    for name in (
+        "diffllama",
+        "doge",
+        "dots1",
+        "gemma2",
+        "gpt2",
+        "gpt_oss",
+        "llama",
+        "longcat_flash",
+        "mamba",
+        "marian",
+        "mistral",
+        "qwen3_5_text",
+    ):
         assert program.render([program.row(name)]).splitlines()[-1] in lines
 
 

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from conftest import SMALL, WINDOWED, build, random_ids, with_candidates
-from focusllm import AdapterConfig, FocusConfig
+from conftest import SMALL, WINDOWED, build, byte_tokenizer, random_ids, with_candidates
+from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM
 from focusllm.checks.verify import verify
 from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.evaluation.methods.full import Full
+from focusllm.evaluation.methods.pi import PositionInterpolation
+from focusllm.evaluation.methods.snapkv import SnapKV
 from focusllm.memory.chunking import cut
 from focusllm.memory.chunks import Place, encode
 from focusllm.memory.cost import stored_bytes
@@ -223,6 +226,13 @@ def test_training_computes_what_decoding_does(family: str, sink: int | None) -> 
     logits.logsumexp(-1).sum().backward()
     for name, parameter in trainable_parameters(model).items():  # in later layers the candidates are out of reach
         assert parameter.grad.abs().max() > 0 or not name.startswith("model.layers.0"), name
+
+
+def test_methods_that_need_full_attention_say_so() -> None:
+    llm = FocusLLM(FocusForCausalLM(build("gemma3_text", "eager"), SMALL), byte_tokenizer(), "tiny")
+    assert SnapKV(llm).fits(100) == "the base model has layers with a sliding window"
+    assert PositionInterpolation(llm).fits(100) == "the base model has several sets of rotary frequencies"
+    assert Full(llm).fits(100) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

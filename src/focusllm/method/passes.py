@@ -92,6 +92,8 @@ def _attention(
     this = _pass.get()
     if this is None:
         raise RuntimeError("attention 'focusllm' is for passes of focusllm only; call focusllm.method.base.run.")
+    if attention_mask is not None:  # Doge makes one from its values
+        raise ValueError("a layer has a mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     limits = sliding_window is not None and this.last is not None and this.last >= sliding_window
     how = Scoring(scale, softcap, s_aux, sliding_window if limits else None, this.positions)
