@@ -242,7 +242,7 @@ def test_what_pypdf_says_stays_with_it(caplog: pytest.LogCaptureFixture, capfd: 
         ("<p>an ordinary line</p>" * 10_000, 1, ""),
         ("<div>" * 100_000 + "end", 5, "elements lie inside each other"),
         ("<!-- " * 100_000 + "end", 5, "no text"),
-        ("<i></b>" * 50_000 + "end", 5, "elements lie inside each other"),
+        ("<i></b>" * 30_000 + "end", 5, "elements lie inside each other"),
         ("<table><tr><td>" * 50_000, 5, "elements lie inside each other"),
         ("<p " + " ".join(f"a{i}=1" for i in range(50_000)) + ">end", 5, ""),
         ("<![foo" * 50_000 + "><p>end", 5, ""),
@@ -329,7 +329,7 @@ def test_spreadsheet(tmp_path: Path) -> None:
         more.write(2, 1, 0.5)
     found = read_file(tmp_path / "a.xlsx")
     assert found.text == "Pumps\nname\tcount\ntwo lines\t3\n\t6\n\nMore\n0.5"
-    assert found.parts == ((0, 'sheet "Pumps"'), (35, 'sheet "More"'))
+    assert found.parts == ((0, 'sheet "Pumps"'), (33, 'sheet "More"'))
 
 
 def odt(body: str, head: str = "") -> bytes:
@@ -387,7 +387,7 @@ def test_a_book_has_chapters(tmp_path: Path) -> None:
 
 
 def test_rtf_mail_and_notebook(tmp_path: Path) -> None:
-    rtf = rb"{\rtf1\ansi\ansicpg1252 caf\'e9 \u-10187?\u-8704?\par \trowd a\cell b\cell\row \\cell}"
+    rtf = rb"{\rtf1\ansi\ansicpg1252 caf\'e9 \u-10179?\u-8704?\par \trowd a\cell b\cell\row \\cell}"
     assert read_text(write(tmp_path, "a.rtf", rtf)) == "café \U0001f600\na\tb\n\\cell"
     mail = (
         "From: Ann <ann@example.org>\nSubject: =?utf-8?q?Caf=C3=A9?=\nMIME-Version: 1.0\n"

@@ -22,8 +22,8 @@ BLOCKS = frozenset(
 )
 """Elements of HTML that have lines of their own."""
 HIDDEN = frozenset(["script", "style", "template", "noscript"])
-MAX_WORK = 10**10
-"""Most of bytes times nesting: an end tag is looked for among all open elements, 4 ns each at most 4 bytes apart."""
+MAX_WORK = 5 * 10**9
+"""Most of bytes times nesting: an end tag is looked for among all open elements, 6 ns each, every 4 bytes."""
 PIECE = 2**15
 """Bytes handed to the parser at once: it moves what is left of them for every event."""
 DECLARED = re.compile(
