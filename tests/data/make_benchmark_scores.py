@@ -48,11 +48,11 @@ TEXTS = (
     "The bakery on Elm St. opens at 9:30 a.m., doesn't it?",
     "Café Zoë sells crème brûlée for £4.50\u00a0a bowl…",  # a space that does not break
     "İzmir'de çay içtik, Straße für Straße.",
-    '"Who rang?" – “Nobody,” said the well-known e-mail clerk (twice).',
+    '"Who rang?" – “Nobody,” said the well-known e-mail clerk (twice).',  # noqa: RUF001
     "Line one.\n\nLine two has the number 7.\n- line three",
     "🐳 and 🐙 swam past pier_4",
     "3.14 is near it; 22/7 is nearer than 3.",
-    "ο φάρος είναι κλειστός",
+    "ο φάρος είναι κλειστός",  # noqa: RUF001
     "THE END",
     "yes",
     "Ada King",
@@ -63,18 +63,18 @@ TEXTS = (
 )
 CHINESE = (
     "灯塔的守护人在黄昏时点亮了灯。",
-    "一封信从里斯本寄来，港口没有人打开它。",
-    "他数着钟声，直到雾散去。",
-    "《海图》一共有1024页（第3页丢失了）！",
-    "船长说：“风暴明天就过去。”\n她不相信。",
-    "Ada 住在 3 号楼，电话是 555-0199",
-    "雨下了，又下了，又下了一整夜",
-    "面包店早上九点半开门，不是吗？",
-    "【公告】港口关闭～请绕行——谢谢",
+    "一封信从里斯本寄来，港口没有人打开它。",  # noqa: RUF001
+    "他数着钟声，直到雾散去。",  # noqa: RUF001
+    "《海图》一共有1024页（第3页丢失了）！",  # noqa: RUF001
+    "船长说：“风暴明天就过去。”\n她不相信。",  # noqa: RUF001
+    "Ada 住在 3 号楼，电话是 555-0199",  # noqa: RUF001
+    "雨下了，又下了，又下了一整夜",  # noqa: RUF001
+    "面包店早上九点半开门，不是吗？",  # noqa: RUF001
+    "【公告】港口关闭～请绕行——谢谢",  # noqa: RUF001
     "灯塔",
     "是的",
     "……",
-    "ＡＢＣ１２３",
+    "ＡＢＣ１２３",  # noqa: RUF001
 )
 CODE = (
     "    return self.total / len(self.items)",
@@ -198,7 +198,7 @@ def changed(draw: random.Random, text: str, others: tuple[str, ...]) -> str:
             f'"{text}"!?',
             "".join(character for character in text if draw.random() < 0.8),
             "".join(f"{character} " if draw.random() < 0.1 else character for character in text),
-            draw.choice(["", ".", "\n ", "...\n.", "，", "the"]),
+            draw.choice(["", ".", "\n ", "...\n.", "，", "the"]),  # noqa: RUF001
         ]
     )
 
