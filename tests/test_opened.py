@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import FAMILIES, SMALL, build, random_ids
-from focusllm import ConfigError, FocusConfig
+from conftest import FAMILIES, SMALL, build, byte_tokenizer, random_ids
+from focusllm import ConfigError, FocusConfig, FocusForCausalLM, FocusLLM
 from focusllm.checks.conformance import widen
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.decoding.opened import choose
 from focusllm.decoding.request import Piece, Request
-from focusllm.memory.chunks import ChunkBlock, encode
+from focusllm.memory.chunks import ChunkBlock, Place, document_key, encode
 from focusllm.memory.lookup import Heads, LookupKeys, middle_heads, token_weights
 from focusllm.method.opened import look_up, opened_logits, read_start
 
@@ -231,3 +233,74 @@ def test_a_budget_that_the_positions_do_not_hold(llama: nn.Module) -> None:
 def test_lookup_keys_are_small(llama: nn.Module) -> None:
     keys = LookupKeys.of(llama, Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24)
     assert keys.nbytes == 2 * 3 * 24 * (16 + 2)
+
+
+def test_look_up_keys_are_kept_beside_the_rows(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies on disk is chosen from without being read; other heads and damaged files are made anew."""
+    ids, heads, start = random_ids(100), middle_heads(llama), read_start(llama, START)
+    place = Place("disk", tmp_path, document_key(llama, ids, OPENED, START))
+
+    def read(**how: Any) -> list[ChunkBlock]:
+        return encode(llama, ids, OPENED, place=place, **{"start": start, "heads": heads, **how})
+
+    def keys(blocks: list[ChunkBlock]) -> list[Tensor]:
+        return [block.lookup.packed for block in blocks if block.lookup is not None]
+
+    first = keys(read())
+    files = sorted(tmp_path.glob("*.keys"))
+    assert len(files) == len(first) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(ChunkBlock, "rows", lambda *_: pytest.fail("rows were read"))
+        assert all(map(torch.equal, keys(read()), first))
+    damaged = bytearray(files[0].read_bytes())
+    damaged[-1] ^= 1
+    files[0].write_bytes(damaged)
+    assert all(map(torch.equal, keys(read()), first))
+    assert files[0].read_bytes() != damaged
+    other = keys(read(heads=Heads.of(llama, [(1, 0)])))
+    assert [part.shape[0] for part in other] == [1, 1]
+
+
+def test_a_document_on_disk_is_asked_with_few_of_its_chunks(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_ids(400)
+    place = Place("disk", tmp_path, document_key(llama, ids, OPENED, START))
+    blocks = encode(llama, ids, OPENED, place=place, start=read_start(llama, START), heads=middle_heads(llama))
+    read: list[int] = []
+    rows = ChunkBlock.rows
+    monkeypatch.setattr(ChunkBlock, "rows", lambda self, model, a, b: read.append(b - a) or rows(self, model, a, b))
+    request = start_request(llama, blocks, random_ids(8, 4), OPENED)
+    logits = prefill(llama, request, OPENED)[-1]
+    assert sum(read) == 2
+    here = blocks_of(llama, ids)
+    same = start_request(llama, here, random_ids(8, 4), OPENED)
+    torch.testing.assert_close(prefill(llama, same, OPENED)[-1], logits)
+
+
+def test_documents_and_texts_through_the_front(tmp_path: Path) -> None:
+    """A model without candidate projections opens: `ask`, a store, several documents, a long prompt of its own."""
+    model = FocusForCausalLM(build(max_position_embeddings=512), OPENED.replace(far_context="auto", local_length=64))
+    llm = FocusLLM(model, byte_tokenizer(), "tiny")
+    assert model.settings.is_opened
+    text = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
+    document = llm.read_text(text, store=tmp_path)
+    answer = llm.ask(document, "What?", max_new_tokens=6)
+    assert answer.text == llm.ask(llm.read_text(text), "What?", max_new_tokens=6).text
+    assert sum(citation.weight for citation in answer.citations) == pytest.approx(1)
+    assert llm.ask([document, llm.read_text("Another thing. " * 12)], "What?", max_new_tokens=4).num_generated_tokens == 4
+    assert llm.continue_text(text, max_new_tokens=4).num_generated_tokens == 4
+    condensed = llm.read_text("Short.")
+    assert llm.ask(condensed, "What?", max_new_tokens=4).citations == []
+
+
+def test_documents_are_asked_as_they_were_read() -> None:
+    """Settings that changed in between are refused in one sentence, not mixed up."""
+    model = FocusForCausalLM(build(max_position_embeddings=512), OPENED.replace(local_length=64))
+    llm = FocusLLM(model, byte_tokenizer(), "tiny")
+    document = llm.read_text("A story of things. " * 20)
+    model.focus_config = model.focus_config.replace(far_context="condensed")
+    with pytest.raises(ConfigError, match="was read to be opened.* read it again"):
+        llm.ask(document, "What?", max_new_tokens=4)

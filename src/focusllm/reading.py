@@ -92,12 +92,17 @@ class Reader:
         Raises:
             ConfigError: with both.
         """
-        length = self.model.focus_config.chunk_length
+        length, opens = self.model.focus_config.chunk_length, self.model.settings.is_opened
         if document.reader != self.mark() or document.chunk_length != length:
             raise ConfigError(
                 f"{document!r} was read by {document.reader['model']} ({document.reader['dtype']}, chunk_length "
                 f"{document.chunk_length}), not by {self.name} ({self.model.dtype}, chunk_length {length}); read it "
                 f"again."
+            )
+        if document.is_to_be_opened != opens:
+            how = ("condensed", "opened")
+            raise ConfigError(
+                f"{document!r} was read to be {how[not opens]}, but far_context is {how[opens]} now; read it again."
             )
 
     def _of_ids(self, given: Sequence[int], name: str) -> tuple[Source, Encoded]:

@@ -6,6 +6,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -192,7 +193,7 @@ def encode(
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
         block: ChunkBlock | None = None
-        lookup = LookupKeys.of(model, heads, *ids.shape) if heads is not None else None
+        lookup, is_known = _lookup(model, heads, ids, store, place)
         if isinstance(store, RowFile) and store.replaced and not replaced:
             replaced = store.replaced
             notify(f"{store.path} was of {replaced}; the text is read again.")
@@ -205,13 +206,31 @@ def encode(
                 encoded = read_behind(model, start_ids, batch)
                 store.write(first, encoded, batch)
             block = block or ChunkBlock(ids, store, notify=notify, start=start, lookup=lookup)
-            if lookup is not None:
+            if lookup is not None and not is_known:
                 lookup.write(first, block.rows(model, first, first + len(batch)) if encoded is None else encoded)
             if progress is not None:
                 progress(group[first + len(batch) - 1][1], len(token_ids))
         assert block is not None
         blocks.append(block)
+        if lookup is not None and not is_known and (kept := _lookup_path(store)) is not None:
+            with suppress(OSError):  # a disk that is full or cannot be written to: they are made anew the next time
+                lookup.save(kept, place.name or "")
     return blocks
+
+
+def _lookup(
+    model: nn.Module, heads: Heads | None, ids: Tensor, store: KV | Packed | RowFile | None, place: Place
+) -> tuple[LookupKeys | None, bool]:
+    """Look-up keys for some chunks, and whether they were kept beside the rows."""
+    if heads is None:
+        return None, False
+    empty, kept = LookupKeys.of(model, heads, *ids.shape), _lookup_path(store)
+    found = LookupKeys.load(kept, place.name or "", empty) if kept is not None else None
+    return found or empty, found is not None
+
+
+def _lookup_path(store: KV | Packed | RowFile | None) -> Path | None:
+    return store.path.with_suffix(".keys") if isinstance(store, RowFile) and store.path is not None else None
 
 
 def count_alike(blocks: Sequence[ChunkBlock]) -> Counter[int]:

@@ -13,10 +13,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from focusllm.files import whole_file
 from focusllm.memory.store import from_int8, to_int8
 from focusllm.method.base import layout
 from focusllm.method.kv import KV
@@ -84,6 +89,32 @@ class LookupKeys:
         packed = torch.zeros(*shape, width, dtype=torch.int8)
         return cls(heads, packed, torch.zeros(*shape, 1, dtype=torch.float16))
 
+    def save(self, path: Path, key: str) -> None:
+        """Keep them in a file, for a text that is asked again.
+
+        Args:
+            key: what they are of (`document_key`).
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        tensors = {"packed": self.packed.contiguous(), "scales": self.scales.contiguous()}
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata={"document": key, "heads": repr(self.heads), "sum": _sum(tensors)})
+
+    @classmethod
+    def load(cls, path: Path, key: str, empty: LookupKeys) -> LookupKeys | None:
+        """Those in a file; None: it is not there, is damaged, or is of another text or of other heads than `empty`."""
+        try:
+            with safe_open(path, "pt") as file:
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError):
+            return None
+        wanted = {"document": key, "heads": repr(empty.heads), "sum": _sum(tensors)}
+        if about != wanted or tensors["packed"].shape != empty.packed.shape:
+            return None
+        return cls(empty.heads, tensors["packed"], tensors["scales"])
+
     @property
     def num_rows(self) -> int:
         """R."""
@@ -118,6 +149,13 @@ class LookupKeys:
             keys = from_int8(self.packed[place, part], self.scales[place, part], torch.float32).flatten(0, 1)
             found.append(queries @ keys.T)
         return torch.cat(found, 1)
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_64()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def token_weights(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], start: Start | None) -> list[Tensor]:
