@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -267,7 +267,8 @@ class _Board:
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+            with suppress(UnicodeEncodeError):  # it knows no folders whose names are not in UTF-8
+                self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def add(self, entry: dict[str, Any]) -> None:
         """One log entry as scalars."""
