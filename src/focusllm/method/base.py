@@ -209,7 +209,7 @@ def _inspect(model: nn.Module) -> Layout:
         }
         if hasattr(module, "layer_idx") and "o" in names and ({"q", "k", "v"} <= set(names) or "qkv" in names):
             found.append((path, module, names))
-    found.sort(key=lambda layer: int(layer[1].layer_idx))  # type: ignore[arg-type]
+    found.sort(key=lambda layer: int(layer[1].layer_idx))
     if len(found) != getattr(config, "num_hidden_layers", None):
         raise refuse(
             f"{len(found)} of its {getattr(config, 'num_hidden_layers', '?')} layers have q, k, v and o projections "
