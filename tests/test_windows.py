@@ -28,7 +28,7 @@ from focusllm.memory.cost import stored_bytes
 from focusllm.method import attention, passes
 from focusllm.method.adapter import trainable_parameters
 from focusllm.method.attention import attend
-from focusllm.method.base import layout
+from focusllm.method.base import CACHE_NAME, layout
 from focusllm.method.differentiable import by_formula
 from focusllm.method.focus import encode_chunks, focus_logits
 from focusllm.method.kv import KV, Segment
@@ -88,7 +88,7 @@ def forward(
             input_ids=torch.tensor([ids]),
             position_ids=positions[None],
             attention_mask=masks if is_mixed else masks["sliding_attention"],
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         ).logits[0]
     finally:
         passes._pass.reset(token)
