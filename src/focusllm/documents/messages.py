@@ -12,7 +12,7 @@ from focusllm.documents.markup import html_text
 from focusllm.errors import DocumentError, first_line
 
 if TYPE_CHECKING:
-    from email.message import EmailMessage
+    from email.message import MIMEPart
 
 CELL = re.compile(r"(\\\\)|\\(?:nest)?cell(?![a-zA-Z])")
 """The end of a cell in RTF, or a backslash that is text."""
@@ -42,7 +42,7 @@ def from_eml(name: str, data: bytes, encoding: str | None = None) -> Extracted:
     return joined([("", "\n".join(head)), ("", text)], remarks)
 
 
-def _body(name: str, part: EmailMessage) -> str:
+def _body(name: str, part: MIMEPart) -> str:
     content = part.get_payload(decode=True)
     assert isinstance(content, bytes)
     text, _ = decode(content, name, None, part.get_content_charset("") if b"\0" not in content else "")
