@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import email
-import email.policy
 import json
 import re
-from email.message import EmailMessage, MIMEPart
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from focusllm.documents.encodings import decode, decode_text
 from focusllm.documents.extracted import Extracted, counted, joined
 from focusllm.documents.markup import html_text
 from focusllm.errors import DocumentError, first_line
+
+if TYPE_CHECKING:
+    from email.message import MIMEPart
 
 CELL = re.compile(r"(\\\\)|\\(?:nest)?cell(?![a-zA-Z])")
 """The end of a cell in RTF, or a backslash that is text."""
@@ -26,9 +26,10 @@ def from_plain(name: str, data: bytes, encoding: str | None) -> Extracted:
 
 def from_eml(name: str, data: bytes, encoding: str | None = None) -> Extracted:
     """Who wrote when to whom about what, and the text; attachments are named in a remark."""
+    from email import message_from_bytes, policy
+
     try:
-        mail = email.message_from_bytes(data, policy=email.policy.default)
-        assert isinstance(mail, EmailMessage)
+        mail = message_from_bytes(data, policy=policy.default)
         head = [f"{key}: {mail[key]}" for key in ("From", "To", "Cc", "Date", "Subject") if mail[key]]
         body = mail.get_body(("plain", "html"))
         text = "" if body is None else _body(name, body)
