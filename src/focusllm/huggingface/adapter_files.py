@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from focusllm.errors import AdapterError, first_line, shown
@@ -140,7 +140,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
         AdapterError: there are none, or they are damaged.
     """
     try:
-        return load_file(folder / WEIGHTS_NAME)
+        return load((folder / WEIGHTS_NAME).read_bytes())  # by its bytes, for not every name is one to safetensors
     except FileNotFoundError as error:
         raise AdapterError(f"the adapter {folder} has no {WEIGHTS_NAME}; save or download it again.") from error
     except (safetensors.SafetensorError, OSError) as error:
