@@ -290,7 +290,9 @@ def test_documents_and_texts_through_the_front(tmp_path: Path) -> None:
     answer = llm.ask(document, "What?", max_new_tokens=6)
     assert answer.text == llm.ask(llm.read_text(text), "What?", max_new_tokens=6).text
     assert sum(citation.weight for citation in answer.citations) == pytest.approx(1)
-    assert llm.ask([document, llm.read_text("Another thing. " * 12)], "What?", max_new_tokens=4).num_generated_tokens == 4
+    assert (
+        llm.ask([document, llm.read_text("Another thing. " * 12)], "What?", max_new_tokens=4).num_generated_tokens == 4
+    )
     assert llm.continue_text(text, max_new_tokens=4).num_generated_tokens == 4
     condensed = llm.read_text("Short.")
     assert llm.ask(condensed, "What?", max_new_tokens=4).citations == []

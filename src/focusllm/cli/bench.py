@@ -45,13 +45,13 @@ def bench(
     kept: Annotated[
         Path | None, typer.Option("--from", help="The bench.json of a run: show and plot it again, measure nothing.")
     ] = None,
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = None,
     as_json: Json = False,
 ) -> None:
     """Measure reading, decoding and memory by length, against full attention and llama.cpp."""
     from focusllm.bench.plan import Plan, parse_contenders, sample_text
     from focusllm.bench.report import read_result, write_plots, write_result
-    from focusllm.documents.readers import read_text
+    from focusllm.documents.sources import open_source
 
     if kept is not None:
         result = read_result(kept)
@@ -72,7 +72,10 @@ def bench(
     )
     name, document = "the Python language reference", ""
     if text is not None:
-        name, document = Path(text).name, read_text(text, encoding)
+        source = open_source(text, encoding)
+        for remark in source.remarks:
+            notify(remark)
+        name, document = source.name, source.text
     make_folder(output)
     with calm_libraries(), bench_progress(as_json) as report:
         from focusllm.bench.run import run
