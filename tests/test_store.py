@@ -299,7 +299,7 @@ def test_what_is_kept_where_nothing_can_be_written_is_used(
     place, expected = files_of(llama, tmp_path)
     read_only(tmp_path, number)
     with monkeypatch.context() as patched:
-        patched.setattr(chunks, "encode_chunks", lambda *_: pytest.fail("it was read again"))
+        patched.setattr(chunks, "read_behind", lambda *_: pytest.fail("it was read again"))
         blocks = encode(llama, IDS, SMALL, place=place)
         assert difference(rows_of(llama, blocks), expected) == 0
     damage(tmp_path / f"{place.name}-24.rows", "changed")
@@ -323,7 +323,7 @@ def test_a_folder_in_the_place_of_a_file(llama: nn.Module, tmp_path: Path) -> No
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_forked_processes_use_a_file_at_once(tmp_path: Path) -> None:
-    packing = Packing(2, 16, (torch.device("cpu"),), torch.float32, "same")
+    packing = Packing(((2, 16), (2, 16)), (torch.device("cpu"),), torch.float32, "same")
     file = RowFile(packing, 40, 8, tmp_path / "book.rows", tmp_path)
     tokens, (keys, values) = torch.arange(320).view(40, 8), torch.randn(2, 40, 2, 8, 16)
     file.write(0, KV([keys], [values]), tokens)
