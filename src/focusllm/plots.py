@@ -18,7 +18,7 @@ DIGITS = (range(1, 10), (1, 2, 5), (1,))
 """What may be labelled in a decade, the most first."""
 STRIDES = (1, 2, 3, 5, 10, 20)
 """Every how many decades, where one a decade would be too many."""
-CLOSEST = {"x": 0.085, "y": 0.045}
+CLOSEST_ACROSS, CLOSEST_DOWN = 0.085, 0.045
 """How near labels may come, as a share of the axis: numbers are wider than high."""
 
 
@@ -30,13 +30,8 @@ def length_name(tokens: int) -> str:
 def log_axis(axis: Axis) -> None:
     """Label an axis that is logarithmic, once all is drawn; between the labels there are no ticks."""
     low, high = sorted(axis.get_view_interval())
-    ticks = log_ticks(low, high, CLOSEST[_name(axis)])
+    ticks = log_ticks(low, high, _closest(axis))
     _label(axis, ticks, [f"{tick:,.10g}" for tick in ticks], (low, high))
-
-
-def _name(axis: Axis) -> str:
-    name: str = axis.axis_name  # type: ignore[attr-defined]
-    return name
 
 
 def length_axis(axis: Axis, lengths: Sequence[int]) -> None:
@@ -44,7 +39,7 @@ def length_axis(axis: Axis, lengths: Sequence[int]) -> None:
     low, high = sorted(axis.get_view_interval())
     ticks: list[int] = []
     for length in sorted(set(lengths)):
-        if not ticks or math.log(length / ticks[-1]) >= CLOSEST[_name(axis)] * math.log(high / low):
+        if not ticks or math.log(length / ticks[-1]) >= _closest(axis) * math.log(high / low):
             ticks.append(length)
     _label(axis, ticks, [length_name(tick) for tick in ticks], (low, high))
 
@@ -70,6 +65,12 @@ def _even_ticks(low: float, high: float) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * next(digit for digit in (1, 2, 5, 10) if digit * unit >= rough)
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _closest(axis: Axis) -> float:
+    from matplotlib.axis import YAxis
+
+    return CLOSEST_DOWN if isinstance(axis, YAxis) else CLOSEST_ACROSS
 
 
 def _label(axis: Axis, ticks: Sequence[float], labels: Sequence[str], view: tuple[float, float]) -> None:
