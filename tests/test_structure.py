@@ -21,7 +21,7 @@ ROOMS = {
     "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "engine"],
     "documents": [
-        *("extracted", "readers", "folders", "sources"),  # files
+        *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers", "folders", "sources"),  # files
         *("detokenizer", "text", "answer", "document"),  # tokens
     ],
     "huggingface": ["adapter_files", "embedded", "loading", "modeling", "pretrained"],
@@ -49,7 +49,8 @@ ORDER = [
 ]
 WITHOUT_TORCH = [
     *("errors", "options", "files", "machine", "config", "memory.chunking"),
-    *(f"documents.{name}" for name in ("extracted", "readers", "folders", "sources", "detokenizer", "text")),
+    *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
+    *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text")),
     "huggingface.embedded",
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),

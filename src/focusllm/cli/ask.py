@@ -32,7 +32,7 @@ def ask(
     model: ModelOptions,
     focus: FocusOptions,
     sampling: SamplingOptions,
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = None,
     store: Annotated[
         Path | None, typer.Option(help="Folder that keeps what was read: asked again, it is not read again.")
     ] = None,
@@ -97,16 +97,18 @@ def generate(
     model: ModelOptions,
     focus: FocusOptions,
     sampling: SamplingOptions,
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text of any length."""
-    from focusllm.documents.readers import read_text
+    from focusllm.documents.readers import read_file
 
-    text = read_text(prompt, encoding)
+    found = read_file(prompt, encoding)
+    for remark in found.remarks:
+        notify(f"{Path(prompt).name}: {remark}.")
     llm = load(model, focus.given(), quiet=as_json)
     with reading_progress(Path(prompt).name, quiet=as_json) as progress:
-        answer = llm.continue_text(text, progress=progress, on_text=_printer(as_json), **sampling.arguments())
+        answer = llm.continue_text(found.text, progress=progress, on_text=_printer(as_json), **sampling.arguments())
     if as_json:
         print(json.dumps({"model": model.model, **answer.to_dict()}, indent=2))
     else:

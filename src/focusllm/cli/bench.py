@@ -42,7 +42,7 @@ def bench(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result and its plots.")] = Path(
         "focusllm-bench"
     ),
-    encoding: Encoding = "utf-8",
+    encoding: Encoding = None,
     as_json: Json = False,
 ) -> None:
     """Measure reading, decoding and memory by length, against full attention and llama.cpp."""

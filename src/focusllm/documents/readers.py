@@ -1,26 +1,46 @@
-"""Files to text: plain text, Markdown and source code as they are, HTML and PDF through their parsers."""
+"""Files to text: which formats there are, and which one a file has."""
 
 from __future__ import annotations
 
-import codecs
-import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from focusllm.documents import archives, markup, messages, pdf
+from focusllm.documents.encodings import decode_text
 from focusllm.documents.extracted import Extracted
 from focusllm.errors import DocumentError, first_line
 
-BLOCKS = [
-    *("address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "details", "div", "dl", "dt"),
-    *("fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr"),
-    *("legend", "li", "main", "nav", "ol", "option", "p", "pre", "section", "summary", "table", "tbody", "tfoot"),
-    *("thead", "title", "tr", "ul"),
-]
-"""Elements of HTML that have lines of their own."""
-SPACE = "\ufdd0"
-"""Stands for white space between words until lines are known. Unicode keeps it from being a character."""
-HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
-DOCUMENT_SUFFIXES = {".txt", ".md", ".rst", ".tex", ".json", ".csv", ".py", ".pdf", *HTML_SUFFIXES}
+__all__ = ["DOCUMENT_SUFFIXES", "FORMATS", "Format", "check_text", "decode_text", "read_file", "read_text"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file: its name, suffixes, and who reads it, called with (name, bytes, encoding or None)."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    read: Callable[[str, bytes, str | None], Extracted]
+
+
+PLAIN = Format("text", (".txt", ".md", ".rst", ".tex", ".json", ".csv", ".tsv", ".log", ".py"), messages.from_plain)
+FORMATS = (
+    PLAIN,
+    Format("HTML", (".html", ".htm", ".xhtml"), markup.from_html),
+    Format("PDF", (".pdf",), pdf.from_pdf),
+    Format("Word", (".docx", ".docm"), archives.from_docx),
+    Format("PowerPoint", (".pptx", ".pptm"), archives.from_pptx),
+    Format("spreadsheet", (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods"), archives.from_sheets),
+    Format("OpenDocument text", (".odt",), archives.from_odt),
+    Format("EPUB", (".epub",), archives.from_epub),
+    Format("RTF", (".rtf",), messages.from_rtf),
+    Format("mail", (".eml",), messages.from_eml),
+    Format("notebook", (".ipynb",), messages.from_ipynb),
+)
+BY_SUFFIX = {suffix: format for format in FORMATS for suffix in format.suffixes}
+DOCUMENT_SUFFIXES = frozenset(BY_SUFFIX)
+"""What names of documents end in; other files are taken as text."""
 
 
 def read_text(path: str | Path, encoding: str | None = None) -> str:
@@ -35,26 +55,42 @@ def read_file(path: str | Path, encoding: str | None = None) -> Extracted:
         encoding: of plain text and HTML; None: by its byte order mark, what HTML declares, UTF-8, or detected.
 
     Raises:
-        DocumentError: a missing or unreadable file, one that is not text, bytes that are not in the encoding, or a
-            file without any text.
+        DocumentError: a missing or unreadable file, one that is not text, bytes that are not in the encoding, a
+            damaged or protected document, a package that is not installed, or a file without any text.
     """
     name = str(path)
+    data = _content(name, path)
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(path).read_bytes()
+        found = format_of(name, data).read(name, data, encoding)
+    except (MemoryError, RecursionError) as error:
+        raise DocumentError(
+            f"{name} cannot be read: it is nested too deep or too big ({first_line(error)})."
+        ) from error
+    check_text(found.text, name)
+    return found
+
+
+def format_of(name: str, data: bytes) -> Format:
+    """What a file is: by how it begins where that says it, else by its suffix, else text."""
+    if data.startswith(b"%PDF-"):
+        return BY_SUFFIX[".pdf"]
+    if data.startswith(b"{\\rtf"):
+        return BY_SUFFIX[".rtf"]
+    inside = archives.kind_of(data) if data.startswith(b"PK\3\4") else ""
+    return BY_SUFFIX.get(inside or Path(name).suffix.lower(), PLAIN)
+
+
+def _content(name: str, path: str | Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(path).read_bytes()
     except FileNotFoundError as error:
         raise DocumentError(f"there is no file {name}; check the path.") from error
     except IsADirectoryError as error:
         raise DocumentError(f"{name} is a folder; name the files in it.") from error
     except OSError as error:
         raise DocumentError(f"{name} cannot be read ({error.strerror or error}); check its permissions.") from error
-    suffix = Path(name).suffix.lower()
-    if suffix == ".pdf" or data.startswith(b"%PDF-"):
-        text = _from_pdf(name, data)
-    else:
-        text = decode_text(data, name, encoding or "utf-8")
-        if suffix in HTML_SUFFIXES:
-            text = _from_html(name, text)
-    return Extracted(check_text(text, name))
+    except ValueError as error:  # NUL in the name
+        raise DocumentError(f"{name!r} cannot be the name of a file ({first_line(error)}).") from error
 
 
 def check_text(text: str, name: str) -> str:
@@ -70,74 +106,4 @@ def check_text(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         odd = f"{text[error.start]!r} at position {error.start:,}"
         raise DocumentError(f"{name} is not Unicode text: {odd}; give it in UTF-8, or name its encoding.") from error
-    return text
-
-
-def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
-    """Bytes to text, with a byte order mark removed.
-
-    Raises:
-        DocumentError: binary data, an unknown encoding, or bytes that are not in it.
-    """
-    try:
-        codec = codecs.lookup(encoding).name
-    except LookupError as error:
-        raise DocumentError(f"{encoding!r} is not a known encoding; try utf-8 or latin-1.") from error
-    if b"\0" in data[:65536] and not codec.startswith(("utf-16", "utf-32")):
-        raise DocumentError(
-            f"{name} is not text (it has NUL bytes); give a text, Markdown, HTML, PDF or source file, or an encoding."
-        )
-    try:
-        return data.decode("utf-8-sig" if codec == "utf-8" else codec)
-    except UnicodeDecodeError as error:
-        raise DocumentError(
-            f"{name} is not {encoding}: byte 0x{data[error.start]:02x} at position {error.start:,}; name its encoding "
-            f"(for example latin-1)."
-        ) from error
-    except (LookupError, UnicodeError) as error:  # hex, undefined and others are codecs, but not of text
-        raise DocumentError(f"{encoding!r} is not an encoding of text; try utf-8 or latin-1.") from error
-
-
-def _from_html(name: str, markup: str) -> str:
-    """A line for every block, cells of a table with tabs between them; white space as in the source in `pre` alone."""
-    from bs4 import BeautifulSoup
-    from bs4.element import CData, PreformattedString
-
-    try:
-        soup = BeautifulSoup(markup, "html.parser")
-    except Exception as error:  # of several kinds, for markup that the parser cannot make sense of
-        raise DocumentError(f"{name} is not HTML that can be read ({first_line(error)}).") from error
-    for element in soup(["script", "style", "template", "noscript"]):
-        element.decompose()
-    for piece in soup.find_all(string=True):
-        if isinstance(piece, PreformattedString) and not isinstance(piece, CData):  # a comment, a document type
-            piece.extract()
-        elif piece.find_parent("pre") is None:
-            piece.replace_with(re.sub(r"\s+", SPACE, piece))
-    for block in soup.find_all(BLOCKS):
-        block.insert_before("\n")
-        block.insert_after("\n")
-    for cell in soup.find_all(["td", "th"]):
-        cell.insert_after("\t")
-    text = re.sub(f"{SPACE}*\t{SPACE}*", "\t", soup.get_text())
-    lines = (line.strip(SPACE).rstrip() for line in text.split("\n"))
-    return re.sub(f"{SPACE}+", " ", "\n".join(line for line in lines if line))
-
-
-def _from_pdf(name: str, data: bytes) -> str:
-    import io
-
-    from pypdf import PdfReader
-
-    try:
-        reader = PdfReader(io.BytesIO(data))
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError(f"{name} is protected by a password; save it without one.")
-        text = "\n\n".join(page.extract_text() for page in reader.pages)
-    except DocumentError:
-        raise
-    except Exception as error:  # pypdf raises many kinds on damaged or encrypted files
-        raise DocumentError(f"{name} is not a PDF that can be read ({error}).") from error
-    if not text.strip():
-        raise DocumentError(f"{name} has {len(reader.pages)} pages but no text in them (scans?); run OCR on it first.")
     return text
