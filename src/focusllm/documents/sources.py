@@ -137,8 +137,8 @@ def _open_set(path: str | Path, encoding: str | None) -> Source:
         raise DocumentError(f"{path} has no file with text{reason}; hidden and ignored files are not read.")
     pattern = is_pattern(path)
     name = str(path) if pattern else folder.resolve().name or str(folder)
-    place = None if pattern else os.path.realpath(folder)
-    return Source(_printable(name), "".join(texts), tuple(files), tuple(remarks), place, is_set=True)
+    whole = None if pattern else os.path.realpath(folder)
+    return Source(_printable(name), "".join(texts), tuple(files), tuple(remarks), whole, is_set=True)
 
 
 def names_a_file(text: str) -> bool:
@@ -156,9 +156,11 @@ def pieces(files: Sequence[File], start: int, end: int) -> Iterator[Piece]:
     stop = max(first + 1, bisect_left(files, end, key=lambda file: file.start))
     for number in range(first, stop):
         file = files[number]
-        cut = [min(max(at - file.text_start, 0), file.text_end - file.text_start) for at in (start, end)]
+        own_start, own_end = (min(max(at - file.text_start, 0), file.text_end - file.text_start) for at in (start, end))
         behind = files[number + 1].start if number + 1 < stop else end
-        yield Piece(file, *cut, (behind - max(start, file.start)) / (end - start) if stop > first + 1 else 1.0)
+        yield Piece(
+            file, own_start, own_end, (behind - max(start, file.start)) / (end - start) if stop > first + 1 else 1.0
+        )
 
 
 def short_names(files: Sequence[File]) -> list[str]:

@@ -141,7 +141,9 @@ def _attend_few(
             first = _paid(scores[0][..., : past[0][2]].float(), joined.float().logsumexp(-1, keepdim=True))
         first = first.reshape(rows, heads, length, -1)[:, :, -watch:].float().mean((1, 2))
         newest = weights.view(rows, heads, length, -1)[:, :, -1].float().mean(1)
-        _, *others = newest.split([part.shape[1] for part in values], -1)  # over the whole room, as the scores are
+        _, *others = torch.split(
+            newest, [part.shape[1] for part in values], -1
+        )  # over the whole room, as the scores are
         counts = [*(count for _, _, count, *_ in past[1:]), length]
         share = torch.cat([first, *(part[:, :count] for part, count in zip(others, counts, strict=True))], -1)
     out, start = None, 0
