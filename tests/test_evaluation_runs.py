@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import pytest
 import torch
 
 from focusllm import FocusLLM, cli
-from focusllm.errors import ConfigError, DocumentError
+from focusllm.errors import ConfigError, DocumentError, FocusError
 from focusllm.evaluation import runner, tasks
 from focusllm.evaluation.example import Setting
 from focusllm.evaluation.method import Method
@@ -27,6 +30,7 @@ from focusllm.evaluation.plan import Plan
 from focusllm.evaluation.report import overview, write_report
 from focusllm.evaluation.results import by_sentence, differences_of, load, read
 from focusllm.evaluation.runner import evaluate
+from focusllm.files import PART
 from focusllm.memory.chunk_cache import LastText
 from focusllm.options import parse_lengths
 
@@ -210,6 +214,69 @@ def test_other_files_under_the_same_name_are_refused(small: FocusLLM, setting: S
         evaluate(plan_for(setting), small, tmp_path / "run")
 
 
+def test_a_text_that_was_edited_at_the_same_size_is_refused(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    text = Path(setting.text, "1.txt")
+    before = text.stat()
+    text.write_text(text.read_text().replace("Page 1", "Line 1"))
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert text.stat().st_size == before.st_size
+    with pytest.raises(ConfigError, match=r"a run with inputs.text '[0-9a-f]{16}'"):
+        evaluate(plan_for(setting), small, tmp_path / "run")
+
+
+@contextlib.contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """Every write beyond it fails, as on a full disk: the system's own refusal, with another reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 1000, 2000, 3000])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
+    small: FocusLLM, setting: Setting, tmp_path: Path, room: int
+) -> None:
+    whole = evaluate(plan_for(setting), small, tmp_path / "whole")
+    run = tmp_path / "run"
+    with (
+        files_of_at_most(room),
+        pytest.raises(FocusError, match=r"cannot be written .*: make room, and run") as refused,
+    ):
+        evaluate(plan_for(setting), small, run)
+    assert "\n" not in str(refused.value)
+    for path in run.glob("*.json"):
+        json.loads(path.read_text())  # whole, if it is there
+    assert not list(run.glob(f"{PART}*"))
+    measured = (run / "examples.jsonl").read_bytes().count(b"\n") if (run / "examples.jsonl").exists() else 0
+    assert (measured > 0) == (room > 1000)
+    found = evaluate(plan_for(setting), small, run)
+    assert found["examples"] == whole["examples"]
+    assert (run / "examples.jsonl").read_bytes().count(b"\n") == 6  # full does not fit at 520
+
+
+def test_a_report_on_a_full_disk_is_whole_or_not_there(
+    small: FocusLLM, setting: Setting, tmp_path: Path, focusllm: Any
+) -> None:
+    evaluate(plan_for(setting), small, tmp_path / "run")
+    report = tmp_path / "report"
+    with files_of_at_most(30_000):
+        code, _, err = focusllm("eval", "report", tmp_path / "run", "-o", report)
+    assert code == 2
+    assert f"{report} cannot be written (File too large); make room, or choose another folder." in err
+    assert len(err.splitlines()) == 1
+    assert not (report / "report.html").exists()
+    assert not list(report.glob(f"{PART}*"))
+    assert focusllm("eval", "report", tmp_path / "run", "-o", report)[0] == 0
+    page = (report / "report.html").read_bytes()
+    with files_of_at_most(30_000):
+        assert focusllm("eval", "report", tmp_path / "run", "-o", report)[0] == 2
+    assert (report / "report.html").read_bytes() == page
+
+
 def test_a_run_among_its_own_texts_goes_on(small: FocusLLM, setting: Setting) -> None:
     run = Path(setting.text, "run")
     first = evaluate(plan_for(setting), small, run)
@@ -255,6 +322,10 @@ def test_lengths_are_read() -> None:
         (["report"], "Missing argument"),
         (["report", "nowhere"], "nowhere has no results"),
         (["passkey", "--lengths", "1k", "--output", "/dev/null/run"], "/dev/null/run cannot be written"),
+        (["passkey", "--lengths", "1k", "--output", "x" * 300], "x cannot be written (File name too long)"),
+        (["report", "x" * 300], "x has no results"),
+        (["report", "x", "--output", ""], "the value of --output is empty"),
+        (["passkey", "--lengths", "1k", "--data="], "the value of --data is empty"),
     ],
 )
 def test_bad_commands_are_one_line(

@@ -294,7 +294,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr("focusllm.memory.cost.free_disk", lambda _: 1000)
     model = build(max_position_embeddings=10_000)
-    with pytest.raises(MemoryLimitError, match=r"on disk, but 0.0 GiB are free in .*a text of at most"):
+    with pytest.raises(MemoryLimitError, match=r"on disk, but 1000 bytes are free in .*a text of at most"):
         check_read(model, SMALL.replace(kv_place="disk"), 100_000, tmp_path)
 
 

@@ -6,9 +6,9 @@ Their modes are those of the user's umask, as if they had been written without a
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +23,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Write to what this gives; `path` is replaced when all went well."""
     temporary = _part_beside(path)
     temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(stat.S_IMODE(mode))  # safetensors puts a file of its own there, for its user alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -41,12 +43,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        give_usual_modes(part.rglob("*"), part)
         for file in part.iterdir():
             _to_disk(file)
         put_in_place(part, path)
         _to_disk(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def give_usual_modes(paths: Iterable[Path], folder: Path) -> None:
+    """Give files the mode that a new file in a folder gets; safetensors writes them for their user alone."""
+    probe = _part_beside(folder / "mode")
+    probe.touch(exist_ok=False)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in paths:
+        if path.is_file():
+            path.chmod(mode)
 
 
 def put_in_place(part: Path, path: Path) -> None:
@@ -83,7 +97,7 @@ def writing_to(place: Path, remedy: str) -> Iterator[None]:
 
 
 def _part_beside(path: Path) -> Path:
-    return path.with_name(f"{PART}{secrets.token_hex(8)}")
+    return path.with_name(f"{PART}{os.urandom(8).hex()}")
 
 
 def _to_disk(path: Path) -> None:

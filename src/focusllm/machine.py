@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import sys
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,8 @@ if TYPE_CHECKING:
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
     """Processor (or GPU), threads and versions, as results keep them."""
+    from importlib.metadata import version
+
     import torch
 
     return {
@@ -56,6 +56,8 @@ def peak_resident() -> int:
 
 def forget_peak_resident() -> None:
     """Let `peak_resident` count from now on, where the system can (Linux); what was freed is given back before."""
+    import ctypes
+
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # of glibc, which keeps freed memory for later
     with suppress(OSError):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from focusllm.cli.options import Encoding, Json, ModelOptions, grouped
-from focusllm.cli.terminal import bench_progress, calm_libraries, console, if_stopped, make_folder, notify
+from focusllm.cli.terminal import bench_progress, calm_libraries, console, if_stopped, make_folder, notify, say
 from focusllm.files import writing_to
 from focusllm.options import parse_lengths
 
@@ -80,7 +80,7 @@ def bench(
     if not as_json:
         out = console()
         print_table(result, out if out.is_terminal else console(width=120))
-        print("Written:", *paths)
+        say(f"Written: {' '.join(map(str, paths))}")
         if len(paths) == 1:
             print("There are no plots, for matplotlib is not installed.")
     print(json.dumps(result))

@@ -18,6 +18,7 @@ from focusllm.cli.terminal import (
     load,
     make_folder,
     notify,
+    say,
     visible,
 )
 from focusllm.config import FocusConfig
@@ -139,7 +140,7 @@ def report_evaluation(
         print(json.dumps({"files": [str(path) for path in paths], "rows": rows}, indent=1))
         return
     _show_results(runs)
-    print(f"The report is {paths[0]}, with its plots and overview.md beside it.")
+    say(f"The report is {paths[0]}, with its plots and overview.md beside it.")
 
 
 def _show_results(folders: list[Path]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import logging
 import os
 import signal
@@ -67,7 +68,9 @@ def _ending(error: BaseException, received: int | None) -> Any:
     """Say what there is to say of what ended a command; the exit code."""
     is_done = isinstance(error, SystemExit) and not error.code
     if isinstance(error, Stopped | KeyboardInterrupt) or (received and not is_done):  # whatever a library makes of it
-        notify(str(error if isinstance(error, Stopped) else Stopped()))
+        said = str(error if isinstance(error, Stopped) else Stopped())
+        if said:
+            notify(said)
         return EXIT_STOPPED + (received or signal.SIGINT)
     if isinstance(error, FocusError):
         notify(f"focusllm: {error}")
@@ -142,13 +145,14 @@ class _Remarks(_Output):
 
 @contextmanager
 def _streams() -> Iterator[None]:
-    """Streams that take any character, whatever their encoding: `?` stands for one that is not in it."""
+    """Streams that take any character, whatever their encoding: on standard output `?` stands for one that is not in it
+    (on standard error Python spells it out).
+    """
     before = sys.stdout, sys.stderr
     closed = open(os.devnull, "w")  # noqa: SIM115 - for `>&-`
     sys.stdout, sys.stderr = _Output(before[0] or closed), _Remarks(before[1] or closed)
-    for stream in before:
-        if hasattr(stream, "reconfigure"):  # not what a test puts there
-            stream.reconfigure(errors="replace")
+    if isinstance(before[0], io.TextIOWrapper):
+        before[0].reconfigure(errors="replace")
     try:
         yield
     finally:

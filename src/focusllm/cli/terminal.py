@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from focusllm.files import writing_to
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
@@ -27,13 +25,13 @@ if TYPE_CHECKING:
 class Stopped(Exception):
     """The user stopped a command; no FocusError, for nothing is wrong."""
 
-    def __init__(self, remedy: str = ""):
-        super().__init__(f"Stopped; {remedy}." if remedy else "Stopped.")
+    def __init__(self, remedy: str | None = ""):
+        super().__init__("" if remedy is None else f"Stopped; {remedy}." if remedy else "Stopped.")
 
 
 @contextmanager
-def if_stopped(remedy: str = "") -> Iterator[None]:
-    """What to say if the user stops what is under way."""
+def if_stopped(remedy: str | None = "") -> Iterator[None]:
+    """What to say if the user stops what is under way; None: nothing."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -106,6 +104,8 @@ def status(text: str, quiet: bool) -> Iterator[None]:
 def make_folder(folder: Path) -> None:
     """Make a folder, and see that files can be written into it, before anything is computed."""
     import tempfile
+
+    from focusllm.files import writing_to
 
     with writing_to(folder, "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +212,7 @@ def _bar(quiet: bool, *columns: ProgressColumn, **settings: Any) -> Iterator[Pro
         yield bar
     except BaseException:
         bar.live.transient = True
+        bar.live.stop()
         raise
-    finally:
+    if bar.live.is_started:  # else it would leave an empty line
         bar.stop()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from focusllm.cli.options import Json
-from focusllm.cli.terminal import calm_libraries, if_stopped, notify, training_progress
+from focusllm.cli.terminal import calm_libraries, if_stopped, notify, say, training_progress
 
 
 def train(
@@ -50,7 +50,8 @@ def train(
     with calm_libraries(), training_progress(settings.steps, as_json or not is_first) as (report, reading, last):
         from focusllm.training.run import train as run_training
 
-        with if_stopped(f"run the same command again to go on from the last checkpoint in {output}"):
+        remedy = f"run the same command again to go on from the last checkpoint in {output}"
+        with if_stopped(remedy if is_first else None):
             folder = run_training(
                 settings, output, report=report, reading=reading, notify=notify if is_first else lambda _: None
             )
@@ -60,4 +61,4 @@ def train(
         print(json.dumps({"adapter": str(folder), **last}, indent=2))
     else:
         curve = f", the curve in {output / 'loss.png'}" if (output / "loss.png").exists() else ""
-        print(f"The adapter is in {folder} (focusllm ask --adapter {folder} ...){curve}.")
+        say(f"The adapter is in {folder} (focusllm ask --adapter {folder} ...){curve}.")

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from focusllm.config import FocusConfig
 from focusllm.decoding.engine import Request, decode, prefill, start_request
 from focusllm.errors import ConfigError, DocumentError, ModelError
+from focusllm.files import give_usual_modes
 from focusllm.huggingface.adapter_files import load_adapter, save_adapter
 from focusllm.huggingface.embedded import cache_folder, public_name
 from focusllm.huggingface.loading import ADAPTER_FOLDER, SETTINGS_NAME, cannot_load, find_saved
@@ -291,6 +292,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             if not any(name.startswith(f"{path}.") and not name.startswith(f"{path}.base.") for path in wrappers)
         }
         self.base.save_pretrained(folder, state_dict=base_only, **kwargs)
+        give_usual_modes(folder.glob("*.safetensors"), folder)
         (folder / SETTINGS_NAME).write_text(json.dumps(self.focus_config.to_dict(), indent=2) + "\n")
 
     @classmethod
