@@ -4,7 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo test test-slow lint check format clean
+# Another environment, with the oldest transformers that pyproject.toml allows (and the hub's client of its time).
+OLDEST := $(VENV).oldest
+TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+# The tests of what meets transformers; TESTS=tests for all.
+TESTS := $(addsuffix .py,$(addprefix tests/test_,adapter cli conformance dense engine evaluation focus generate harness \
+	llm models packed serving training))
+
+.PHONY: help demo test test-slow test-oldest lint check format clean
 .DEFAULT_GOAL := help
 
 help:  ## Show these commands
@@ -16,6 +23,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+		--editable '.[dev]' 'transformers==$(TRANSFORMERS)'
+	touch $@
+
 demo: $(READY)  ## Ask a question about a document of 110K tokens with the embedded model
 	$(BIN)/python examples/ask_long_document.py
 
@@ -24,6 +39,9 @@ test: $(READY)  ## Run the tests
 
 test-slow: $(READY)  ## Run the longer checks too
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+test-oldest: $(OLDEST)/ready  ## Run the tests of what meets transformers with its oldest version
+	$(OLDEST)/bin/python -m pytest -m 'slow or not slow' $(TESTS)
 
 lint: $(READY)  ## Formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -36,5 +54,5 @@ format: $(READY)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## Remove the environment
-	rm -rf $(VENV)
+clean:  ## Remove the environments
+	rm -rf $(VENV) $(OLDEST)

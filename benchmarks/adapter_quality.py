@@ -47,6 +47,7 @@ from focusllm.memory.chunking import split
 from focusllm.memory.chunks import ChunkBlock
 from focusllm.memory.cost import total_memory
 from focusllm.method.adapter import sink_token, trainable_parameters
+from focusllm.method.base import run_plain
 from focusllm.training.dense import Sample, memory_logits
 from focusllm.training.tasks import read_stories
 
@@ -108,8 +109,8 @@ class Bench:
         """Greedy tokens of the base model with full attention."""
         cache, made, given = DynamicCache(config=self.base.config), [], list(ids)
         while len(made) < count and (not made or made[-1] != self.llm.tokenizer.eos_token_id):
-            out = self.base(torch.tensor([given], device=self.base.device), past_key_values=cache, logits_to_keep=1)
-            made.append(int(out.logits[0, -1].argmax()))
+            logits = run_plain(self.base, torch.tensor([given], device=self.base.device), cache, 1)
+            made.append(int(logits[0, -1].argmax()))
             given = made[-1:]
         return made
 

@@ -120,7 +120,7 @@ def losses_of(model: nn.Module, memory: Memory, method: str) -> tuple[list[Sampl
             ordinary = ordinary_pass(model, kv, places)
         width = 2 if method == "two" else 1
         sets = candidates_of(model, kv, ordinary, places, width, int(first is not None))
-        logits.append(local_logits(model, sets, places, sets.num_rows, first))
+        logits.append(local_logits(model, sets, places, torch.arange(sets.num_rows), sets.num_rows, first))
         in_order += samples
     labels = torch.tensor([x for s in in_order for x in s.answers])
     found = torch.cat(logits).float()

@@ -69,6 +69,53 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("NemotronConfig", {"head_dim": 16}),
 }
 
+# Families whose layers have a sliding window, in all layers or in some; what is special besides is made to matter.
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
+_MIXED = {"sliding_window": 10, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 1}
+WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral-window": ("MistralConfig", {"sliding_window": 10}),
+    "ministral": ("MinistralConfig", {**_MIXED, "head_dim": 16}),
+    "qwen2-window": ("Qwen2Config", {**_MIXED, "use_sliding_window": True}),
+    "gemma2": ("Gemma2Config", {**_MIXED, "head_dim": 16, "attn_logit_softcapping": 0.01, "query_pre_attn_scalar": 1}),
+    "vaultgemma": (
+        "VaultGemmaConfig",
+        {**_MIXED, "head_dim": 16, "attn_logit_softcapping": 0.01, "query_pre_attn_scalar": 1},
+    ),
+    "gemma3_text": ("Gemma3TextConfig", {**_MIXED, "head_dim": 16, "rope_parameters": _TWO_ROPES}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**_MIXED, **_EXPERTS, "head_dim": 16, "num_local_experts": 2, "rope_parameters": _PLAIN_ROPE},
+    ),
+    "olmo3": ("Olmo3Config", {**_MIXED, "rope_parameters": _TWO_ROPES}),
+    "exaone4": ("Exaone4Config", _MIXED),
+    "cohere2": ("Cohere2Config", {**_MIXED, "head_dim": 16}),
+    "granite_swa": ("GraniteSWAConfig", {**_MIXED, "layer_rope_theta": [1e4, 0, 1e3]}),
+    "mimo_v2_flash": (
+        "MiMoV2FlashConfig",
+        {
+            **_MIXED,
+            **_EXPERTS,
+            "n_routed_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "head_dim": 16,
+            "v_head_dim": 12,
+            "rope_parameters": _TWO_ROPES,
+        },
+    ),
+    "afmoe": ("AfmoeConfig", {**_MIXED, **_EXPERTS, "head_dim": 16, "num_experts": 2, "num_dense_layers": 1}),
+    "flint": ("FlintConfig", {**_MIXED, "head_dim": 16}),
+    "mellum": (
+        "MellumConfig",
+        {**_MIXED, **_EXPERTS, "head_dim": 16, "num_experts": 2, "rope_parameters": _TWO_ROPES},
+    ),
+}
+
 SMALL = FocusConfig(chunk_length=24, chunk_overlap=1, local_length=20, prompt_length=6, chunks_per_batch=2)
 
 
@@ -76,10 +123,13 @@ def build(
     family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any
 ) -> nn.Module:
     """A tiny random model of a family."""
-    name, extra = FAMILIES[family]
+    name, extra = {**FAMILIES, **WINDOWED}[family]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**SIZES, **extra, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # some begin with none
+            nn.init.normal_(parameter)
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import peft
@@ -149,11 +151,40 @@ def test_damaged_weights_leave_the_present_adapter(tmp_path: Path) -> None:
     assert injected(model) == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"adapter": {"projections": "xyz"}, "base": {}}', '{"base": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "[" * 5000, "\ufeff{}", '{"adapter": {"projections": "xyz"}, "base": {}}', '{"base": {}}']
+)
 def test_damaged_settings(tmp_path: Path, content: str) -> None:
     (tmp_path / "focus_config.json").write_text(content)
     with pytest.raises(AdapterError, match="damaged"):
         load_adapter(build(), tmp_path)
+
+
+def test_settings_that_another_system_wrote(tmp_path: Path) -> None:
+    model = with_candidates(build())
+    save_adapter(model, tmp_path, AdapterConfig())
+    path = tmp_path / "focus_config.json"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(json.loads(path.read_bytes())), encoding=encoding)
+        assert load_adapter(model, tmp_path) == AdapterConfig()
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_files_have_the_modes_that_the_user_wants(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_adapter(with_candidates(build()), tmp_path / "adapter", AdapterConfig())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "adapter").stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "adapter").iterdir()} == {0o666 & ~mask}
+
+
+def test_names_that_cannot_be_files() -> None:
+    with pytest.raises(AdapterError, match="there is no adapter folder aaa"):
+        load_adapter(build(), "a" * 300)
+    with pytest.raises(AdapterError, match=r"there is no adapter folder a\\nb\\x00c; give"):
+        load_adapter(build(), "a\nb\0c")
 
 
 def test_missing_pieces(tmp_path: Path) -> None:

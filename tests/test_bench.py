@@ -290,7 +290,9 @@ def test_table_and_files(scripted, tmp_path: Path, capsys: pytest.CaptureFixture
 
     result = scripted("focus,full,exact", full_to=4000)
     paths = write_result(result, tmp_path)
-    assert [path.name for path in paths] == ["bench.json", "bench-prefill.png", "bench-decoding.png"]
+    assert [path.name for path in paths] == [
+        *("bench.json", "bench-answer.png", "bench-prefill.png", "bench-decoding.png")
+    ]
     assert json.loads(paths[0].read_text())["results"] == json.loads(json.dumps(result["results"]))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[1:])
     print_table(result, Console(width=120))
@@ -339,6 +341,30 @@ def test_json_alone(focusllm, model_folder: Path, tmp_path: Path, monkeypatch: p
     assert code == 0
     assert json.loads(out)["results"][0]["tokens"] == 300
     assert len(out.splitlines()) == 1
+
+
+def test_a_kept_result_is_shown_again(scripted, focusllm: Any, tmp_path: Path) -> None:
+    kept, *plots = write_result({"command": "focusllm bench", **scripted("focus,full", full_to=4000)}, tmp_path)
+    code, out, err = focusllm("bench", "--from", kept, "-o", tmp_path / "again")
+    assert code == 0, err
+    assert "full at 8,000 tokens fitted" in out
+    assert "The machine beside 1,000 tokens" in out
+    assert json.loads(out.splitlines()[-1]) == json.loads(kept.read_text())
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(path.name for path in plots)
+    assert focusllm("bench", "--from", kept, "-o", tmp_path, "--json")[1].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"results": [{"status": "fit"}]}', '{"results": [], "plan": {}}', "[" * 100_000]
+)
+def test_a_kept_result_of_something_else_is_refused(content: str, focusllm: Any, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    for name, message in ((path, "other.json is no result of focusllm bench; name"), ("none.json", "cannot be read")):
+        code, out, err = focusllm("bench", "--from", name, "-o", tmp_path)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
 
 
 def test_an_unknown_device_is_one_sentence(focusllm: Any, model_folder: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, FocusConfig
 from focusllm.decoding.engine import Request, decode, prefill, start_request
 from focusllm.memory.chunking import count_chunks, cut, num_local_chunks, split, steps
 from focusllm.memory.chunks import encode
+from focusllm.method.base import run_plain
 from focusllm.method.focus import focus_logits
 from focusllm.method.kv import KV, GrowingKV
 
@@ -129,15 +131,14 @@ def test_text_within_the_local_context_is_the_base_model_bit_for_bit() -> None:
     model = build()
     ids, forced = random_ids(20), random_ids(15, seed=1)
     whole = model(torch.tensor([ids])).logits[0]
-    plain = [model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)]
-    for token in forced:
-        plain.append(model(torch.tensor([[token]]), past_key_values=plain[-1].past_key_values))
+    cache = DynamicCache(config=model.config)
+    plain = [run_plain(model, torch.tensor([part]), cache, 1)[0, -1] for part in (ids, *([token] for token in forced))]
     with_candidates(model)
     request, first = begin(model, ids, SMALL)
-    assert torch.equal(first, plain[0].logits[0, -1])
+    assert torch.equal(first, plain[0])
     assert torch.equal(prefill(model, request.fork(), SMALL, logits_to_keep=0), whole)
     for token, expected in zip(forced, plain[1:], strict=True):
-        assert torch.equal(decode(model, [request], [token], SMALL)[0], expected.logits[0, -1])
+        assert torch.equal(decode(model, [request], [token], SMALL)[0], expected)
 
 
 def test_generation_past_the_positions_of_the_base_model(llama: nn.Module) -> None:

@@ -22,6 +22,7 @@ from focusllm.memory.chunk_cache import ChunkCache, LastText
 from focusllm.memory.chunking import cut
 from focusllm.memory.chunks import encode
 from focusllm.memory.store import Packed
+from focusllm.method.base import CACHE_NAME
 
 TEXT = "A whale is not a fish, and the sea is wide. " * 12
 LONG = Example("long", "Read this.\n", TEXT, "\nWhat is wide?", ("the sea",), max_new_tokens=6)
@@ -76,7 +77,7 @@ def test_focus_answers_as_ask_does(overlap: int, llm: FocusLLM) -> None:
     example = dataclasses.replace(LONG, before="", after="\n\nWhat is wide?")
     method = build_method("focus", llm)
     assert method.generate(example).text == expected
-    far = method.divide(method.prompt(example))[0]
+    far = method.divide(method.prompt(example))[1]
     stops = [stop for _, stop in cut(document.num_tokens, llm.config)]
     assert len(far) in stops  # a chunk's end: the far chunks are the document's own
 
@@ -116,8 +117,8 @@ def test_chunks_are_read_once_and_bounded(llm: FocusLLM, monkeypatch: pytest.Mon
     from focusllm.memory import chunk_cache
 
     read: list[int] = []
-    encode_chunks = chunk_cache.encode_chunks
-    monkeypatch.setattr(chunk_cache, "encode_chunks", lambda model, ids: read.append(1) or encode_chunks(model, ids))
+    read_behind = chunk_cache.read_behind
+    monkeypatch.setattr(chunk_cache, "read_behind", lambda *given: read.append(1) or read_behind(*given))
     base = llm.model.base
     cache, config = ChunkCache(base, 2**30), SMALL.replace(chunk_overlap=0)
     first, second = random_ids(24 * 3 + 5), random_ids(24, seed=1)
@@ -190,7 +191,7 @@ def test_snapkv_keeps_what_a_heads_window_pays_most(window: int) -> None:
     group = base.config.num_attention_heads // num_kv_heads
     assert group > 1
     for layer, weights in enumerate(whole.attentions):
-        held = whole.past_key_values.layers[layer]
+        held = whole[CACHE_NAME].layers[layer]
         for head in range(num_kv_heads):
             paid = weights[0, head * group : (head + 1) * group, -window:, :num_earlier].sum((0, 1)).tolist()
             smooth = [sum(paid[max(0, i - half) : i + half + 1]) for i in range(num_earlier)]
@@ -209,7 +210,7 @@ def test_snapkv_goes_on_at_true_positions() -> None:
     method, example = build_method("snapkv:window=5", llm), loss_example(100, labels=11)
     cache, ids = Compressed(method), list(example.text_ids)
     cache.read(ids[:89])
-    whole = llm.model.base(torch.tensor([ids]), use_cache=True).past_key_values.layers[0].keys[0, 0]
+    whole = llm.model.base(torch.tensor([ids]), use_cache=True)[CACHE_NAME].layers[0].keys[0, 0]
     seen = torch.cdist(cache.kept.keys[0][0, 0], whole).argmin(1)
     assert len(set(seen.tolist())) == 32
     mask = torch.ones(100, 100, dtype=torch.bool).tril()
@@ -390,9 +391,9 @@ def test_the_last_text_makes_room_before_the_next_is_read(llm: FocusLLM, monkeyp
 
     last, config = LastText(llm.model.base), SMALL
     kept = weakref.ref(last.blocks(random_ids(80), config)[0].kv)
-    encode_chunks, alive = chunk_cache.encode_chunks, []
+    read_behind, alive = chunk_cache.read_behind, []
     monkeypatch.setattr(
-        chunk_cache, "encode_chunks", lambda model, ids: alive.append(kept() is not None) or encode_chunks(model, ids)
+        chunk_cache, "read_behind", lambda *given: alive.append(kept() is not None) or read_behind(*given)
     )
     last.blocks(random_ids(80, seed=1), config)
     assert alive == [False] * 4

@@ -26,8 +26,10 @@ from focusllm.method.attention import (
 )
 from focusllm.method.differentiable import by_products
 from focusllm.method.focus import encode_chunks, focus_logits, read_prompt
-from focusllm.method.kv import KV
+from focusllm.method.kv import KV, LayerSegment
+from focusllm.method.opened import read_behind
 from focusllm.method.rope import move_keys, rotation
+from focusllm.method.scoring import Scoring
 from reference import cached_logits, candidates_of, exact_logits
 
 TEXT = random_ids(24 * 3 + 7 + 20)
@@ -136,7 +138,7 @@ def test_a_cpu_reads_few_tokens_at_once(
     read = []
     monkeypatch.setattr("focusllm.memory.chunks.CPU_TOKENS_AT_ONCE", limit)
     monkeypatch.setattr(
-        "focusllm.memory.chunks.encode_chunks", lambda m, ids: read.append(len(ids)) or encode_chunks(m, ids)
+        "focusllm.memory.chunks.read_behind", lambda *given: read.append(len(given[2])) or read_behind(*given)
     )
     encode(llama, FAR, SMALL.replace(chunks_per_batch=per_batch))
     assert read == passes
@@ -233,7 +235,8 @@ def test_attention_over_segments_equals_attention_over_all(
             rows.append(visible.softmax(-1) @ v)
             if precise == torch.float64:
                 paying = scores[:, :, -watch:, : first[2]] - visible[:, :, -watch:].logsumexp(-1, keepdim=True)
-                share = paying.exp().mean((1, 2))
+                others = visible.softmax(-1)[:, :, -1, first[2] :].mean(1)  # the newest one's alone
+                share = torch.cat([paying.exp().mean((1, 2)), others], -1)
                 torch.testing.assert_close(paid[len(rows) - 1].double(), share, rtol=0.05, atol=2e-3)
             start += first[0].shape[0]
         naive.append(torch.cat(rows))
@@ -249,7 +252,7 @@ def test_what_is_not_seen_would_get_a_finite_share(length: int) -> None:
     loud = 1000 * query[:, ::3, -1:].repeat(1, 1, 4, 1)  # scores far beyond what an exponential holds
     out, paid = attend(query, key, value, [([(loud, loud, 4, torch.tensor([False] * 4))], None)], None, 0.25, 1)
     assert paid[0].isfinite().all()
-    assert paid[0].min() > 1
+    assert paid[0][:, :4].min() > 1
     torch.testing.assert_close(out, attend(query, key, value, [], None, 0.25)[0])
 
 
@@ -300,8 +303,8 @@ def test_partial_attention_by_formula_equals_the_kernel(causal: bool, masked: bo
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, 9, 16) for heads in (6, 2, 2))
     mask = (torch.rand(2, 9, 9) > 0.3) | torch.eye(9, dtype=torch.bool) if masked and not causal else None
-    out, lse = _partial(query, key, value, mask, causal, 0.25)
-    want, want_lse = _partial_by_formula(query, key, value, mask, causal, 0.25)
+    out, lse = _partial(query, key, value, mask, causal, Scoring(0.25))
+    want, want_lse = _partial_by_formula(query, key, value, mask, causal, Scoring(0.25))
     torch.testing.assert_close(out, want, **CLOSE)
     torch.testing.assert_close(lse, want_lse, **CLOSE)
 
@@ -343,9 +346,9 @@ def test_products_with_gradients_equal_the_kernel(own: str, masked: bool) -> Non
     }[own]
     segment_mask = torch.rand(5, 7, generator=generator) > 0.3 if masked else None
     segments = [([earlier], segment_mask), ([(random(2, 2, 3, 8), random(2, 2, 3, 8), 3, None)], None)]
-    results = []
+    results, parts = [], [LayerSegment(*segment) for segment in segments]
     for function in (_attend_joined, by_products):
-        out = function(query, _parts(key, value, segments, mask), 0.3)
+        out = function(query, _parts(key, value, parts, mask, Scoring(0.3)), 0.3)
         grads = torch.autograd.grad((out * torch.arange(8)).sum(), (query, key, value, earlier[1]))
         results.append((out, *grads))
     for expected, got in zip(*results, strict=True):
@@ -357,7 +360,7 @@ def test_the_kernel_for_gpus_gives_causal_attention() -> None:
     for heads, num_kv_heads in ((6, 2), (4, 4)):
         query = torch.randn(2, heads, 9, 16, generator=generator)
         key, value = (torch.randn(2, num_kv_heads, 9, 16, generator=generator) for _ in range(2))
-        want, _ = _partial_by_formula(query, key, value, None, True, 0.3)
+        want, _ = _partial_by_formula(query, key, value, None, True, Scoring(0.3))
         torch.testing.assert_close(_causal_by_torch(query, key, value, 0.3), want, **CLOSE)
 
 
@@ -369,11 +372,11 @@ def test_blocks_of_queries_give_causal_attention(length: int) -> None:
         query.float(), key.float(), value.float(), is_causal=True, scale=0.3, enable_gqa=True
     )
     got = attend(query, key, value, [], None, 0.3)[0]
-    assert torch.equal(got, _causal_by_blocks(query, key, value, 0.3))
+    assert torch.equal(got, _causal_by_blocks(query, key, value, Scoring(0.3)))
     scores = (query * 0.3) @ key.repeat_interleave(3, 1).transpose(2, 3)
     scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
     formula = scores.softmax(-1) @ value.repeat_interleave(3, 1)  # in the same type
     assert (got - want).norm() < 1.05 * (formula - want).norm()
     torch.testing.assert_close(
-        _causal_by_blocks(query.double(), key.double(), value.double(), 0.3).float(), want, **CLOSE
+        _causal_by_blocks(query.double(), key.double(), value.double(), Scoring(0.3)).float(), want, **CLOSE
     )

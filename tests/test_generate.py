@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import split
 from focusllm.memory.chunks import encode
 from focusllm.method.adapter import injected
+from focusllm.method.attention import _later_tokens
+from focusllm.method.base import CACHE_NAME, run_plain
 
 TEXT = torch.tensor([random_ids(110)])
 
@@ -82,7 +85,7 @@ def test_sampling_follows_the_seed(model: FocusForCausalLM) -> None:
 def test_return_sequences_share_the_read(model: FocusForCausalLM) -> None:
     set_seed(0)
     state = FocusState()
-    out = model.generate(TEXT, max_new_tokens=8, do_sample=True, num_return_sequences=3, past_key_values=state)
+    out = model.generate(TEXT, max_new_tokens=8, do_sample=True, num_return_sequences=3, cache=state)
     assert len({tuple(row) for row in out.tolist()}) == 3
     assert len({id(request.blocks[0].kv) for request in state.requests}) == 1
 
@@ -178,32 +181,98 @@ def test_logits_of_a_single_text(model: FocusForCausalLM) -> None:
 def test_a_state_goes_on(model: FocusForCausalLM) -> None:
     """A second call with the state and the whole text so far continues; nothing is read again."""
     state = FocusState()
-    first = model.generate(TEXT, max_new_tokens=10, past_key_values=state)
-    second = model.generate(first, max_new_tokens=10, past_key_values=state)
+    first = model.generate(TEXT, max_new_tokens=10, cache=state)
+    second = model.generate(first, max_new_tokens=10, cache=state)
     assert second[0, 110:].tolist() == greedy(model, TEXT[0].tolist(), 20)
 
 
 def test_a_state_goes_on_from_new_tokens_alone(model: FocusForCausalLM) -> None:
     """transformers' other form: the new tokens, and an attention mask that is as long as all of it."""
     whole, parts = FocusState(), FocusState()
-    text = model.generate(TEXT, max_new_tokens=10, past_key_values=whole)
-    model.generate(TEXT, max_new_tokens=10, past_key_values=parts)
+    text = model.generate(TEXT, max_new_tokens=10, cache=whole)
+    model.generate(TEXT, max_new_tokens=10, cache=parts)
     new = torch.tensor([random_ids(3, seed=5)])
     text = torch.cat([text, new], 1)
-    expected = model.generate(text, max_new_tokens=8, past_key_values=whole)[0, text.shape[1] :]
+    expected = model.generate(text, max_new_tokens=8, cache=whole)[0, text.shape[1] :]
     unread = text[:, parts.get_seq_length() :]  # the last token of an answer has not been read
     mask = torch.ones_like(text)
-    got = model.generate(unread, attention_mask=mask, max_new_tokens=8, past_key_values=parts)
+    got = model.generate(unread, attention_mask=mask, max_new_tokens=8, cache=parts)
     assert torch.equal(got[0, unread.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("length", [110, 12], ids=["chunks", "local context alone"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_state_goes_on_in_and_out_of_inference_mode(model: FocusForCausalLM, length: int, first: bool) -> None:
+    text, state = TEXT[:, :length], FocusState()
+    with torch.inference_mode(first):
+        begun = model.generate(text, max_new_tokens=10, num_beams=2, cache=state).clone()
+        requests = [request.fork() for request in state.requests]
+    with torch.inference_mode(not first):
+        state.batch_select_indices(torch.tensor([0]))
+        text = torch.cat([begun[:, : state.get_seq_length()], torch.tensor([[70]])], 1)
+        assert torch.isfinite(decode(model.base, requests, [70, 70], SMALL)).all()
+        out = model.generate(text, max_new_tokens=30, cache=state)
+    whole = FocusState()
+    model.generate(TEXT[:, :length], max_new_tokens=10, num_beams=2, cache=whole)
+    whole.batch_select_indices(torch.tensor([0]))
+    assert torch.equal(out, model.generate(text.clone(), max_new_tokens=30, cache=whole))
+
+
+def test_documents_read_in_inference_mode_are_asked_outside(model: FocusForCausalLM) -> None:
+    with torch.inference_mode():
+        blocks = model.encode(TEXT[0, :90].tolist())
+    expected = FocusState(model.encode(TEXT[0, :90].tolist()))
+    state, local = FocusState(blocks), TEXT[:, 90:]
+    again = model.generate(local, max_new_tokens=30, cache=state)
+    assert torch.equal(again, model.generate(local, max_new_tokens=30, cache=expected))
+    assert not any(tensor.is_inference() for block in blocks for tensor in block.resident.keys)
+
+
+def test_masks_kept_in_inference_mode_can_be_trained_with() -> None:
+    _later_tokens.cache_clear()
+    with torch.inference_mode():
+        _later_tokens(5, 2, torch.device("cpu"))
+    scores = torch.zeros(10, 5, requires_grad=True)
+    scores.masked_fill(_later_tokens(5, 2, scores.device), -1.0).sum().backward()
+    assert scores.grad.sum() == 30
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_has_two_names(model: FocusForCausalLM, name: str) -> None:
+    """transformers 5.24 renamed it; whatever it is called, every step goes on from it and none begins anew."""
+    tokens = greedy(model, TEXT[0].tolist(), 30)
+    state = FocusState()
+    assert model.generate(TEXT, max_new_tokens=30, **{name: state})[0, 110:].tolist() == tokens
+    assert state.get_seq_length() == 139
+    made = model(TEXT, **{name: FocusState()})
+    for token, expected in pairwise(tokens):
+        made = model(torch.tensor([[token]]), **{name: made[CACHE_NAME]})
+        assert int(made.logits[0, -1].argmax()) == expected
+    inputs = model.prepare_inputs_for_generation(TEXT, next_sequence_length=1, **{name: state})
+    assert (inputs["cache"], inputs["input_ids"].shape) == (state, (1, 1))
+    with pytest.raises(ConfigError, match="two names of one thing"):
+        model(TEXT, cache=state, past_key_values=FocusState())
+
+
+def test_every_step_reads_one_token(model: FocusForCausalLM) -> None:
+    """If generate() and forward() called the state by different names, each step would quietly begin a new one."""
+    seen = []
+    model.register_forward_hook(
+        lambda _, args, given, made: seen.append((given["input_ids"].shape[1], made[CACHE_NAME])), with_kwargs=True
+    )
+    out = model.generate(TEXT, max_new_tokens=5, return_dict_in_generate=True)
+    assert [length for length, _ in seen] == [110, 1, 1, 1, 1]
+    assert {id(state) for _, state in seen} == {id(out[CACHE_NAME])}
+    assert out[CACHE_NAME].get_seq_length() == 114
 
 
 def test_a_state_that_has_read_everything_is_refused(model: FocusForCausalLM) -> None:
     state = FocusState()
-    text = model.generate(TEXT, max_new_tokens=10, past_key_values=state)
+    text = model.generate(TEXT, max_new_tokens=10, cache=state)
     with pytest.raises(ConfigError, match="the text has 110 tokens, and the state has read 119"):
-        model.generate(text[:, :110], max_new_tokens=2, past_key_values=state)
+        model.generate(text[:, :110], max_new_tokens=2, cache=state)
     with pytest.raises(ConfigError, match="no tokens behind the 119"):
-        model(TEXT[:, :0], past_key_values=state)
+        model(TEXT[:, :0], cache=state)
 
 
 def test_a_refused_text_leaves_the_state_as_it_was(model: FocusForCausalLM) -> None:
@@ -211,9 +280,9 @@ def test_a_refused_text_leaves_the_state_as_it_was(model: FocusForCausalLM) -> N
     texts, mask = torch.cat([TEXT, TEXT]), torch.ones(2, 110, dtype=torch.long)
     mask[1] = 0
     with pytest.raises(ConfigError, match="local context is empty"):
-        model(texts, attention_mask=mask, past_key_values=state)
+        model(texts, attention_mask=mask, cache=state)
     assert (state.get_seq_length(), state.requests) == (0, [])
-    assert torch.equal(model(TEXT, past_key_values=state).logits, model(TEXT).logits)
+    assert torch.equal(model(TEXT, cache=state).logits, model(TEXT).logits)
 
 
 def test_settings_and_projections_come_from_the_hub_too(
@@ -249,9 +318,9 @@ def test_memory_is_checked_before_a_long_text_is_read(model: FocusForCausalLM, m
 
 def test_refused_uses(model: FocusForCausalLM) -> None:
     cache = DynamicCache(config=model.config)
-    build()(TEXT[:, :5], past_key_values=cache)
+    run_plain(build(), TEXT[:, :5], cache, 1)
     with pytest.raises(ConfigError, match="pass a FocusState"):
-        model(TEXT, past_key_values=cache)
+        model(TEXT, cache=cache)
     with pytest.raises(ConfigError, match="local context is empty"):
         model(TEXT, attention_mask=torch.zeros_like(TEXT))
     with pytest.raises(ConfigError, match="assisted generation"):

@@ -18,6 +18,7 @@ from focusllm import FocusLLM
 from focusllm.errors import ConfigError, ModelError
 from focusllm.evaluation.example import LossExample
 from focusllm.huggingface import embedded
+from focusllm.method.base import CACHE_NAME
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 with warnings.catch_warnings():
@@ -70,7 +71,7 @@ def test_long_texts_have_the_methods_likelihoods(lm: FocusHarness) -> None:
     made, expected = lm.llm.model(torch.tensor([context])), 0.0
     for token in continuation:
         expected += float(made.logits[0, -1].log_softmax(-1)[token])
-        made = lm.llm.model(torch.tensor([[token]]), past_key_values=made.past_key_values)
+        made = lm.llm.model(torch.tensor([[token]]), cache=made[CACHE_NAME])
     assert nats == pytest.approx(expected, abs=1e-4)
     (whole,) = lm.loglikelihood_rolling(asked("loglikelihood_rolling", (LONG,)), disable_tqdm=True)
     ids = (1, *lm.tok_encode(LONG))
@@ -193,7 +194,7 @@ def rows(**given):
 
 def test_the_real_command(task: dict[str, Any], lm: FocusHarness, tmp_path: Path) -> None:
     """As on a machine without a GPU: the alias, tasks on a local file, and one that asks for a tokenizer like RULER."""
-    model = tmp_path / "models" / embedded.ALIAS
+    model = tmp_path / "models" / embedded.DEFAULT
     lm.llm.save_pretrained(model)
     digest = hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
     (model / embedded.MANIFEST_NAME).write_text(json.dumps({"config.json": digest}))
@@ -207,7 +208,7 @@ def test_the_real_command(task: dict[str, Any], lm: FocusHarness, tmp_path: Path
     (tmp_path / "tasks" / "sized.yaml").write_text(
         "include: multiple_choice.yaml\ntask: tiny_sized\ncustom_dataset: !function sized.rows\n"
     )
-    command = ["run", "--model", "focusllm", "--model_args", f"model={embedded.ALIAS}", "--log_samples"]
+    command = ["run", "--model", "focusllm", "--model_args", f"model={embedded.DEFAULT}", "--log_samples"]
     command += ["--tasks", *(f"tiny_{kind}" for kind in (*kinds, "sized")), "--include_path", str(tmp_path / "tasks")]
     ran = subprocess.run(
         [sys.executable, "-m", "focusllm.evaluation.harness", *command, "--output_path", str(tmp_path / "results")],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +19,14 @@ from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import count_chunks
 from focusllm.memory.chunks import encode
 from focusllm.method.adapter import injected
-from focusllm.method.base import Layout, layout
+from focusllm.method.base import Rotary, layout
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str, attention: str) -> None:
     checks = list(verify(build(family, attention)))
-    assert len(checks) == 11
+    assert len(checks) == 12
     assert not [check for check in checks if not check.passed]
 
 
@@ -45,8 +47,8 @@ def test_verify_leaves_the_model_as_it_was() -> None:
 
 def test_verify_catches_keys_moved_by_wrong_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    wrong = layout(model).inv_freq * 1.01
-    monkeypatch.setattr(Layout, "inv_freq", property(lambda _: wrong))
+    wrong = layout(model).rotaries[0].inv_freq * 1.01
+    monkeypatch.setattr(Rotary, "inv_freq", property(lambda _: wrong))
     assert [check.name for check in verify(model) if not check.passed] == ["keys moved equal keys computed in place"]
 
 
@@ -71,14 +73,16 @@ REFUSED = {
         "no rotary positions",
     ),
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 1, "n_head": 4}, "no rotary positions"),
-    "mistral": ("MistralConfig", {"sliding_window": 64}, "sliding window of 64 tokens"),
-    "gemma2": ("Gemma2Config", {"head_dim": 16}, "layers of type sliding_attention"),
-    "gemma3_text": ("Gemma3TextConfig", {"head_dim": 16}, "layers of type sliding_attention"),
-    "gemma2-capped": (
-        "Gemma2Config",
-        {"head_dim": 16, "layer_types": ["full_attention"] * 3, "sliding_window": None},
-        "soft-capped",
+    "llama4_text": ("Llama4TextConfig", {"num_local_experts": 2}, "layers of type chunked_attention"),
+    "minicpm3": ("MiniCPM3Config", {}, "multi-head latent attention"),
+    "gemma3n_text": (
+        "Gemma3nTextConfig",
+        {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1},
+        "no keys and values of their own",
     ),
+    "diffllama": ("DiffLlamaConfig", {}, "do not call transformers' attention function once each"),
+    "doge": ("DogeConfig", {}, "a layer has a mask of its own"),
+    "mamba": ("MambaConfig", {}, "layers of type linear_attention"),
     "qwen3_next": ("Qwen3NextConfig", {"head_dim": 16, "num_experts": 2}, "layers of type linear_attention"),
     "gpt_neox": ("GPTNeoXConfig", {}, "projections"),
 }
@@ -87,9 +91,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     config_class, extra, reason = REFUSED[name]
-    model = AutoModelForCausalLM.from_config(
-        getattr(transformers, config_class)(**{**SIZES, **extra}), attn_implementation="eager"
-    )
+    config = getattr(transformers, config_class)(**{**SIZES, **extra})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with pytest.raises(ModelError) as raised:
         layout(model)
     assert f"{name.split('-')[0]} models are not supported" in str(raised.value)
@@ -99,6 +103,49 @@ def test_refused(name: str) -> None:
 def test_a_window_over_all_positions_limits_nothing() -> None:
     model = build("mistral", sliding_window=256)
     assert layout(model).max_positions == 256
+    assert layout(model).window is None
+
+
+def test_what_each_layer_sees_and_is_rotated_by() -> None:
+    """Asked of the model, on the meta device too; the model is left as it was."""
+    with torch.device("meta"):
+        model = build("cohere2")
+    found = layout(model)
+    assert [(layer.window, layer.rotary is None) for layer in found.layers] == [(10, False), (None, True), (10, False)]
+    assert not [
+        name for module in model.modules() for name in ("forward", "_forward_hooks") if module.__dict__.get(name)
+    ]
+    frequencies = [layer.rotary.inv_freq[-1].item() for layer in layout(build("gemma3_text")).layers if layer.rotary]
+    assert frequencies[0] == frequencies[2] > frequencies[1]
+    one = layout(build("granite_swa", "eager"))
+    assert [layer.rotary and layer.rotary.inv_freq[-1] > 1e-3 for layer in one.layers] == [False, None, True]
+    assert len(one.rotaries) == 2
+
+
+def test_the_table_of_models_is_what_the_program_says() -> None:
+    """A sample of docs/models.md."""
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("models_table", root / "benchmarks" / "models_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    lines = (root / "docs" / "models.md").read_text().splitlines()
+    for name in (
+        "diffllama",
+        "doge",
+        "dots1",
+        "gemma2",
+        "gpt2",
+        "gpt_oss",
+        "llama",
+        "longcat_flash",
+        "mamba",
+        "marian",
+        "mistral",
+        "qwen3_5_text",
+    ):
+        assert program.render([program.row(name)]).splitlines()[-1] in lines
 
 
 def test_encoder_decoder_is_refused() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,114 @@ def test_a_source_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a.txt").write_text("changed!")
     assert len(read(tmp_path / "a.txt", tmp_path / "cache").tokens) == 8
     assert not (tmp_path / "cache" / ".part-killed").exists()
+
+
+def test_what_was_tokenised_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by its name, size and time, which archives and `cp -p` give to other text as well."""
+    found = {}
+    for folder, text in (("one", "one two"), ("other", "two one"), ("copy", "one two")):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        for path in (tmp_path / folder / "a.txt", tmp_path / folder / "data" / "a.txt"):
+            path.write_text(text)
+            os.utime(path, (1, 1))
+        monkeypatch.chdir(tmp_path / folder)
+        if folder == "copy":
+            monkeypatch.setattr("focusllm.training.corpus._tokenise", None)
+        for path in (Path("a.txt"), Path("data")):
+            corpus = read(path, tmp_path / "cache")
+            assert byte_tokenizer().decode(corpus.document(0)) == text
+            assert corpus.name == str(path)
+            found[folder, path] = corpus.digest
+    assert len(set(found.values())) == 2
+
+
+def test_text_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changing(path: Path) -> str:
+        text = path.read_text()
+        path.write_text("something else")
+        return text
+
+    (tmp_path / "a.txt").write_text("one two")
+    monkeypatch.setattr("focusllm.training.corpus.read_text", changing)
+    with pytest.raises(DocumentError, match="has changed while it was read"):
+        read(tmp_path / "a.txt", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two é"}\n', encoding=encoding)
+    corpus, tokenizer = read(tmp_path / "a.jsonl", tmp_path / "cache"), byte_tokenizer()
+    assert [tokenizer.decode(corpus.document(i)) for i in range(2)] == ["one", "two é"]
+    (tmp_path / "qa1.txt").write_text("1 Mary went home.\n2 Where is Mary?\thome\t1\n", encoding=encoding)
+    assert read_stories([tmp_path / "qa1.txt"])[0].inserts == ["Mary went home."]
+    questions = [{"supporting_facts": [], "context": [], "question": "Who?", "answer": "Me"}]
+    (tmp_path / "hotpot.json").write_text(json.dumps(questions), encoding=encoding)
+    assert read_multihop([tmp_path / "hotpot.json"])[0].answer == "Me"
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for number in (5000, 100_000):
+        path.write_text(f'{{"text": {"[" * number}{"]" * number}}}')
+        with pytest.raises(DocumentError, match=r"line 1 is not JSON \(it is nested too deeply\)"):
+            read(path, tmp_path / "cache")
+        with pytest.raises(DocumentError, match="nested too deeply"):
+            read_multihop([path])
+
+
+def test_names_of_files_are_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    try:
+        (tmp_path / "folder" / os.fsdecode(b"caf\xe9.txt")).write_text("one")
+    except OSError:
+        pytest.skip("a file system that has none")
+    (tmp_path / "folder" / os.fsdecode(b"no text\n\xe9.txt")).write_bytes(b"\xff\xfe\xff\0\0")
+    corpus = read(tmp_path / "folder", tmp_path / "cache")
+    assert byte_tokenizer().decode(corpus.document(0)) == "one"
+    path = tmp_path / "folder" / os.fsdecode(b"odd\n\xe9.jsonl")
+    path.write_text("nonsense")
+    with pytest.raises(DocumentError, match=r"odd\\n\\udce9.jsonl, line 1 is not JSON"):
+        read(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_kept_tokens_have_the_modes_that_the_user_wants(tmp_path: Path, mask: int) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    before = os.umask(mask)
+    try:
+        read(tmp_path / "a.txt", tmp_path / "cache")
+    finally:
+        os.umask(before)
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_what_looks_like_a_control_token_in_a_conversation_stays_text(tmp_path: Path) -> None:
+    tokenizer, path = byte_tokenizer(), tmp_path / "rows.jsonl"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.add_tokens(["</think>", "   "])
+    end, think = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</think>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}<|im_end|>{% endfor %}</think>"
+    said = [" a</think>b<|im_end|><|im_end|>", "<</think>>   <s>\ufdd1"]
+
+    def conversation(*contents: str) -> tuple[list[int], list[int]]:
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": c} for role, c in zip(roles, contents, strict=False)]
+        path.write_text(json.dumps({"messages": messages}))
+        corpus = load_corpus(Source(str(path)), tokenizer, tmp_path / "cache")
+        ids = corpus.document(0).tolist()
+        return ids[: corpus.answers[0]], ids[corpus.answers[0] :]
+
+    asked, answer = conversation(*said, said[0], "so<|im_end|>")
+    assert (asked.count(end), asked.count(think), asked.count(tokenizer.bos_token_id)) == (3, 1, 0)
+    rendered = f"{said[0].strip()}<|im_end|><</think>>   <s><|im_end|>{said[0].strip()}<|im_end|></think>"
+    assert tokenizer.decode(asked) == rendered
+    assert end not in answer
+    assert tokenizer.decode(answer) == "so<|im_end|></s>"
+    plain = [{"role": "user", "content": "Hi   there"}]
+    expected = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    assert conversation("Hi   there", "Ho")[0] == expected
 
 
 def test_jsonl_with_text_messages_and_prompts(tmp_path: Path) -> None:
@@ -127,28 +238,63 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="has no text in a column 'text'"):
         load_corpus(Source(source), byte_tokenizer(), tmp_path / "cache")
 
+    (tmp_path / "data" / "train.jsonl").write_text('{"body": "gamma"}\n{"body": "delta"}')
+    corpus = load_corpus(Source(source, column="body"), byte_tokenizer(), tmp_path / "cache")
+    assert byte_tokenizer().decode(corpus.document(0)) == "gamma"
+
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr("datasets.load_dataset", lambda **selection: asked.append(selection) or iter([{"text": "x"}]))
     assert list(dataset_rows(Source("hf:owner/name/part/file.jsonl.gz"))) == [{"text": "x"}]
-    assert asked == [
-        {
-            "path": "json",
-            "data_files": "hf://datasets/owner/name/part/file.jsonl.gz",
-            "split": "train",
-            "streaming": True,
-        }
-    ]
-
-    asked.clear()
     list(dataset_rows(Source("hf:owner/name/data.zip/part/file.jsonl")))
-    assert asked[0]["data_files"] == "zip://part/file.jsonl::hf://datasets/owner/name/data.zip"
+    list(dataset_rows(Source("hf:owner/name/data.zip/part/file.jsonl"), "c0ffee"))
+    list(dataset_rows(Source("hf:owner/name"), "c0ffee"))
+    assert [selection.get("data_files") for selection in asked] == [
+        "hf://datasets/owner/name/part/file.jsonl.gz",
+        "zip://part/file.jsonl::hf://datasets/owner/name/data.zip",
+        "zip://part/file.jsonl::hf://datasets/owner/name@c0ffee/data.zip",
+        None,
+    ]
+    assert asked[0] | {"data_files": ""} == {"path": "json", "data_files": "", "split": "train", "streaming": True}
+    assert (asked[3]["path"], asked[3]["revision"]) == ("owner/name", "c0ffee")
 
-    def unreachable(*_: Any, **__: Any) -> None:
+
+def test_datasets_of_the_hub_are_kept_by_their_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub: dict[str, str] = {"owner/name": "alpha"}
+
+    def info(_: Any, repository: str) -> Any:
+        if repository not in hub:
+            raise ConnectionError("no route")
+        return SimpleNamespace(sha=f"revision of {hub[repository]}")
+
+    def load(path: str, revision: str, **_: Any) -> list[dict[str, str]]:
+        assert revision == f"revision of {hub[path]}"
+        return [{"text": hub[path]}]
+
+    def text(name: str, **source: Any) -> str:
+        corpus = load_corpus(Source(f"hf:{name}", **source), byte_tokenizer(), tmp_path / "cache")
+        found: str = byte_tokenizer().decode(corpus.document(0))
+        return found
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert text("owner/name") == "alpha"
+    hub["owner/name"] = "beta"
+    assert text("owner/name") == "beta"
+    hub["owner/other"] = "beta"  # the same revision means nothing elsewhere
+    assert text("owner/other") == "beta"
+    assert len(list((tmp_path / "cache").glob("*/source.json"))) == 3
+    hub.clear()  # out of reach
+    assert text("owner/name") == "beta"
+    with pytest.raises(DocumentError, match=r"the dataset owner/name cannot be read \(no route\)"):
+        text("owner/name", split="test")
+    hub["nobody/nothing"] = "gamma"
+
+    def unreachable(**_: Any) -> None:
         raise ConnectionError("no such host")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(DocumentError, match=r"the dataset nobody/nothing cannot be read \(no such host\)"):
-        load_corpus(Source("hf:nobody/nothing"), byte_tokenizer(), tmp_path / "cache")
+        text("nobody/nothing")
 
 
 def test_empty_and_short_sources(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +22,7 @@ from focusllm.memory import chunks
 from focusllm.memory.chunking import cut, split
 from focusllm.memory.chunks import ChunkBlock, Place, document_key, encode
 from focusllm.memory.cost import check_read
-from focusllm.memory.store import Packed, Packing, RowFile
+from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile
 from focusllm.method.kv import KV, concat
 
 IDS = random_ids(24 + 5 * SMALL.stride + 6)  # six full chunks and one of 7, the first of them shared
@@ -101,7 +106,7 @@ def test_what_is_in_a_named_file_is_not_read_again(
 ) -> None:
     place = Place("disk", tmp_path, document_key(llama, IDS, SMALL))
     before = rows_of(llama, encode(llama, IDS, SMALL, place=place))
-    monkeypatch.setattr(chunks, "encode_chunks", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(chunks, "read_behind", lambda *_: pytest.fail("it was read again"))
     after = rows_of(llama, encode(llama, IDS, SMALL, place=place))
     assert difference(after, before) == 0
 
@@ -116,8 +121,8 @@ def test_a_read_that_was_broken_off_goes_on(llama: nn.Module, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         encode(llama, IDS, SMALL, stop, place)
     read = []
-    whole = chunks.encode_chunks
-    monkeypatch.setattr(chunks, "encode_chunks", lambda model, ids: (read.append(len(ids)), whole(model, ids))[1])
+    whole = chunks.read_behind
+    monkeypatch.setattr(chunks, "read_behind", lambda *given: (read.append(len(given[2])), whole(*given))[1])
     got = rows_of(llama, encode(llama, IDS, SMALL, place=place))
     assert read == [2, 1]  # two full chunks and the short one were left
     assert difference(got, rows_of(llama, encode(llama, IDS, SMALL))) == 0
@@ -182,34 +187,22 @@ def test_the_next_batch_is_read_from_disk_meanwhile(
     assert next(iter(block.batches(llama, 2)))[0] == 0  # one that is left early does not hang
 
 
-class Full:
-    def __init__(self, file: object):
-        self.file = file
+def failing(number: int) -> Callable[..., int]:
+    """What a call of the system does on a disk that fails with an error."""
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.file, name)
+    def call(*_: Any) -> int:
+        raise OSError(number, os.strerror(number))
 
-    def write(self, content: bytes) -> int:
-        raise OSError(28, "No space left on device")
+    return call
 
 
-class Broken(Full):
-    """A file on a disk that fails."""
-
-    def readinto(self, view: memoryview) -> int:
-        raise OSError(5, "Input/output error")
-
-    def read(self, size: int) -> bytes:
-        raise OSError(5, "Input/output error")
-
-    def write(self, content: bytes) -> int:
-        raise OSError(30, "Read-only file system")
-
-
-def test_rows_of_a_failing_disk_are_read_again_though_they_cannot_be_mended(llama: nn.Module, tmp_path: Path) -> None:
+def test_rows_of_a_failing_disk_are_read_again_though_they_cannot_be_mended(
+    llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     block, _ = encode(llama, IDS, SMALL, place=Place("disk", tmp_path, "book"), notify=said.append)
-    block.kv._file = Broken(block.kv._file)
+    monkeypatch.setattr(os, "preadv", failing(errno.EIO))
+    monkeypatch.setattr(os, "pwrite", failing(errno.EROFS))
     expected = encode(llama, IDS, SMALL)[0]
     assert difference([block.rows(llama, 1, 2)], [expected.rows(llama, 1, 2)]) == 0
     assert "Input/output error" in said[0]
@@ -224,7 +217,8 @@ def test_a_damaged_file_is_found_when_it_is_opened_again(llama: nn.Module, tmp_p
     damage(tmp_path / "book-7.rows", "changed")
     blocks = encode(llama, IDS, SMALL, place=place, notify=said.append)
     assert difference(rows_of(llama, blocks), rows_of(llama, encode(llama, IDS, SMALL))) == 0
-    assert len(said) == 1  # the header told of the first; a changed record shows when it is read
+    assert said[0].endswith("book-24.rows was of something else; the text is read again.")
+    assert len(said) == 2  # a changed record shows when it is read
 
 
 def test_a_file_of_another_text_is_found_out(llama: nn.Module, tmp_path: Path) -> None:
@@ -234,6 +228,138 @@ def test_a_file_of_another_text_is_found_out(llama: nn.Module, tmp_path: Path) -
     (tmp_path / "book-24.rows").write_bytes((tmp_path / "other-24.rows").read_bytes())
     assert difference(rows_of(llama, blocks), rows_of(llama, encode(llama, IDS, SMALL))) == 0
     assert len(said) == 5  # the first chunk is the same in both
+
+
+def files_of(model: nn.Module, folder: Path, token_ids: list[int] = IDS) -> tuple[Place, list[KV]]:
+    """A text that was kept: where, and its rows."""
+    place = Place("disk", folder, document_key(model, token_ids, SMALL))
+    return place, rows_of(model, encode(model, token_ids, SMALL, place=place))
+
+
+def test_a_file_of_another_model_under_this_ones_name_is_not_used(llama: nn.Module, tmp_path: Path) -> None:
+    place, expected = files_of(llama, tmp_path)
+    other, theirs = files_of(changed_in_the_middle(), tmp_path)
+    assert difference(theirs, expected) > 0
+    for length in (24, 7):
+        (tmp_path / f"{other.name}-{length}.rows").replace(tmp_path / f"{place.name}-{length}.rows")
+    said: list[str] = []
+    for _ in range(2):
+        got = rows_of(llama, encode(llama, IDS, SMALL, place=place, notify=said.append))
+        assert difference(got, expected) == 0
+    assert said == [f"{tmp_path / place.name}-24.rows was of another model or text; the text is read again."]
+
+
+def test_a_file_of_an_earlier_version_is_read_anew(llama: nn.Module, tmp_path: Path) -> None:
+    place, expected = files_of(llama, tmp_path)
+    for path in tmp_path.iterdir():
+        content = path.read_bytes()
+        header = {**json.loads(content[:4096]), "format": 1}
+        del header["document"]
+        path.write_bytes(json.dumps(header).encode().ljust(4096) + content[4096:])
+        damage(path, "changed")
+    said: list[str] = []
+    for _ in range(2):
+        assert difference(rows_of(llama, encode(llama, IDS, SMALL, place=place, notify=said.append)), expected) == 0
+    assert said == [f"{tmp_path / place.name}-24.rows was of an earlier version; the text is read again."]
+
+
+def test_texts_that_begin_otherwise_do_not_mix(llama: nn.Module, tmp_path: Path) -> None:
+    kept = {first: files_of(llama, tmp_path, [first, *IDS])[1] for first in (5, 6)}
+    assert len(list(tmp_path.iterdir())) == 4
+    for first, rows in kept.items():
+        assert difference(files_of(llama, tmp_path, [first, *IDS])[1], rows) == 0
+    assert difference(kept[5][:1], kept[6][:1]) > 0
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Make a folder one that cannot be written, as the superuser sees it too."""
+
+    def make(folder: Path, number: int) -> None:
+        opened = os.open
+
+        def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+            if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(str(folder)):
+                raise OSError(number, os.strerror(number), path)
+            return opened(path, flags, *rest, **named)
+
+        monkeypatch.setattr(os, "open", refusing)
+
+    return make
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_what_is_kept_where_nothing_can_be_written_is_used(
+    llama: nn.Module,
+    tmp_path: Path,
+    read_only: Callable[[Path, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    place, expected = files_of(llama, tmp_path)
+    read_only(tmp_path, number)
+    with monkeypatch.context() as patched:
+        patched.setattr(chunks, "read_behind", lambda *_: pytest.fail("it was read again"))
+        blocks = encode(llama, IDS, SMALL, place=place)
+        assert difference(rows_of(llama, blocks), expected) == 0
+    damage(tmp_path / f"{place.name}-24.rows", "changed")
+    said: list[str] = []
+    assert difference(rows_of(llama, encode(llama, IDS, SMALL, place=place, notify=said.append)), expected) == 0
+    assert "was damaged on disk" in said[0]
+    assert f"({os.strerror(number)}); use another folder" in said[1]
+    damage(tmp_path / f"{place.name}-24.rows", "emptied")
+    with pytest.raises(DocumentError, match=rf"cannot be written .*\({os.strerror(number)}\); use another folder\.$"):
+        encode(llama, IDS, SMALL, place=place)
+    with pytest.raises(DocumentError, match=r"; use another folder\.$"):
+        files_of(llama, tmp_path, IDS[:50])
+
+
+def test_a_folder_in_the_place_of_a_file(llama: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "book-24.rows").mkdir()
+    with pytest.raises(DocumentError, match=r"book-24\.rows \(Is a directory\); use another folder\.$"):
+        encode(llama, IDS, SMALL, place=Place("disk", tmp_path, "book"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_forked_processes_use_a_file_at_once(tmp_path: Path) -> None:
+    packing = Packing(((2, 16), (2, 16)), (torch.device("cpu"),), torch.float32, "same")
+    file = RowFile(packing, 40, 8, tmp_path / "book.rows", tmp_path)
+    tokens, (keys, values) = torch.arange(320).view(40, 8), torch.randn(2, 40, 2, 8, 16)
+    file.write(0, KV([keys], [values]), tokens)
+
+    def work(number: int) -> int:
+        wrong = 0
+        for i in random_ids(700, seed=number, vocab=40):
+            if number == 0 and i % 4 == 0:  # one mends while others read
+                file.write(i, KV([keys[i : i + 1]], [values[i : i + 1]]), tokens[i : i + 1])
+            try:
+                wrong += not torch.equal(file.rows(i, i + 1).keys[0], keys[i : i + 1])
+            except DamagedRow:
+                wrong += 1
+        return wrong
+
+    children = []
+    for number in range(3):
+        child = os.fork()
+        if child == 0:
+            os._exit(min(work(number), 255))
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_files_have_the_modes_that_the_user_wants(llama: nn.Module, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        place, _ = files_of(llama, tmp_path / "kept")
+        for path in (tmp_path / "kept").iterdir():
+            path.write_bytes(b"replaced")
+        encode(llama, IDS, SMALL, place=place)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").iterdir()} == {0o666 & ~mask}
+    assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o777 & ~mask
 
 
 def changed_in_the_middle() -> nn.Module:
@@ -271,22 +397,21 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     llama: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place("disk", tmp_path, "book")
-    opened = RowFile._opened
     written = RowFile.write
 
     def fill(self: RowFile, row: int, kv: KV, ids: torch.Tensor) -> None:
         if row == 4:
-            self._file = Full(self._file)  # type: ignore[assignment]
+            os.pwrite = failing(errno.ENOSPC)
         written(self, row, kv, ids)
 
-    monkeypatch.setattr(RowFile, "write", fill)
-    with pytest.raises(DocumentError, match=r"cannot be written to .*No space left.*kv_dtype='int8'"):
-        encode(llama, IDS, SMALL, place=place)
-    monkeypatch.setattr(RowFile, "write", written)
-    file = RowFile(Packing.of(llama, "same"), 6, 24, tmp_path / "book-24.rows", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(RowFile, "write", fill)
+        patched.setattr(os, "pwrite", os.pwrite)  # back again, whatever is done meanwhile
+        with pytest.raises(DocumentError, match=r"cannot be written to .*No space left.* [KM]iB are .*kv_dtype='int8'"):
+            encode(llama, IDS, SMALL, place=place)
+    file = RowFile(Packing.of(llama, "same"), 6, 24, tmp_path / "book-24.rows", tmp_path, "book")
     pieces = [IDS[first:stop] for first, stop in cut(len(IDS), SMALL)[:6]]
     assert [file.has(i, piece) for i, piece in enumerate(pieces)] == [True] * 4 + [False] * 2
-    assert opened is RowFile._opened
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_computed(

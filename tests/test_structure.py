@@ -16,20 +16,25 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "focusllm"
 # Data flows one way: a room may import only rooms named before it, and a file only files named before it.
 ROOMS = {
-    "": ["errors", "options", "files", "machine", "config"],  # what every room may use
-    "method": ["kv", "rope", "differentiable", "attention", "base", "packed", "adapter", "focus"],
-    "memory": ["chunking", "store", "chunks", "chunk_cache", "cost"],
-    "decoding": ["refresh", "engine"],
+    "": ["errors", "json_text", "options", "files", "machine", "config", "plots"],  # what every room may use
+    "method": [
+        *("kv", "rope", "scoring", "differentiable", "attention", "passes", "base", "packed", "adapter", "focus"),
+        "opened",
+    ],
+    "memory": ["chunking", "store", "lookup", "chunks", "chunk_cache", "cost"],
+    "decoding": ["refresh", "request", "opened", "engine"],
     "documents": [
         *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers", "folders", "sources"),  # files
         *("detokenizer", "text", "answer", "document"),  # tokens
     ],
-    "huggingface": ["adapter_files", "embedded", "loading", "modeling", "pretrained"],
+    "huggingface": [
+        *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
+    ],
     "front": ["reading", "asking", "llm"],  # lies in no folder
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
     ],
-    "checks": ["info", "verify", "conformance"],
+    "checks": ["info", "verify", "conformance", "needles", "heads"],
     "evaluation": [
         *("example", "metrics", "benchmark"),
         *(f"tasks.{name}" for name in ("passkey", "perplexity", "documents", "retrieval")),
@@ -40,7 +45,7 @@ ROOMS = {
         *("methods", "plan", "runner", "results", "report", "harness"),
     ],
     "bench": ["plan", "measure", "contenders", "run", "report"],
-    "cli": ["options", "terminal", "ask", "train", "bench", "evaluate", "inspect", "app", "process", ""],
+    "cli": ["options", "terminal", "ask", "heads", "train", "bench", "evaluate", "inspect", "app", "process", ""],
     "shell": ["__main__"],  # lies in no folder
 }
 OUTSIDE = ("", "front", "shell")
@@ -48,7 +53,7 @@ ORDER = [
     name if room in OUTSIDE else f"{room}.{name}".removesuffix(".") for room, names in ROOMS.items() for name in names
 ]
 WITHOUT_TORCH = [
-    *("errors", "options", "files", "machine", "config", "memory.chunking"),
+    *("errors", "json_text", "options", "files", "machine", "config", "plots", "memory.chunking"),
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
     *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text")),
     "huggingface.embedded",
@@ -59,6 +64,8 @@ WITHOUT_TORCH = [
     *(name for name in ORDER if name.startswith("evaluation.tasks.")),
     *("bench.plan", "bench.contenders", "bench.report"),
 ]
+TEXTS = ("docs", "benchmarks", "recipes", "examples", "src")
+"""Folders with documents."""
 PACKAGES = [room for room in ROOMS if room not in (*OUTSIDE, "cli")]
 
 
@@ -108,7 +115,7 @@ def test_light_files_import_nothing_heavy(name: str) -> None:
 def test_only_one_file_knows_how_models_are_built() -> None:
     for name in ORDER:
         text = path_of(name).read_text()
-        if name not in ("method.base", "checks.conformance"):
+        if name not in ("method.base", "method.passes", "checks.conformance"):
             assert "q_proj" not in text.replace('"q_proj": "q"', ""), name
             assert "_attn_implementation" not in text, name
 
@@ -141,16 +148,45 @@ def test_versions_agree() -> None:
         assert lowest <= version < limit, dependency
 
 
-def test_readme_files_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
-
-
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", *(f"docs/{name}.md" for name in ("method", "models", "training", "evaluation", "embedding"))],
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.md"), *(path for folder in TEXTS for path in (ROOT / folder).rglob("*.md"))]
 )
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link to a heading of a Markdown file may name, by GitHub's rules."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    own = ROOT / document
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", own.read_text()):
+        path = own.parent / target if target else own
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_name_files_and_modules_that_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"\b(?:src|tests|benchmarks|examples|recipes|docs)/[\w/.-]*\w\.(?:py|sh|toml|md)\b", text):
+        assert (ROOT / path).exists() or ((ROOT / document).parent / path).exists(), path
+    for module in re.findall(r"\bfocusllm(?:\.[a-z_]\w*)+", text):
+        parts = module.split(".")[1:]
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        known = names[-1] in (*PACKAGES, "cli") or any(name in ORDER for name in names)
+        assert known or parts[0] in focusllm.__all__, module
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if "```python" in (ROOT / name).read_text()])
 def test_python_in_the_documents_runs(document: str, tiny_llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block, on the tiny model instead of the one that is named."""
     monkeypatch.chdir(tmp_path)
@@ -160,7 +196,7 @@ def test_python_in_the_documents_runs(document: str, tiny_llm, tmp_path: Path, m
         loaded = tiny_llm if cls is focusllm.FocusLLM else tiny_llm.model
         monkeypatch.setattr(cls, "from_pretrained", classmethod(lambda _, *a, loaded=loaded, **k: loaded))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
-    assert blocks or document != "README.md"
+    assert blocks
     scope: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, document, "exec"), scope)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -241,7 +243,7 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(
     monkeypatch.setattr(Meter, "result", result)
     train(train_settings(save_every=1, keep_last=1, evaluate_every=1), tmp_path / "out")
     names = [path.name for path in checkpoint.all_of(tmp_path / "out")]
-    assert names == ["step-000002", "step-000006"]
+    assert names == ["step-000002", "step-000005", "step-000006"]  # the newest may turn out to be damaged
     best = load_file(tmp_path / "out" / "checkpoints" / "step-000002" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights(tmp_path / "out").items())
 
@@ -288,9 +290,11 @@ def test_what_else_the_numbers_depend_on_is_refused_on_resume(
     path = tmp_path / "out" / "checkpoints" / "step-000002" / "state.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps({**kept, "dtype": "float16"}))  # where auto is another type
+    checkpoint.write_sums(path.parent)
     with pytest.raises(TrainingError, match=r"another dtype \(float16, now (float32|bfloat16)\); set dtype to float16"):
         train(train_settings(**given), tmp_path / "out")
     path.write_text(json.dumps(kept))
+    checkpoint.write_sums(path.parent)
     stories.write_text(stories.read_text().replace("sit", "sat"))
     with pytest.raises(TrainingError, match="with another content of stories and multihop"):
         train(train_settings(**given), tmp_path / "out")
@@ -306,6 +310,7 @@ def test_losses_of_other_memories_are_not_compared(
     shutil.rmtree(folder / "step-000006")
     state = json.loads((folder / "step-000004" / "state.json").read_text())
     (folder / "step-000004" / "state.json").write_text(json.dumps({**state, "best": {"loss": -1.0, "step": 4}}))
+    checkpoint.write_sums(folder / "step-000004")
     train(train_settings(evaluation_memories=memories), tmp_path / "out")
     assert read_adapter_steps(tmp_path / "out") == best
 
@@ -323,7 +328,9 @@ def test_a_training_from_before_a_setting_goes_on_without(
         state = json.loads(path.read_text())
         for newer in ("sink", "noise", "refresh_rows", "distractors", "distractor_pool"):
             del state["config"][newer]
+        del state["format"], state["content of the sources"]
         path.write_text(json.dumps(state))
+        path.with_name("checksums.json").unlink()
     train(train_settings(steps=2), tmp_path / "out")
     with pytest.raises(TrainingError, match=r"other settings \(sink is False, now True\)"):
         train(train_settings(steps=2, sink=True), tmp_path / "out")
@@ -382,11 +389,127 @@ def test_a_loss_that_is_not_finite_names_step_sample_and_checkpoint(
         train(config, tmp_path / "out")
 
 
-def test_a_damaged_checkpoint_is_named(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    train(train_settings(steps=2), tmp_path / "out")
-    (checkpoint.all_of(tmp_path / "out")[-1] / "optimizer.pt").write_bytes(b"junk")
-    with pytest.raises(TrainingError, match="step-000002 is damaged"):
-        train(train_settings(steps=2), tmp_path / "out")
+def flip(path: Path, at: float) -> None:
+    """Change one bit, at a share of a file's length."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_bit_anywhere_in_a_checkpoint_is_found(unbroken: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint.all_of(unbroken)[-1], tmp_path / "step-000006")
+    assert not checkpoint.fault(folder)
+    names = {path.name for path in folder.iterdir()} - {"README.md"}
+    assert {"adapter_model.safetensors", "optimizer.pt", "state.json", "checksums.json"} < names
+    for name, at in itertools.product(names, (0, 0.1, 0.3, 0.5, 0.7, 0.99, 1)):
+        flip(folder / name, at)
+        assert checkpoint.fault(folder), (name, at)
+        flip(folder / name, at)
+    assert not checkpoint.fault(folder)
+    for name in names:
+        (folder / name).rename(tmp_path / "gone")
+        assert checkpoint.fault(folder), name
+        (tmp_path / "gone").rename(folder / name)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_behind_a_damaged_checkpoint_it_goes_on_from_the_one_before(
+    name: str, train_settings: Callable[..., TrainConfig], unbroken: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(unbroken, tmp_path / "out")
+    folder = checkpoint.all_of(output)[-1]
+    flip(folder / name, 0.7)
+    notes: list[str] = []
+    train(train_settings(), output, notify=notes.append)
+    said = f"The checkpoint {folder} is damaged ({name} is not what was written); it is set aside, and the one before"
+    assert [note.startswith(said) for note in notes] == [True, False]
+    assert notes[1] == "Going on after step 4 of 6."
+    assert losses(output) == losses(unbroken)
+    first, second = weights(output), weights(unbroken)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert folder.with_name("damaged-step-000006").exists()
+
+
+def test_no_adapter_is_made_of_a_damaged_best_checkpoint(
+    train_settings: Callable[..., TrainConfig], unbroken: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(unbroken, tmp_path / "out")
+    before, newest = checkpoint.all_of(output)[-2:]
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "best": {"loss": -1.0, "step": 4}}))
+    checkpoint.write_sums(newest)
+    flip(before / "adapter_model.safetensors", 0.7)
+    notes: list[str] = []
+    train(train_settings(), output, notify=notes.append)
+    assert f"The best checkpoint {before} is damaged" in notes[-1]
+    assert read_adapter_steps(output) == 6
+
+
+def test_a_damaged_checkpoint_without_another_is_named(
+    train_settings: Callable[..., TrainConfig], unbroken: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(unbroken, tmp_path / "out")
+    for folder in checkpoint.all_of(output):
+        (folder / "optimizer.pt").write_bytes(b"junk")
+    with pytest.raises(
+        TrainingError, match=r"step-000006 is damaged \(optimizer.pt is not .*use another output folder"
+    ):
+        train(train_settings(), output)
+
+
+def saved(output: Path, *steps: int) -> list[str]:
+    """Write checkpoints without a training; the names of all."""
+    for step in steps:
+        checkpoint.save(output, step, {}, {}, lambda folder: (folder / "adapter_model.safetensors").touch() or None)
+    return [path.name for path in checkpoint.all_of(output)]
+
+
+def test_killed_while_old_checkpoints_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1, 2, 3, 4)
+
+    def dying(folder: Path, **_: Any) -> None:
+        (folder / "optimizer.pt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", dying)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(tmp_path, 2, None)
+    assert saved(tmp_path) == ["step-000002", "step-000003", "step-000004"]
+    assert [checkpoint.fault(path) for path in checkpoint.all_of(tmp_path)] == ["", "", ""]
+    (tmp_path / "checkpoints" / "step-000001").mkdir()  # as an earlier version leaves them
+    (tmp_path / "checkpoints" / "step-000001" / "optimizer.pt").touch()
+    checkpoint.clear(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == saved(tmp_path)
+    for name in ("optimizer.pt", "checksums.json"):
+        (tmp_path / "checkpoints" / "step-000004" / name).unlink()
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoints" / "step-000003"
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_checkpoints_have_the_modes_that_the_user_wants(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        saved(tmp_path, 1)
+    finally:
+        os.umask(before)
+    (folder,) = checkpoint.all_of(tmp_path)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_names_that_are_no_utf8(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    try:
+        source.write_text(TEXT)
+    except OSError:
+        pytest.skip("a file system that has none")
+    read: list[str] = []
+    output = tmp_path / os.fsdecode(b"out\xe9")
+    train(train_settings(steps=1, sources=[str(source)]), output, reading=lambda name, _: read.append(name))
+    assert read[-1].endswith(r"caf\udce9.txt")
+    assert r"caf\udce9.txt" in (output / "adapter" / "README.md").read_text()
+    train(train_settings(steps=1, sources=[str(source)]), output)
 
 
 @pytest.mark.parametrize(
@@ -430,6 +553,10 @@ def test_a_damaged_checkpoint_is_named(train_settings: Callable[..., TrainConfig
         ({"speed": 3}, ConfigError, "unknown setting speed"),
         ({"sources": [{"path": "x", "weight": 0}]}, ConfigError, "weight of x is 0"),
         ({"sources": [{"place": "x"}]}, ConfigError, "a source is wrong"),
+        ({"sources": ["a" * 300]}, DocumentError, "there is no file or folder aaa"),
+        ({"sources": ["a\nb\0c"]}, DocumentError, r"there is no file or folder a\\nb\\x00c; name one"),
+        ({"init_adapter": "a" * 300}, AdapterError, "there is no adapter folder aaa"),
+        ({"stories": ["a" * 300], "objectives": {"stories": 1}}, DocumentError, r"a cannot be read \(File name too"),
     ],
 )
 def test_settings_that_cannot_work(
@@ -453,6 +580,14 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_text("steps = = 7")
     with pytest.raises(ConfigError, match="cannot be read"):
         TrainConfig.from_file(tmp_path / "b.toml")
+    (tmp_path / "b.toml").write_text(f"steps = {'[' * 5000}")
+    with pytest.raises(ConfigError, match="are nested too deeply"):
+        TrainConfig.from_file(tmp_path / "b.toml")
+    for encoding in ("utf-8-sig", "utf-16"):  # as Windows writes them
+        (tmp_path / "b.toml").write_text("steps = 8", encoding=encoding)
+        assert TrainConfig.from_file(tmp_path / "b.toml").steps == 8
+    with pytest.raises(ConfigError, match=r"cannot be read \(File name too long\)"):
+        TrainConfig.from_file("a" * 300)
 
 
 def test_loaders_draw_the_same_samples(train_settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def about(
     before, after = frame(tokenizer, config, question, template_kwargs)
     context = divide(documents, len(before) + len(after), encode_ids(tokenizer, BETWEEN_DOCUMENTS), config)
     num_tokens = sum(document.num_tokens for document in documents)
-    input_ids = [*before, *context.token_ids, *after]
+    start = [] if context.blocks and context.blocks[0].start is not None else before  # it stands before opened chunks
+    input_ids = [*start, *context.token_ids, *after]
     return Asked(input_ids, context.blocks, len(after), num_tokens, context, len(after))
 
 
@@ -98,7 +99,7 @@ def decoder(
     """
     num_prompt = len(asked.input_ids)
     arguments, num_new = _settled(model, tokenizer, generate, num_prompt)
-    check_question(model.base, model.focus_config, asked.blocks, num_new)
+    check_question(model.base, model.settings, asked.blocks, num_new)
     criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
     inputs = torch.tensor([asked.input_ids], device=model.device)
     state = FocusState(asked.blocks, asked.prompt_length)
@@ -109,7 +110,7 @@ def decoder(
         model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=state,
+            cache=state,
             streamer=streamer,
             tokenizer=tokenizer,
             stopping_criteria=StoppingCriteriaList([*criteria, *more_criteria]),

@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 
 from focusllm.errors import ConfigError
 
+FarContext = Literal["auto", "condensed", "opened"]
 Decoding = Literal["cached", "exact"]
 KvDtype = Literal["same", "int8", "int4"]
 KvPlace = Literal["auto", "device", "host", "disk"]
-CHOICES = {"decoding": Decoding, "kv_dtype": KvDtype, "kv_place": KvPlace}
+CHOICES = {"far_context": FarContext, "decoding": Decoding, "kv_dtype": KvDtype, "kv_place": KvPlace}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ class FocusConfig:
     """Chunks of a length that the local context sees, condensed anew for every token: the last quarter of so many are
     those right before the local context, the rest those that get most attention. The others are only scored, and change
     places with them when they would get more. None: all. `exact` takes all."""
+    far_context: FarContext = "auto"
+    """How the local context sees a chunk: `condensed` into a candidate token (the paper), or `opened`, all tokens of
+    the few that matter, which needs no training (docs/method.md). auto: condensed where candidate projections were
+    trained for the model, else opened."""
+    open_tokens: int = 1024
+    """opened: most tokens of the far context that are seen at once; whole chunks, as many as it holds, or the part of
+    one that matters most. Each further chunk costs some of the answers (docs/method.md)."""
+    look_again: int | None = None
+    """opened: after so many generated tokens the chunks are chosen anew, by the newest tokens. None: by the question
+    alone."""
+    start_length: int = 16
+    """opened: first tokens of a text that all of its chunks are read behind, where no chat template gives a start."""
     kv_dtype: KvDtype = "same"
     """How the chunks' keys and values are kept: as computed, or in 8 or 4 bits a number (less memory, less exact)."""
     kv_place: KvPlace = "auto"
@@ -55,7 +68,7 @@ class FocusConfig:
     """Put this token in front of the dynamic prompt and of the local context unless it is there. None: do not."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_length", "local_length", "prompt_length", "chunks_per_batch"):
+        for name in ("chunk_length", "local_length", "prompt_length", "chunks_per_batch", "open_tokens"):
             value = getattr(self, name)
             if not is_whole(value, 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
@@ -69,6 +82,10 @@ class FocusConfig:
             value = getattr(self, name)
             if value is not None and not is_whole(value, 0):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 0, or None.")
+        if not is_whole(self.start_length, 0):
+            raise ConfigError(f"start_length is {self.start_length!r}; it must be a whole number of at least 0.")
+        if self.look_again is not None and not is_whole(self.look_again, 1):
+            raise ConfigError(f"look_again is {self.look_again!r}; it must be a whole number of at least 1, or None.")
         if not isinstance(self.rechunk, bool):
             raise ConfigError(f"rechunk is {self.rechunk!r}; it must be True or False.")
         rows = self.refresh_rows
@@ -94,6 +111,7 @@ class FocusConfig:
             chunk_overlap=0,
             local_length=local_length,
             prompt_length=512,
+            far_context="condensed",
             decoding="exact",
             rechunk=False,
             plain_below=plain_below,
@@ -122,6 +140,11 @@ class FocusConfig:
     def rechunk_length(self) -> int:
         """How many local tokens become a chunk at once when the local context is full."""
         return min(self.chunk_length, self.local_length)
+
+    @property
+    def is_opened(self) -> bool:
+        """Whether chunks are opened; `auto` must have been settled by what is known of the model."""
+        return self.far_context == "opened"
 
     @property
     def max_local_length(self) -> int:

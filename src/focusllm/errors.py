@@ -11,9 +11,17 @@
 The command line prints the message of a `FocusError` as one line and exits with code 2.
 """
 
+import unicodedata
+
+UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}
+"""Categories of characters: controls, halves of others (in names: bytes that are no UTF-8), and ends of lines."""
+
 
 class FocusError(Exception):
-    """Base class of the errors that are meant for the user."""
+    """Base class of the errors that are meant for the user; the message is one line, whatever names it has in it."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(shown(str(message)))
 
 
 class ConfigError(FocusError, ValueError):
@@ -38,6 +46,11 @@ class MemoryLimitError(FocusError):
 
 class TrainingError(FocusError):
     """A training that cannot begin or go on."""
+
+
+def shown(text: str) -> str:
+    """A name or a message as it can be printed on one line: other characters are written as Python would."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNSHOWN else c for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from focusllm.documents.sources import Source, names_a_file, of_text, open_sourc
 from focusllm.documents.text import encode_ids, start_tokens
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.huggingface.pretrained import load, save
-from focusllm.memory.chunking import split
+from focusllm.memory.chunking import split, split_start
 from focusllm.memory.chunks import Progress
 from focusllm.reading import Reader
 
@@ -222,7 +222,8 @@ class FocusLLM:
         """
         ids = [*start_tokens(self.tokenizer), *encode_ids(self.tokenizer, check_text(text, "the text"))]
         far, local = split(ids, self.config)
-        blocks = self._reader.encode(far, progress, self.config) if far else []
+        start, far = split_start(far, self.model.settings)
+        blocks = self._reader.encode(far, progress, self.config, start_ids=start) if far else []
         return decoder(self.model, self.tokenizer, going_on(blocks, local, len(ids)), generate)(on_text)
 
     def frame(self, question: str, template_kwargs: Mapping[str, Any] | None = None) -> tuple[list[int], list[int]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection
 from typing import Any
 
 from focusllm.errors import ConfigError
+from focusllm.json_text import parse_json
 
 FACTORS = {"K": 2**10, "M": 2**20}
 WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
@@ -44,7 +44,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if value.lower() in WORDS:
         return name, WORDS[value.lower()]
     try:
-        return name, json.loads(value)
+        return name, parse_json(value)
     except ValueError:
         return name, value
 

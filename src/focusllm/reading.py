@@ -12,7 +12,7 @@ from focusllm.config import FocusConfig
 from focusllm.documents.detokenizer import decode_ids
 from focusllm.documents.document import Chunk, Document
 from focusllm.documents.sources import Source, of_text
-from focusllm.documents.text import Encoded, encode_text
+from focusllm.documents.text import Encoded, encode_text, frame_ids
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.huggingface.adapter_files import fingerprint
 from focusllm.huggingface.modeling import FocusForCausalLM
@@ -59,7 +59,9 @@ class Reader:
         config = self.model.focus_config
         changed = config.replace(**{name: value for name, value in own.items() if value is not None})
         start = time.perf_counter()
-        blocks = self.encode(encoded.token_ids, progress, changed, Path(store) if store is not None else None)
+        start_ids = frame_ids(self.tokenizer)[0]
+        folder = Path(store) if store is not None else None
+        blocks = self.encode(encoded.token_ids, progress, changed, folder, start_ids)
         spans, bounds = encoded.spans, cut(len(encoded.token_ids), config)
         chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in bounds]
         seconds = time.perf_counter() - start
@@ -69,11 +71,16 @@ class Reader:
         )
 
     def encode(
-        self, token_ids: list[int], progress: bool | Progress, config: FocusConfig, store: Path | None = None
+        self,
+        token_ids: Sequence[int],
+        progress: bool | Progress,
+        config: FocusConfig,
+        store: Path | None = None,
+        start_ids: Sequence[int] = (),
     ) -> list[ChunkBlock]:
-        """The chunks of a text, read, with a progress bar if one is wanted."""
+        """The chunks of a text, read behind a start if they are to be opened, with a progress bar if one is wanted."""
         with _shown(progress, len(token_ids)) as report:
-            return self.model.encode(token_ids, report, store, self.notify, config)
+            return self.model.encode(token_ids, report, store, self.notify, config, start_ids)
 
     def mark(self) -> dict[str, Any]:
         """What tells this reader from others."""
@@ -85,12 +92,17 @@ class Reader:
         Raises:
             ConfigError: with both.
         """
-        length = self.model.focus_config.chunk_length
+        length, opens = self.model.focus_config.chunk_length, self.model.settings.is_opened
         if document.reader != self.mark() or document.chunk_length != length:
             raise ConfigError(
                 f"{document!r} was read by {document.reader['model']} ({document.reader['dtype']}, chunk_length "
                 f"{document.chunk_length}), not by {self.name} ({self.model.dtype}, chunk_length {length}); read it "
                 f"again."
+            )
+        if document.is_to_be_opened != opens:
+            how = ("condensed", "opened")
+            raise ConfigError(
+                f"{document!r} was read to be {how[not opens]}, but far_context is {how[opens]} now; read it again."
             )
 
     def _of_ids(self, given: Sequence[int], name: str) -> tuple[Source, Encoded]:

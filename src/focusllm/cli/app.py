@@ -10,6 +10,7 @@ from focusllm import __version__
 from focusllm.cli.ask import ask, generate
 from focusllm.cli.bench import bench
 from focusllm.cli.evaluate import evaluation
+from focusllm.cli.heads import heads
 from focusllm.cli.inspect import info, verify
 from focusllm.cli.terminal import if_stopped
 from focusllm.cli.train import train
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, generate, info, verify, train, bench):
+for command in (ask, generate, info, heads, verify, train, bench):
     app.command()(command)
 app.add_typer(evaluation, name="eval")
 

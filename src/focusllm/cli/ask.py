@@ -101,14 +101,14 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text of any length."""
-    from focusllm.documents.readers import read_file
+    from focusllm.documents.sources import open_source
 
-    found = read_file(prompt, encoding)
-    for remark in found.remarks:
-        notify(f"{Path(prompt).name}: {remark}.")
+    source = open_source(prompt, encoding)
+    for remark in source.remarks:
+        notify(remark)
     llm = load(model, focus.given(), quiet=as_json)
     with reading_progress(Path(prompt).name, quiet=as_json) as progress:
-        answer = llm.continue_text(found.text, progress=progress, on_text=_printer(as_json), **sampling.arguments())
+        answer = llm.continue_text(source.text, progress=progress, on_text=_printer(as_json), **sampling.arguments())
     if as_json:
         print(json.dumps({"model": model.model, **answer.to_dict()}, indent=2))
     else:

@@ -42,14 +42,24 @@ def bench(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result and its plots.")] = Path(
         "focusllm-bench"
     ),
+    kept: Annotated[
+        Path | None, typer.Option("--from", help="The bench.json of a run: show and plot it again, measure nothing.")
+    ] = None,
     encoding: Encoding = None,
     as_json: Json = False,
 ) -> None:
     """Measure reading, decoding and memory by length, against full attention and llama.cpp."""
     from focusllm.bench.plan import Plan, parse_contenders, sample_text
-    from focusllm.bench.report import print_table, write_result
-    from focusllm.documents.readers import read_text
+    from focusllm.bench.report import read_result, write_plots, write_result
+    from focusllm.documents.sources import open_source
 
+    if kept is not None:
+        result = read_result(kept)
+        make_folder(output)
+        with writing_to(output, "make room, or choose another folder"):
+            paths = write_plots(result, output)
+        _show(result, paths, as_json)
+        return
     plan = Plan(
         specs=parse_contenders(contenders, settings or [], gguf or []),
         lengths=parse_lengths(lengths),
@@ -62,7 +72,10 @@ def bench(
     )
     name, document = "the Python language reference", ""
     if text is not None:
-        name, document = Path(text).name, read_text(text, encoding)
+        source = open_source(text, encoding)
+        for remark in source.remarks:
+            notify(remark)
+        name, document = source.name, source.text
     make_folder(output)
     with calm_libraries(), bench_progress(as_json) as report:
         from focusllm.bench.run import run
@@ -77,10 +90,17 @@ def bench(
             result = run(plan, document or sample_text(), name, report, notify, keep)
     result = {"command": command, **result}
     paths = keep(result)
+    _show(result, paths, as_json)
+
+
+def _show(result: dict[str, Any], paths: list[Path], as_json: bool) -> None:
+    """The table and what was written, for people; at the end the result as one line of JSON."""
+    from focusllm.bench.report import print_table
+
     if not as_json:
         out = console()
         print_table(result, out if out.is_terminal else console(width=120))
         say(f"Written: {' '.join(map(str, paths))}")
-        if len(paths) == 1:
+        if not any(path.suffix == ".png" for path in paths):
             print("There are no plots, for matplotlib is not installed.")
     print(json.dumps(result))

@@ -19,7 +19,7 @@ Packed = Annotated[
     bool | None,
     typer.Option("--packed/--no-packed", help="On a CPU: weights twice, for faster decoding. Default: small models."),
 ]
-Encoding = Annotated[str | None, typer.Option(help="Encoding of text files. Default: found out.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of text files; by default found out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 

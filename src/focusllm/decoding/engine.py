@@ -9,90 +9,24 @@ chunks are addressed as blocks that any number of requests share, and are never 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from focusllm.config import FocusConfig
-from focusllm.decoding.refresh import HotRows, RefreshPolicy, Row, hottest
+from focusllm.decoding import opened
+from focusllm.decoding.refresh import RefreshPolicy, Row, hottest
+from focusllm.decoding.request import Request, added
 from focusllm.errors import ConfigError
 from focusllm.memory.chunking import count_chunks
 from focusllm.memory.chunks import ChunkBlock, count_alike, encode, tokens_at_once
+from focusllm.memory.lookup import Heads
 from focusllm.method.adapter import sink_token
 from focusllm.method.base import layout, run_plain
 from focusllm.method.focus import candidate_pass, decode_pass, local_pass, read_prompt, shown_at, to_slots
-from focusllm.method.kv import KV, GrowingKV, Segment, concat
-
-
-@dataclass(eq=False)
-class Request:
-    """All that one request knows.
-
-    Args:
-        blocks: the far context, in order; empty: the base model alone.
-        local_ids: the local context; generated tokens are appended.
-        prompt_length: most tokens of the dynamic prompt; None: as configured.
-    """
-
-    blocks: list[ChunkBlock]
-    local_ids: list[int]
-    prompt_length: int | None = None
-
-    tails: list[GrowingKV] = field(default_factory=list)
-    """Per block, what its rows hold behind the chunk: ordinary prompt and generated tokens."""
-    hot: list[HotRows] = field(default_factory=list)
-    """The rows that are read at every token, where those are not all of them, or were brought from elsewhere."""
-    candidates: KV | None = None
-    """The present candidate set [1, K, R, D] a layer, keys at their slots; changed in place."""
-    local_kv: GrowingKV | None = None
-    """The local context's keys and values [1, K, T, D] a layer (cached decoding only)."""
-    plain_kv: DynamicCache | None = None
-    """The base model's own cache, while there is no far context."""
-    row_ids: list[int] = field(default_factory=list)
-    """What rows that are up to date have read behind their chunk: dynamic prompt and generated tokens. The last one was
-    the candidate; the next step makes it an ordinary token."""
-    paid: Tensor | None = None
-    """Attention paid to each chunk's candidate, or that it would have got if it were seen [R]: summed over the tokens
-    decoded so far."""
-    paid_local: Tensor | None = None
-    """The same of each token that the local context began with [T]; those that became chunks get no more."""
-    local_start: tuple[int, int] = (0, 0)
-    """The first token that the local context still has of those: its index now, and at the beginning."""
-
-    @property
-    def num_chunks(self) -> int:
-        """R."""
-        return sum(block.num_chunks for block in self.blocks)
-
-    @property
-    def refreshed_slots(self) -> list[int]:
-        """The slots of the rows that are read at every token, in the order in which they are read."""
-        return [slot for rows in self.hot for slot in rows.slots] if self.hot else list(range(self.num_chunks))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are this request's own: the chunks are not counted."""
-        own = [*self.tails, *self.hot, self.local_kv, self.candidates]
-        return sum(part.nbytes for part in own if part is not None)
-
-    def fork(self) -> Request:
-        """An independent request in the same state; the chunks are shared."""
-        twin = copy.copy(self)
-        twin.blocks, twin.local_ids = list(self.blocks), list(self.local_ids)
-        twin.row_ids = list(self.row_ids)
-        # Beside hot rows tails are read, never written.
-        twin.tails = list(self.tails) if self.hot else [tail.copy() for tail in self.tails]
-        twin.hot = [rows.copy() for rows in self.hot]
-        twin.candidates = self.candidates.map(torch.clone) if self.candidates is not None else None
-        twin.local_kv = self.local_kv.copy() if self.local_kv is not None else None
-        twin.plain_kv = copy.deepcopy(self.plain_kv)
-        twin.paid = self.paid.clone() if self.paid is not None else None
-        twin.paid_local = self.paid_local.clone() if self.paid_local is not None else None
-        return twin
+from focusllm.method.kv import KV, GrowingKV, Segment, behind_sink, concat, lasting
 
 
 def start_request(
@@ -101,6 +35,7 @@ def start_request(
     local_ids: Sequence[int],
     config: FocusConfig,
     prompt_length: int | None = None,
+    heads: Heads | None = None,
 ) -> Request:
     """A request that is ready for `prefill`.
 
@@ -109,8 +44,11 @@ def start_request(
     """
     if not local_ids:
         raise ConfigError("the local context is empty; give at least one token to decode from.")
-    request = Request(list(blocks), _with_bos(local_ids, config), prompt_length)
+    request = Request(list(blocks), _with_bos(local_ids, config), prompt_length, heads)
     max_positions = layout(model).max_positions
+    if request.blocks and config.is_opened:
+        opened.check_positions(request.blocks, config, max_positions)
+        return request
     if request.blocks:
         config.check_positions(max_positions)
         config.check_num_chunks(request.num_chunks, max_positions)
@@ -122,18 +60,20 @@ def start_request(
     return request
 
 
-@torch.no_grad()
+@lasting
 def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int = 1) -> Tensor:
-    """Read the dynamic prompt behind every chunk, then the local context.
+    """Read the dynamic prompt behind every chunk, or open those that matter; then read the local context.
 
     Returns:
         Logits [n, V] of the last local tokens (0: of all).
     """
-    request.tails, request.hot, request.local_kv, request.plain_kv = [], [], None, None
+    request.tails, request.hot, request.local_kv, request.plain_kv, request.opened = [], [], None, None, None
     request.paid, request.paid_local, request.local_start = None, None, (0, 0)
     if not request.blocks:
         request.plain_kv = DynamicCache(config=model.config)
         return _plain(model, request, request.local_ids, logits_to_keep)
+    if config.is_opened:
+        return opened.prefill(model, request, config, logits_to_keep)
     prompt_ids = _dynamic_prompt(request, config)
     request.row_ids = list(prompt_ids)
     prompt = _tensor(model, prompt_ids)
@@ -155,7 +95,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     return _local_from_start(model, request, config, logits_to_keep)
 
 
-@torch.no_grad()
+@lasting
 def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int], config: FocusConfig) -> Tensor:
     """Append one token to every request.
 
@@ -180,6 +120,10 @@ def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int],
             together.append(i)
         else:
             logits[i] = _plain(model, request, [token], 1)[-1]
+    open_ones = [i for i in together if requests[i].opened is not None]
+    if open_ones:
+        logits |= dict(zip(open_ones, opened.decode(model, [requests[i] for i in open_ones], config), strict=True))
+    together = [i for i in together if requests[i].opened is None]
     side_by_side = [i for i in together if config.decoding == "cached" and _refreshed(requests[i]) is not None]
     if side_by_side:
         advanced = _decode_cached(model, [requests[i] for i in side_by_side], config)
@@ -230,7 +174,9 @@ def _decode_in_batches(model: nn.Module, request: Request, config: FocusConfig) 
         return _local_from_start(model, request, config, 1)[-1]
     newest = _tensor(model, [request.local_ids[-1:]])
     place = _tensor(model, [_first_place(model, request) + len(request.local_ids) - 1])
-    logits, kv, paid = local_pass(model, newest, place, [Segment([request.candidates]), Segment([request.local_kv])])
+    segments = Segment([request.candidates]), Segment([request.local_kv])
+    segments = behind_sink(*segments) if _first_slot(model) else segments
+    logits, kv, paid = local_pass(model, newest, place, segments)
     request.local_kv.append(kv)
     _count_attention(model, request, paid[0])
     return logits[0, -1]
@@ -332,14 +278,15 @@ def _plain(model: nn.Module, request: Request, token_ids: Sequence[int], logits_
 def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     """Turn the oldest local tokens into new chunks and go on as a new request would: next-token logits [V]."""
     moved, kept = request.local_ids[: -config.local_length], request.local_ids[-config.local_length :]
-    request.blocks, request.local_ids = request.blocks + encode(model, moved, config), _with_bos(kept, config)
+    new = opened.more_chunks(model, request, moved, config) if config.is_opened else encode(model, moved, config)
+    request.blocks, request.local_ids = request.blocks + new, _with_bos(kept, config)
     paid_before, paid_local, (place, first) = request.paid, request.paid_local, request.local_start
     logits = prefill(model, request, config)[-1]
     if paid_before is not None and request.paid is not None:
         request.paid[: len(paid_before)] += paid_before
     if paid_local is not None and request.paid_local is not None:
         start = len(request.local_ids) - len(kept), first + len(moved) - place
-        request.paid_local, request.local_start = _added(paid_local, request.paid_local, start), start
+        request.paid_local, request.local_start = added(paid_local, request.paid_local, start), start
     return logits
 
 
@@ -353,6 +300,9 @@ def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None
     """Refuse one more token where it, or the chunks that it makes of the oldest ones, would leave the positions."""
     max_positions, count = layout(model).max_positions, len(request.local_ids) + 1
     if _is_full(request, count, config):
+        if config.is_opened:
+            opened.check_positions(request.blocks, config, max_positions)
+            return
         config.check_positions(max_positions)
         num_new = count_chunks(count - config.local_length, config)
         config.check_num_chunks(request.num_chunks + num_new, max_positions)
@@ -374,6 +324,8 @@ def _first_slot(model: nn.Module) -> int:
 
 def _first_place(model: nn.Module, request: Request) -> int:
     """Position of the first local token: behind sink and candidates."""
+    if request.opened is not None:
+        return request.opened.far.length
     return request.num_chunks + _first_slot(model) if request.blocks else 0
 
 
@@ -393,17 +345,8 @@ def _with_bos(token_ids: Sequence[int], config: FocusConfig) -> list[int]:
 
 def _count_attention(model: nn.Module, request: Request, paid: Tensor) -> None:
     """Add what a token paid to the candidates, and to the local context behind the sink."""
-    chunks, local = paid[0, : request.num_chunks], paid[0, request.num_chunks + _first_slot(model) :]
-    request.paid = chunks if request.paid is None else request.paid + chunks
-    request.paid_local = local if request.paid_local is None else _added(request.paid_local, local, request.local_start)
-
-
-def _added(total: Tensor, local: Tensor, start: tuple[int, int]) -> Tensor:
-    """The attention to the first local tokens with what those that are still there got (see `Request.local_start`)."""
-    (place, first), total = start, total.clone()
-    count = max(0, min(len(local) - place, len(total) - first))
-    total[first : first + count] += local[place : place + count]
-    return total
+    num_chunks = request.num_chunks
+    request.count_attention(paid[0, :num_chunks], paid[0, num_chunks + _first_slot(model) :])
 
 
 def _tensor(model: nn.Module, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

@@ -55,6 +55,11 @@ class Document:
         return sum(block.kv.nbytes for block in self.blocks)
 
     @property
+    def is_to_be_opened(self) -> bool:
+        """Whether its chunks can be opened: they were read to be chosen from."""
+        return all(block.lookup is not None for block in self.blocks)
+
+    @property
     def chunk_steps(self) -> list[int]:
         """Tokens from the start of each chunk to the start of the next, or to the end."""
         return steps([chunk.first_token for chunk in self.chunks], self.num_tokens)

@@ -113,20 +113,20 @@ def _open_set(path: str | Path, encoding: str | None) -> Source:
     left_out: list[str] = []
     position = 0
     for name in names:
-        place, shown = folder / name, _printable(name)
+        path_of, shown = folder / name, _printable(name)
         try:
-            if not place.is_file():
+            if not path_of.is_file():
                 raise DocumentError(f"{shown} is no file")
-            if not place.stat().st_size:
+            if not path_of.stat().st_size:
                 continue
-            found = read_file(place, encoding)
+            found = read_file(path_of, encoding)
         except (DocumentError, OSError) as error:
-            left_out.append(str(error).split("; ")[0].rstrip(".").replace(str(place), shown))
+            left_out.append(str(error).split("; ")[0].rstrip(".").replace(str(path_of), shown))
             continue
         remarks += [f"{shown}: {remark}." for remark in found.remarks]
         text_start = position + len(heading := f"=== {shown} ===\n")
         text_end = text_start + len(found.text)
-        files.append(File(shown, position, text_start, text_end, found.parts, os.path.abspath(place)))
+        files.append(File(shown, position, text_start, text_end, found.parts, os.path.abspath(path_of)))
         texts += [heading, found.text, "\n" if found.text.endswith("\n") else "\n\n"]
         position = text_end + len(texts[-1])
     if left_out:
@@ -156,11 +156,11 @@ def pieces(files: Sequence[File], start: int, end: int) -> Iterator[Piece]:
     stop = max(first + 1, bisect_left(files, end, key=lambda file: file.start))
     for number in range(first, stop):
         file = files[number]
-        own_start, own_end = (min(max(at - file.text_start, 0), file.text_end - file.text_start) for at in (start, end))
+        length = file.text_end - file.text_start
+        begin, stop_at = (min(max(at - file.text_start, 0), length) for at in (start, end))
         behind = files[number + 1].start if number + 1 < stop else end
-        yield Piece(
-            file, own_start, own_end, (behind - max(start, file.start)) / (end - start) if stop > first + 1 else 1.0
-        )
+        share = (behind - max(start, file.start)) / (end - start) if stop > first + 1 else 1.0
+        yield Piece(file, begin, stop_at, share)
 
 
 def short_names(files: Sequence[File]) -> list[str]:

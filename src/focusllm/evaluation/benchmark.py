@@ -6,7 +6,6 @@ A row that cannot be used is named with its place, left out and counted; the oth
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import re
 import tomllib
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from focusllm.errors import DocumentError, FocusError, first_line
 from focusllm.evaluation import metrics
 from focusllm.evaluation.example import Example, Setting, Task
+from focusllm.json_text import parse_json
 from focusllm.training.config import Source
 from focusllm.training.corpus import dataset_rows
 
@@ -161,7 +161,7 @@ def entries(path: Path) -> Iterator[tuple[str, str, Any]]:
     """
     try:
         if path.suffix == ".json":
-            rows = json.loads(path.read_bytes())
+            rows = parse_json(path.read_bytes())
             for number, row in enumerate(rows["data"] if isinstance(rows, dict) else rows, 1):
                 yield str(number), f"{path}, entry {number}", row
         else:
@@ -181,7 +181,7 @@ def checked(row: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """
     if isinstance(row, bytes):
         try:
-            row = json.loads(row)
+            row = parse_json(row)
         except ValueError as error:
             raise ValueError(f"it is not JSON ({first_line(error)})") from error
     if not isinstance(row, dict):

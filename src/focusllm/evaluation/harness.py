@@ -22,7 +22,7 @@ from focusllm.errors import ConfigError, FocusError, missing_package
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt
 from focusllm.evaluation.methods.focus import Focus
-from focusllm.huggingface.embedded import ALIAS, resolve_model
+from focusllm.huggingface.embedded import DEFAULT, resolve_model
 from focusllm.llm import FocusLLM
 
 try:
@@ -245,7 +245,7 @@ def name_tokenizer(arguments: Namespace) -> None:
     config = EvaluatorConfig.from_cli(arguments)  # with what a file given by --config says
     if config.model == "focusllm":
         names = [config.metadata.get(key) for key in ("tokenizer", "pretrained", "model")]  # in the tasks' order
-        name = next(filter(None, names), ALIAS)
+        name = next(filter(None, names), DEFAULT)
         arguments.metadata = {**config.metadata, "tokenizer": resolve_model(name, LOG.info)}
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from focusllm.errors import missing_package
 from focusllm.evaluation.results import Row, by_sentence, differences_of, read, rows_of
 from focusllm.files import whole_file, writing_to
+from focusllm.plots import length_axis, length_name, log_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,15 +186,17 @@ def _lines(rows: Sequence[Row], x: Callable[[Row], float | None], label: str) ->
         values = [_scaled(row) for row in mine]
         line = "-" if number < 10 else "--"
         axes.plot([x(row) or 0 for row in mine], values, ls=line, marker="o", ms=4, color=f"C{number}", label=method)
-    axes.set_xscale("log", base=2 if label == "tokens" else 10)
+    axes.set_xscale("log")
     if label == "tokens":
-        lengths = sorted({row.length for row in rows if row.length})
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
+        length_axis(axes.xaxis, [row.length for row in rows if row.length])
+    else:
+        log_axis(axes.xaxis)
     axes.set(xlabel=label, ylabel=_unit(rows), title=rows[0].task)
     if rows[0].is_loss:
         best = min(value for row in rows if (value := row.value) is not None)
         if max(_scaled(row) for row in rows) > 10 * best:
             axes.set_yscale("log")
+            log_axis(axes.yaxis)
     else:
         axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
@@ -206,6 +209,8 @@ def _heat_maps(rows: Sequence[Row]) -> Figure:
     methods = list(dict.fromkeys(row.method for row in rows))
     lengths = sorted({row.length for row in rows}, key=lambda length: length or 0)
     depths = sorted({depth for row in rows for depth in row.by_depth})
+    names = [length_name(length) if length else "own" for length in lengths]
+    turned = 0 if max(map(len, names)) * len(names) <= 24 else 60
     figure = _figure(1.5 + 3.2 * len(methods), 4)
     image = None
     for axes, method in zip(figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True):
@@ -213,7 +218,7 @@ def _heat_maps(rows: Sequence[Row]) -> Figure:
         grid = [[found.get(length, {}).get(depth, float("nan")) * 100 for length in lengths] for depth in depths]
         image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         axes.set_facecolor("#ddd")
-        axes.set_xticks(range(len(lengths)), [f"{length:,}" if length else "own" for length in lengths], rotation=60)
+        axes.set_xticks(range(len(lengths)), names, rotation=turned)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set(title=method, xlabel="tokens", ylabel="depth")
     assert image is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.evaluation import tasks
+from focusllm.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def read(folders: Sequence[Path]) -> Runs:
     names, runs = Counter(folder.name for folder in folders), {}
     for folder in folders:
         try:
-            found = [json.loads((folder / name).read_text()) for name in ("results.json", "timings.json")]
+            found = [parse_json((folder / name).read_bytes()) for name in ("results.json", "timings.json")]
         except OSError as error:
             raise DocumentError(f"{folder} has no results; repeat the run's command until it is finished.") from error
         except ValueError as error:

@@ -34,6 +34,7 @@ from focusllm.evaluation.method import Method
 from focusllm.evaluation.methods import build
 from focusllm.evaluation.plan import Cell, Plan
 from focusllm.files import whole_file, writing_to
+from focusllm.json_text import parse_json
 from focusllm.llm import FocusLLM
 from focusllm.machine import machine
 from focusllm.memory.chunk_cache import LastText
@@ -299,7 +300,7 @@ def _settled(path: Path, config: dict[str, Any], llm: FocusLLM) -> dict[str, Any
         _write(path, config)
         return config
     try:
-        old: dict[str, Any] = json.loads(path.read_text())
+        old: dict[str, Any] = parse_json(path.read_bytes())
         before, now = _flat(old), _flat(config)
     except (ValueError, AttributeError) as error:
         raise DocumentError(f"{path} is damaged ({error}); choose another --output.") from error
@@ -328,7 +329,7 @@ class _Log:
         whole = data[: data.rfind(b"\n") + 1]  # a kill or a full disk may leave half a line
         for number, text in enumerate(whole.splitlines(), 1):
             try:
-                line = json.loads(text)
+                line = parse_json(text)
                 self.known[line["task"], line["length"], line["method"], line["id"]] = line
             except (ValueError, KeyError, TypeError) as error:
                 raise DocumentError(

@@ -15,11 +15,12 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from focusllm.errors import AdapterError, first_line
+from focusllm.errors import AdapterError, first_line, shown
 from focusllm.files import whole_file
+from focusllm.json_text import parse_json
 from focusllm.method.adapter import AdapterConfig, CandidateLinear, inject, injected
 from focusllm.method.base import layout
 
@@ -31,14 +32,14 @@ PEFT_PREFIX = "base_model.model."
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """The shape of a base model: an adapter fits a model with the same one."""
-    found, config = layout(model), model.config
+    layers, config = layout(model).layers, model.config
     return {
         "model_type": config.model_type,  # type: ignore[union-attr]
-        "num_hidden_layers": len(found.layers),
+        "num_hidden_layers": len(layers),
         "hidden_size": config.hidden_size,  # type: ignore[union-attr]
-        "num_attention_heads": found.num_heads,
-        "num_key_value_heads": found.num_kv_heads,
-        "head_dim": found.head_dim,
+        "num_attention_heads": layers[0].num_heads,
+        "num_key_value_heads": layers[0].num_kv_heads,
+        "head_dim": layers[0].key_dim,
     }
 
 
@@ -99,7 +100,8 @@ def save_adapter(
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     if not (folder / "README.md").exists():
         with whole_file(folder / "README.md") as temporary:
-            temporary.write_text(_model_card(config, base_name, sum(t.numel() for t in tensors.values()), notes))
+            card = _model_card(config, shown(base_name), sum(t.numel() for t in tensors.values()), notes)
+            temporary.write_text(card, encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, source: str | Path, dtype: torch.dtype | None = None) -> AdapterConfig:
@@ -138,7 +140,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
         AdapterError: there are none, or they are damaged.
     """
     try:
-        return load_file(folder / WEIGHTS_NAME)
+        return load((folder / WEIGHTS_NAME).read_bytes())  # by its bytes, for not every name is one to safetensors
     except FileNotFoundError as error:
         raise AdapterError(f"the adapter {folder} has no {WEIGHTS_NAME}; save or download it again.") from error
     except (safetensors.SafetensorError, OSError) as error:
@@ -192,16 +194,14 @@ def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple
 
 def may_be_on_hub(source: str | Path) -> bool:
     """Whether this is no folder, and can be a hub repository by its name (owner/name)."""
-    path = Path(source)
-    is_path = os.path.isdir(path) or path.is_absolute() or str(source).startswith((".", "~"))
+    is_path = os.path.isdir(source) or os.path.isabs(source) or str(source).startswith((".", "~"))
     return not is_path and str(source).count("/") == 1
 
 
 def _find(source: str | Path) -> Path:
     """A folder as it is, anything else as a hub repository."""
-    folder = Path(source)
-    if os.path.isdir(folder):
-        return folder
+    if os.path.isdir(source):
+        return Path(source)
     if not may_be_on_hub(source):
         raise AdapterError(f"there is no adapter folder {source}; give a folder or a hub repository (owner/name).")
     from huggingface_hub import snapshot_download
@@ -230,9 +230,9 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     """An adapter's own settings and the base model's shape, from our file or from PEFT's."""
     try:
         if (folder / FOCUS_CONFIG_NAME).exists():
-            content = json.loads((folder / FOCUS_CONFIG_NAME).read_text())
+            content = parse_json((folder / FOCUS_CONFIG_NAME).read_bytes())
             return AdapterConfig(**content["adapter"]), dict(content["base"])
-        content = json.loads((folder / PEFT_CONFIG_NAME).read_text())
+        content = parse_json((folder / PEFT_CONFIG_NAME).read_bytes())
         letters = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "dense": "o", "qkv_proj": "qkv"}
         if content.get("peft_type") != "LORA" or set(content["target_modules"]) - set(letters):
             raise AdapterError(

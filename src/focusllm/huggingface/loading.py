@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -15,10 +14,12 @@ from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError, ModelError, first_line
 from focusllm.huggingface.adapter_files import may_be_on_hub
 from focusllm.huggingface.embedded import boxed_adapter
+from focusllm.json_text import parse_json
 
 Model = TypeVar("Model", bound=nn.Module)
 UNTRAINED = "none"
 ADAPTER_FOLDER = "candidate_projections"
+GENERATE_NAME = "custom_generate/generate.py"  # where transformers looks for it
 SETTINGS_NAME = "focus_settings.json"
 INSTRUCTIONS = {  # as torch.cpu.get_capabilities() calls them: of x86, then of ARM
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
@@ -121,13 +122,13 @@ def find_saved(
         ModelError: the saved settings are damaged.
     """
     looks = adapter is None or config is None
-    folder = _saved_folder(path, revision) if looks else Path(path)
+    folder = saved_folder(path, revision) if looks else Path(path)
     asked = adapter and (boxed_adapter(adapter) or adapter)
     found = None if adapter == UNTRAINED else asked or saved_adapter(folder) or boxed_adapter(name)
     return found, config or saved_settings(folder) or FocusConfig()
 
 
-def _saved_folder(model: str | Path, revision: str | None) -> Path:
+def saved_folder(model: str | Path, revision: str | None) -> Path:
     """Where settings and candidate projections may lie: the model's folder, or what a hub repository has of them."""
     if not may_be_on_hub(model):
         return Path(model)
@@ -151,7 +152,7 @@ def saved_settings(folder: str | Path) -> FocusConfig | None:
     if not os.path.exists(path):
         return None
     try:
-        return FocusConfig().replace(**json.loads(path.read_text()))
+        return FocusConfig().replace(**parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}); save the model again.") from error
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from focusllm.config import FocusConfig
 from focusllm.errors import ModelError, first_line
 from focusllm.huggingface.embedded import resolve_model
+from focusllm.huggingface.head_files import find_heads
 from focusllm.huggingface.loading import (
     UNTRAINED,
     computing_dtype,
@@ -42,6 +43,7 @@ def load(
     found, config = find_saved(model, path, adapter, config)
     config = config.replace(**settings)
     loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
+    loaded.found_heads = find_heads(loaded.base, str(model), Path(path))
     loaded.focus_config.check_positions(layout(loaded.base).max_positions)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

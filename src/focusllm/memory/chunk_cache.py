@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from focusllm.config import FocusConfig
 from focusllm.memory.chunking import cut
-from focusllm.memory.chunks import ChunkBlock, filled, first_blocks
+from focusllm.memory.chunks import ChunkBlock, filled, first_blocks, lookup_of
+from focusllm.memory.lookup import Heads
 from focusllm.memory.store import Packed, Packing
-from focusllm.method.focus import encode_chunks
 from focusllm.method.kv import KV
+from focusllm.method.opened import read_behind, read_start
 
 Piece = tuple[int, ...]
 """A chunk's token ids."""
@@ -98,20 +99,33 @@ class LastText:
         """Keep nothing."""
         self._full, self._shorter = _Kept(), _Kept()
 
-    def blocks(self, token_ids: Sequence[int], config: FocusConfig) -> list[ChunkBlock]:
-        """A text cut into chunks and encoded: one block of the full chunks, one of the shorter last chunk."""
+    def blocks(
+        self,
+        token_ids: Sequence[int],
+        config: FocusConfig,
+        start_ids: Sequence[int] = (),
+        heads: Heads | None = None,
+    ) -> list[ChunkBlock]:
+        """A text cut into chunks and encoded: one block of the full chunks, one of the shorter last chunk.
+
+        Args:
+            start_ids, heads: what they are read behind and chosen by, if they are to be opened.
+        """
         pieces, found = _pieces(token_ids, config), list[ChunkBlock]()
         self.num_asked += len(pieces)
         full = [piece for piece in pieces if len(piece) == config.chunk_length]
+        how = (config.kv_dtype, tuple(start_ids), heads)
         for kept, wanted in ((self._full, full), (self._shorter, pieces[len(full) :])):
-            if config.kv_dtype != kept.kv_dtype or wanted != kept.pieces[: len(wanted)]:
+            if how != kept.how or wanted != kept.pieces[: len(wanted)]:
                 kept.pieces, kept.blocks = [], []  # first, so that there are never two
-                kept.blocks = self._read(wanted, config)
-                kept.pieces, kept.kv_dtype = wanted, config.kv_dtype
+                kept.blocks = self._read(wanted, config, start_ids, heads)
+                kept.pieces, kept.how = wanted, how
             found += first_blocks(kept.blocks, len(wanted))
         return found
 
-    def _read(self, pieces: list[Piece], config: FocusConfig) -> list[ChunkBlock]:
+    def _read(
+        self, pieces: list[Piece], config: FocusConfig, start_ids: Sequence[int], heads: Heads | None
+    ) -> list[ChunkBlock]:
         repeated = {piece for piece, count in Counter(pieces).items() if count > 1}
         known: dict[Piece, KV] = {}
 
@@ -119,12 +133,14 @@ class LastText:
             if piece in known:
                 return known[piece]
             self.num_read += 1
-            kv = _read(self.model, piece)
+            kv = _read(self.model, piece, start_ids)
             if piece in repeated:
                 known[piece] = kv
             return kv
 
-        return _blocks(self.model, pieces, config, encoded)
+        start = read_start(self.model, start_ids)
+        found = _blocks(self.model, pieces, config, encoded)
+        return [replace(block, start=start, lookup=lookup_of(self.model, heads, block)) for block in found]
 
 
 @dataclass
@@ -133,15 +149,15 @@ class _Kept:
 
     pieces: list[Piece] = field(default_factory=list)
     blocks: list[ChunkBlock] = field(default_factory=list)
-    kv_dtype: str = ""
+    how: tuple[str, tuple[int, ...], Heads | None] = ("", (), None)
 
 
 def _pieces(token_ids: Sequence[int], config: FocusConfig) -> list[Piece]:
     return [tuple(token_ids[start:stop]) for start, stop in cut(len(token_ids), config)]
 
 
-def _read(model: nn.Module, piece: Piece) -> KV:
-    return encode_chunks(model, torch.tensor([piece], device=next(model.parameters()).device))
+def _read(model: nn.Module, piece: Piece, start_ids: Sequence[int] = ()) -> KV:
+    return read_behind(model, start_ids, torch.tensor([piece], device=next(model.parameters()).device))
 
 
 def _blocks(

@@ -46,6 +46,12 @@ def split(token_ids: Sequence[int], config: FocusConfig) -> tuple[list[int], lis
     return ids[: -config.local_length], ids[-config.local_length :]
 
 
+def split_start(far: Sequence[int], config: FocusConfig) -> tuple[list[int], list[int]]:
+    """The first tokens of a far context, which its chunks are read behind where they are opened, and the others."""
+    count = config.start_length if config.is_opened and config.start_length < len(far) else 0
+    return list(far[:count]), list(far[count:])
+
+
 def steps(starts: Sequence[int], num_tokens: int) -> list[int]:
     """Tokens from the start of each chunk to the start of the next; of the last one, to the end of its text."""
     return [later - start for start, later in pairwise([*starts, num_tokens])]

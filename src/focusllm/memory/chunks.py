@@ -6,7 +6,8 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +19,12 @@ from focusllm.config import FocusConfig
 from focusllm.errors import DocumentError
 from focusllm.machine import computes_on_cpu
 from focusllm.memory.chunking import cut
+from focusllm.memory.lookup import ROWS_AT_ONCE, Heads, LookupKeys
 from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
 from focusllm.method.adapter import injected
 from focusllm.method.base import layout
-from focusllm.method.focus import encode_chunks
-from focusllm.method.kv import KV
+from focusllm.method.kv import KV, lasting
+from focusllm.method.opened import Start, read_behind
 
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
@@ -47,7 +49,8 @@ class Place:
     folder: Path | None = None
     """disk: where the files go."""
     name: str | None = None
-    """disk: what the files' names begin with; None: temporary files."""
+    """disk: what the files are of (`document_key`): their names begin with it, their headers have it. None: temporary
+    files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,15 @@ class ChunkBlock:
     first: int = 0
     """Which row of `kv` is the first one of this block."""
     notify: Notify = lambda _: None
+    start: Start | None = None
+    """What the chunks were read behind."""
+    lookup: LookupKeys | None = None
+    """By what they are chosen, if they are to be."""
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """The tokens that the chunks were read behind."""
+        return self.start.token_ids if self.start is not None else ()
 
     @property
     def num_chunks(self) -> int:
@@ -77,7 +89,8 @@ class ChunkBlock:
 
     def part(self, start: int, stop: int) -> ChunkBlock:
         """Some of the chunks; nothing is copied."""
-        return ChunkBlock(self.token_ids[start:stop], self.kv, self.first + start, self.notify)
+        lookup = self.lookup.rows(start, stop) if self.lookup is not None else None
+        return replace(self, token_ids=self.token_ids[start:stop], first=self.first + start, lookup=lookup)
 
     def rows(self, model: nn.Module, start: int, stop: int) -> KV:
         """Keys and values of some chunks [n, K, C, D] a layer; what is damaged on disk is read anew, and said."""
@@ -90,7 +103,7 @@ class ChunkBlock:
                 return _joined(parts)
             assert isinstance(self.kv, RowFile)
             self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
-            encoded = encode_chunks(model, self.token_ids[start:stop])
+            encoded = read_behind(model, self.start_ids, self.token_ids[start:stop])
             try:
                 self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
             except DocumentError as full:  # what was asked for is there all the same
@@ -141,7 +154,7 @@ def _joined(parts: Sequence[KV]) -> KV:
     return whole
 
 
-@torch.no_grad()
+@lasting
 def encode(
     model: nn.Module,
     token_ids: Sequence[int],
@@ -149,11 +162,16 @@ def encode(
     progress: Progress | None = None,
     place: Place | None = None,
     notify: Notify = lambda _: None,
+    start: Start | None = None,
+    heads: Heads | None = None,
 ) -> list[ChunkBlock]:
     """Cut a text into chunks and read them in batches of `config.chunks_per_batch`, on a CPU in smaller ones.
 
     Args:
         place: where the keys and values go; None: the device. Chunks that a named file holds already are not read.
+        notify: called with a sentence about what is read again though there was a file.
+        start: what every chunk is read behind.
+        heads: those whose keys are kept apart, for chunks that are to be chosen.
 
     Returns:
         One block with the full chunks and one with the shorter last chunk, as far as there are such.
@@ -163,26 +181,56 @@ def encode(
     """
     device = next(model.parameters()).device
     place = place or Place()
+    start_ids = start.token_ids if start is not None else ()
     bounds = cut(len(token_ids), config)
     full = [pair for pair in bounds if pair[1] - pair[0] == config.chunk_length]
     at_once = max(1, tokens_at_once(config, device) // config.chunk_length)
-    blocks = []
+    blocks: list[ChunkBlock] = []
+    replaced = ""
     for group in (full, bounds[len(full) :]):
         if not group:
             continue
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
+        block: ChunkBlock | None = None
+        lookup, is_known = _lookup(model, heads, ids, store, place)
+        if isinstance(store, RowFile) and store.replaced and not replaced:
+            replaced = store.replaced
+            notify(f"{store.path} was of {replaced}; the text is read again.")
         for first in range(0, len(group), at_once):
-            batch = ids[first : first + at_once]
+            batch, encoded = ids[first : first + at_once], None
             if not isinstance(store, RowFile):
-                store = filled(store, first, encode_chunks(model, batch), len(group))
+                encoded = read_behind(model, start_ids, batch)
+                store = filled(store, first, encoded, len(group))
             elif not all(store.has(first + i, row) for i, row in enumerate(batch.tolist())):
-                store.write(first, encode_chunks(model, batch), batch)
+                encoded = read_behind(model, start_ids, batch)
+                store.write(first, encoded, batch)
+            block = block or ChunkBlock(ids, store, notify=notify, start=start, lookup=lookup)
+            if lookup is not None and not is_known:
+                lookup.write(first, block.rows(model, first, first + len(batch)) if encoded is None else encoded)
             if progress is not None:
                 progress(group[first + len(batch) - 1][1], len(token_ids))
-        assert store is not None
-        blocks.append(ChunkBlock(ids, store, notify=notify))
+        assert block is not None
+        blocks.append(block)
+        if lookup is not None and not is_known and (kept := _lookup_path(store)) is not None:
+            with suppress(OSError):  # a disk that is full or cannot be written to: they are made anew the next time
+                lookup.save(kept, place.name or "")
     return blocks
+
+
+def _lookup(
+    model: nn.Module, heads: Heads | None, ids: Tensor, store: KV | Packed | RowFile | None, place: Place
+) -> tuple[LookupKeys | None, bool]:
+    """Look-up keys for some chunks, and whether they were kept beside the rows."""
+    if heads is None:
+        return None, False
+    empty, kept = LookupKeys.of(model, heads, *ids.shape), _lookup_path(store)
+    found = LookupKeys.load(kept, place.name or "", empty) if kept is not None else None
+    return found or empty, found is not None
+
+
+def _lookup_path(store: KV | Packed | RowFile | None) -> Path | None:
+    return store.path.with_suffix(".keys") if isinstance(store, RowFile) and store.path is not None else None
 
 
 def count_alike(blocks: Sequence[ChunkBlock]) -> Counter[int]:
@@ -209,11 +257,15 @@ def tokens_at_once(config: FocusConfig, device: torch.device) -> int:
     return min(allowed, CPU_TOKENS_AT_ONCE) if computes_on_cpu(device) else allowed
 
 
-def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig) -> str:
-    """A name for a text as a model reads it: other weights or settings of the model, another type, length of chunks or
-    token give another.
+def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig, start_ids: Sequence[int] = ()) -> str:
+    """A name for a text as a model reads it: other weights or settings of the model, another type, length of chunks,
+    start or token give another. Whatever chunks' keys and values depend on has to be in here: nothing else tells files
+    apart.
     """
-    digest = xxhash.xxh3_128(f"{model.dtype} {config.chunk_length} {config.overlap} {config.kv_dtype} ".encode())
+    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype)
+    digest = xxhash.xxh3_128("".join(f"{part} " for part in how).encode())
+    if start_ids:
+        digest.update(f"behind {','.join(map(str, start_ids))} ".encode())
     digest.update(",".join(map(str, token_ids)).encode())
     add_model(digest, model)
     return digest.hexdigest()
@@ -224,12 +276,22 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
     base_config: Any = model.config
     settings = {name: value for name, value in base_config.to_diff_dict().items() if name not in UNIMPORTANT}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    rotary = layout(model).rotary
-    digest.update(f" {getattr(rotary, 'attention_scaling', 1.0)}".encode())
+    rotaries = layout(model).rotaries
+    for rotary in rotaries:
+        digest.update(f" {rotary.attention_scaling}".encode())
     ours = {id(p) for wrapper in injected(model).values() for p in wrapper.own_parameters().values()}
     theirs = (p for p in model.parameters() if id(p) not in ours)
-    for tensor in (layout(model).inv_freq, *theirs):
+    for tensor in (*(rotary.inv_freq for rotary in rotaries), *theirs):
         digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
+
+
+def lookup_of(model: nn.Module, heads: Heads | None, block: ChunkBlock) -> LookupKeys | None:
+    """The look-up keys of chunks that were read already; None: there are no heads to choose by."""
+    keys = LookupKeys.of(model, heads, *block.token_ids.shape) if heads is not None else None
+    if keys is not None:
+        for first, kv in block.batches(model, ROWS_AT_ONCE):
+            keys.write(first, kv)
+    return keys
 
 
 def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> Packed | RowFile | None:
@@ -238,7 +300,7 @@ def _store(model: nn.Module, ids: Tensor, config: FocusConfig, place: Place) -> 
     if place.kind == "disk":
         assert place.folder is not None
         path = place.folder / f"{place.name}-{length}.rows" if place.name else None
-        return RowFile(packing, num_rows, length, path, place.folder)
+        return RowFile(packing, num_rows, length, path, place.folder, place.name or "")
     if place.kind == "device" and config.kv_dtype == "same":
         return None
     return Packed.empty(packing, num_rows, length, torch.device("cpu") if place.kind == "host" else None)

@@ -99,10 +99,11 @@ def estimate(
     in_flight = min(num_tokens, max(config.chunk_length, at_once))
     hidden: int = base_config.hidden_size  # type: ignore[union-attr,assignment]
     inner: int = getattr(base_config, "intermediate_size", 4 * hidden)
-    widths = 6 * hidden + 3 * inner + 2 * found.num_heads * found.head_dim  # live at once in a layer
+    heads = max(layer.num_heads * (layer.key_dim + layer.value_dim) for layer in found.layers)
+    widths = 6 * hidden + 3 * inner + heads  # live at once in a layer
     scores = 0
     if not computes_on_cpu(next(model.parameters()).device):  # of a prompt behind chunks: scores, and two of their size
-        of_a_row = found.num_heads * prompt * (config.chunk_length + prompt)
+        of_a_row = found.layers[0].num_heads * prompt * (config.chunk_length + prompt)
         scores = 3 * 4 * max(of_a_row, min(SCORES_BY_FORMULA, of_a_row * min(num_chunks, at_once // prompt)))
     return Cost(
         weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, packed),
@@ -193,7 +194,8 @@ def check_read(
         MemoryLimitError: with what is needed, what is free, and the setting that would fit.
         ConfigError: more chunks than the base model has positions for.
     """
-    config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
+    if not config.is_opened:  # what is not open takes no position
+        config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
     place = find_place(model, config, num_tokens, folder, written, packed)
     if place is not None:
         return place

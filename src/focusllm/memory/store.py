@@ -12,29 +12,37 @@ Letters: R rows (chunks), K key-value heads, C tokens of a chunk, D head dimensi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
 from focusllm.errors import DocumentError
+from focusllm.files import whole_file
+from focusllm.json_text import parse_json
 from focusllm.machine import readable_bytes
 from focusllm.method.base import layout
 from focusllm.method.kv import KV
 
 GROUP = 32
+FORMAT = 2
+"""Files before 2 do not say whose they are."""
 HEADER = 4096
 TRAILER = 16
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class RowStore(Protocol):
@@ -64,8 +72,8 @@ class DamagedRow(Exception):
 class Packing:
     """How a model's keys and values are laid out when they are not as computed."""
 
-    num_kv_heads: int
-    head_dim: int
+    shapes: tuple[tuple[int, int], ...]
+    """Heads and width of a token: of the keys of each layer, then of the values."""
     devices: tuple[torch.device, ...]
     """Where each layer computes."""
     dtype: torch.dtype
@@ -76,13 +84,19 @@ class Packing:
     @classmethod
     def of(cls, model: nn.Module, kv_dtype: str) -> Packing:
         """The packing of a model's keys and values."""
-        found = layout(model)
-        devices = tuple(next(layer.module.parameters()).device for layer in found.layers)
-        return cls(found.num_kv_heads, found.head_dim, devices, next(model.parameters()).dtype, kv_dtype)
+        layers = layout(model).layers
+        keys = [(layer.num_kv_heads, layer.key_dim) for layer in layers]
+        values = [(layer.num_kv_heads, layer.value_dim) for layer in layers]
+        devices = tuple(next(layer.module.parameters()).device for layer in layers)
+        return cls((*keys, *values), devices, next(model.parameters()).dtype, kv_dtype)
 
     def parts(self, length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of a row and type of what a tensor of a layer is packed into."""
-        heads, width = self.num_kv_heads, self.head_dim
+        """Shape of a row and type of all that its keys and values are packed into."""
+        return [part for shape in self.shapes for part in self.parts_of(shape, length)]
+
+    def parts_of(self, shape: tuple[int, int], length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """The same for keys or values of one layer."""
+        heads, width = shape
         if self.kv_dtype == "same":
             return [((heads, length, width), self.dtype)]
         if self.kv_dtype == "int8":
@@ -92,17 +106,25 @@ class Packing:
 
     def row_bytes(self, length: int) -> int:
         """Bytes of a row, keys and values of all layers."""
-        return 2 * len(self.devices) * sum(torch.Size(s).numel() * t.itemsize for s, t in self.parts(length))
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts(length))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What tells it from another model's, for a file's header."""
+        (heads, width), *others = dict.fromkeys(self.shapes)
+        if others:
+            return {"layers": len(self.devices), "shapes": xxhash.xxh3_64_hexdigest(repr(self.shapes).encode())}
+        return {"layers": len(self.devices), "num_kv_heads": heads, "head_dim": width}
 
     def pack(self, kv: KV) -> list[Tensor]:
         """[n, K, C, D] a layer to packed tensors: of the keys of all layers, then of the values."""
-        packing = {"same": lambda x: (x,), "int8": _to_int8, "int4": _to_int4}[self.kv_dtype]
+        packing = {"same": lambda x: (x,), "int8": to_int8, "int4": _to_int4}[self.kv_dtype]
         return [part for tensor in (*kv.keys, *kv.values) for part in packing(tensor)]
 
     def unpack(self, parts: Sequence[Tensor]) -> KV:
         """The way back, onto the device."""
         each = len(parts) // (2 * len(self.devices))
-        unpacking: Any = {"same": lambda x, _: x.contiguous(), "int8": _from_int8, "int4": _from_int4}[self.kv_dtype]
+        unpacking: Any = {"same": lambda x, _: x.contiguous(), "int8": from_int8, "int4": _from_int4}[self.kv_dtype]
         tensors = []
         for i, device in enumerate(self.devices * 2):
             packed = [part.to(device, non_blocking=True) for part in parts[i * each : (i + 1) * each]]
@@ -111,12 +133,14 @@ class Packing:
         return KV(tensors[:half], tensors[half:])
 
 
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] to 8 bits a number and a scale [..., 1]."""
     scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-7).half()
     return (x.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def _from_int8(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def from_int8(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back."""
     wide: Tensor = packed.float().mul_(scale)
     return wide.to(dtype)
 
@@ -153,9 +177,9 @@ class Packed:
     def empty(cls, packing: Packing, num_rows: int, length: int, device: torch.device | None) -> Packed:
         """Room for so many rows; device None: where each layer computes."""
         parts = []
-        for layer in packing.devices * 2:
+        for layer, of_token in zip(packing.devices * 2, packing.shapes, strict=True):
             pinned = device is not None and device.type == "cpu" and layer.type == "cuda"
-            for shape, dtype in packing.parts(length):
+            for shape, dtype in packing.parts_of(of_token, length):
                 where = device or layer
                 parts.append(torch.empty((num_rows, *shape), dtype=dtype, device=where, pin_memory=pinned))
         return cls(packing, parts, length)
@@ -184,37 +208,38 @@ class RowFile:
     """Rows in a file: a header, then a record a row: its packed tensors, their checksum, its tokens' digest.
 
     A named file is there to be used again: records that are whole and belong to the same tokens need not be computed
-    again. Without a name it is gone with this object.
+    again. One whose header says that it is another document's is replaced. One that cannot be written is read. Without
+    a name the file is gone with this object. Threads and forked processes may use it at once: it has no position.
+
+    Args:
+        key: what the rows are of (`document_key`); in the header.
 
     Raises:
         DocumentError: the disk is full or the file cannot be written.
     """
 
-    def __init__(self, packing: Packing, num_rows: int, length: int, path: Path | None, folder: Path):
+    def __init__(self, packing: Packing, num_rows: int, length: int, path: Path | None, folder: Path, key: str = ""):
         self.packing, self.num_rows, self.length, self.path = packing, num_rows, length, path
         self.row_bytes = packing.row_bytes(length)
+        self.replaced = ""
+        """Whose rows were in the file instead, if so; empty: nobody's."""
         self._folder = folder
-        self._turn = threading.Lock()
+        self._refused: OSError | None = None
         self._digests: dict[int, bytes] = {}
-        header = {"format": 1, "dtype": str(packing.dtype), "kv_dtype": packing.kv_dtype, "length": length}
-        sizes = {"layers": len(packing.devices), "num_kv_heads": packing.num_kv_heads, "head_dim": packing.head_dim}
-        wanted = json.dumps({**header, **sizes}).encode().ljust(HEADER)
+        header = _header(packing, length, key)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = self._opened(path, folder)
+            self._file, self._refused = _opened(path, folder)
             weakref.finalize(self, self._file.close)
-            self._file.seek(0)
-            if self._file.read(HEADER) != wanted:  # new, or not ours to read
-                self._file.truncate(0)
-                self._write(0, wanted)
+            found = self._read_header()
+            if found != header:
+                self.replaced = _owner(found)
+                if path is not None and found:  # another process may be reading that one
+                    self._file, self._refused = _fresh(path), None
+                    weakref.finalize(self, self._file.close)
+                self._write(0, header)
         except OSError as error:
-            raise _cannot_write(path, folder, error, num_rows * self.row_bytes) from error
-
-    @staticmethod
-    def _opened(path: Path | None, folder: Path) -> Any:
-        if path is None:
-            return tempfile.TemporaryFile(dir=folder, buffering=0)
-        return open(path, "r+b" if path.exists() else "w+b", buffering=0)
+            raise self._cannot_write(error, num_rows) from error
 
     @property
     def nbytes(self) -> int:
@@ -237,12 +262,10 @@ class RowFile:
                 or found here.
         """
         raw = torch.empty(stop - start, self.row_bytes + TRAILER, dtype=torch.uint8)
-        with self._turn:
-            try:
-                self._file.seek(self._place(start))
-                got = _read_into(self._file, memoryview(raw.numpy().data).cast("B"))
-            except OSError as error:
-                raise DamagedRow(f"{self.path or 'a temporary file'}: {os.strerror(error.errno or 0)}") from error
+        try:
+            got = _read_at(self._file, self._place(start), memoryview(raw.numpy().data).cast("B"))
+        except OSError as error:
+            raise DamagedRow(f"{self.path or 'a temporary file'}: {os.strerror(error.errno or 0)}") from error
         for i, record in enumerate(raw.numpy()):
             checks = xxhash.xxh3_64_digest(record[: self.row_bytes]) + self._digests.get(start + i, b"")
             if (i + 1) * raw.shape[1] > got or record[self.row_bytes :].tobytes() != checks:
@@ -252,7 +275,7 @@ class RowFile:
     def unpack(self, raw: Tensor) -> KV:
         """Records to keys and values [n, K, C, D] a layer."""
         parts, offset = [], 0
-        for shape, dtype in self.packing.parts(self.length) * (2 * len(self.packing.devices)):
+        for shape, dtype in self.packing.parts(self.length):
             size = torch.Size(shape).numel() * dtype.itemsize
             parts.append(raw[:, offset : offset + size].contiguous().view(dtype).view(-1, *shape))
             offset += size
@@ -265,42 +288,123 @@ class RowFile:
         try:
             for i, (record, tokens) in enumerate(zip(raw, token_ids.tolist(), strict=True)):
                 self._digests[row + i] = _digest(tokens)
-                checked = xxhash.xxh3_64_digest(record) + self._digests[row + i]
-                with self._turn:
-                    self._write(self._place(row + i), memoryview(record).cast("B"))
-                    self._file.write(checked)
+                checks = xxhash.xxh3_64_digest(record) + self._digests[row + i]
+                self._write(self._place(row + i), memoryview(record).cast("B"))
+                self._write(self._place(row + i) + self.row_bytes, checks)
         except OSError as error:
-            left = (self.num_rows - row) * self.row_bytes
-            raise _cannot_write(self.path, self._folder, error, left) from error
+            raise self._cannot_write(error, self.num_rows - row) from error
 
     def has(self, row: int, token_ids: Sequence[int]) -> bool:
         """Whether a record of these tokens is there (its contents are checked when they are read)."""
         self._digests[row] = _digest(token_ids)
+        found = bytearray(8)
         try:
-            with self._turn:
-                self._file.seek(self._place(row) + self.row_bytes + 8)
-                return self._file.read(8) == self._digests[row]
+            _read_at(self._file, self._place(row) + self.row_bytes + 8, memoryview(found))
         except OSError:  # a disk that fails: the chunk is read from its tokens
             return False
+        return found == self._digests[row]
 
     def _place(self, row: int) -> int:
         return HEADER + row * (self.row_bytes + TRAILER)
 
-    def _write(self, place: int, content: Any) -> None:
-        self._file.seek(place)
-        view = memoryview(content)
-        while view:
-            view = view[self._file.write(view) :]
+    def _read_header(self) -> bytes:
+        found = bytearray(HEADER)
+        return bytes(found[: _read_at(self._file, 0, memoryview(found))])
+
+    def _write(self, place: int, content: bytes | memoryview) -> None:
+        if self._refused is not None:
+            raise self._refused
+        _write_at(self._file, place, memoryview(content))
+
+    def _cannot_write(self, error: OSError, num_rows: int) -> DocumentError:
+        return _cannot_write(self.path, self._folder, error, num_rows * self.row_bytes)
 
 
-def _read_into(file: BinaryIO, view: memoryview) -> int:
+def _header(packing: Packing, length: int, key: str) -> bytes:
+    """What a file is of. Whatever its rows depend on is in the document's key; the rest says how to read them."""
+    content = {
+        "format": FORMAT,
+        "document": key,
+        "dtype": str(packing.dtype),
+        "kv_dtype": packing.kv_dtype,
+        "length": length,
+        **packing.sizes,
+    }
+    return json.dumps(content).encode().ljust(HEADER)
+
+
+def _owner(header: bytes) -> str:
+    """Whose a file is that is not ours, as its header tells; empty: a new file."""
+    if not header:
+        return ""
+    try:
+        return "an earlier version" if parse_json(header)["format"] < FORMAT else "another model or text"
+    except (ValueError, KeyError, TypeError):
+        return "something else"
+
+
+def _opened(path: Path | None, folder: Path) -> tuple[IO[bytes], OSError | None]:
+    """A file for reading and writing; one that is there and cannot be written for reading alone, and why."""
+    if path is None:
+        return tempfile.TemporaryFile(dir=folder, buffering=0), None
+    try:
+        return open(path, "r+b", buffering=0, opener=_create), None
+    except OSError as error:
+        if error.errno in UNWRITABLE and path.exists():
+            return open(path, "rb", buffering=0), error
+        raise
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _fresh(path: Path) -> IO[bytes]:
+    """An empty file in the place of another, which whoever has it open keeps."""
+    with whole_file(path):
+        pass
+    return open(path, "r+b", buffering=0, opener=_create)
+
+
+def _read_at(file: IO[bytes], place: int, view: memoryview) -> int:
+    """Read into a view from a place; how many bytes there were."""
     got = 0
     while got < len(view):
-        count = file.readinto(view[got:])  # type: ignore[attr-defined]
+        count = _read_some(file, place + got, view[got:])
         if not count:
             break
         got += count
     return got
+
+
+def _write_at(file: IO[bytes], place: int, view: memoryview) -> None:
+    """Write all of a view to a place."""
+    while view:
+        count = _write_some(file, place, view)
+        view, place = view[count:], place + count
+
+
+# Never from where the file stands: forked processes share that.
+if sys.platform == "win32":  # which has no forks, so that a lock among threads is enough
+    _turn = threading.Lock()
+
+    def _read_some(file: Any, place: int, view: memoryview) -> int:
+        with _turn:
+            file.seek(place)
+            return int(file.readinto(view))
+
+    def _write_some(file: Any, place: int, view: memoryview) -> int:
+        with _turn:
+            file.seek(place)
+            return int(file.write(view))
+
+else:
+
+    def _read_some(file: IO[bytes], place: int, view: memoryview) -> int:
+        return os.preadv(file.fileno(), [view], place)
+
+    def _write_some(file: IO[bytes], place: int, view: memoryview) -> int:
+        return os.pwrite(file.fileno(), view, place)
 
 
 def _digest(token_ids: Sequence[int]) -> bytes:
@@ -308,10 +412,12 @@ def _digest(token_ids: Sequence[int]) -> bytes:
 
 
 def _cannot_write(path: Path | None, folder: Path, error: OSError, needed: int) -> DocumentError:
+    what = f"the chunks' keys and values cannot be written to {path or folder} ({os.strerror(error.errno or 0)})"
+    if error.errno not in FULL:
+        return DocumentError(f"{what}; use another folder.")
     kept = "What is written is kept: make room and read again" if path else "Make room and read again"
     free = f", {readable_bytes(shutil.disk_usage(folder).free)} are free" if os.path.exists(folder) else ""
     return DocumentError(
-        f"the chunks' keys and values cannot be written to {path or folder} ({os.strerror(error.errno or 0)}); about "
-        f"{readable_bytes(needed)} are still needed{free}. {kept}, or use "
-        f"another folder or kv_dtype='int8'."
+        f"{what}; about {readable_bytes(needed)} are still needed{free}. {kept}, or use another folder or "
+        f"kv_dtype='int8'."
     )

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from focusllm.config import is_whole
 from focusllm.errors import ConfigError
-from focusllm.method.base import NO_TOKENS, AttentionLayer, Layout, candidate_tokens, layout
+from focusllm.method.base import AttentionLayer, layout
 from focusllm.method.packed import linear
+from focusllm.method.passes import NO_TOKENS, candidate_tokens
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,13 @@ def inject(model: nn.Module, config: AdapterConfig, dtype: torch.dtype | None = 
         ModelError: the model is not supported.
     """
     remove(model)
-    found = layout(model)
     injected = {}
-    for layer in found.layers:
+    for layer in layout(model).layers:
         for letters, name in layer.projections.items():
             chosen = [letter for letter in letters if letter in config.projections]
             if chosen:
                 wrapper = CandidateLinear(
-                    getattr(layer.module, name), config, _rows_of(found, letters, chosen, layer, name), dtype
+                    getattr(layer.module, name), config, _rows_of(letters, chosen, layer, name), dtype
                 )
                 setattr(layer.module, name, wrapper)
                 injected[f"{layer.path}.{name}"] = wrapper
@@ -213,11 +213,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _rows_of(found: Layout, letters: str, chosen: list[str], layer: AttentionLayer, name: str) -> Tensor | None:
+def _rows_of(letters: str, chosen: list[str], layer: AttentionLayer, name: str) -> Tensor | None:
     """Of a fused projection, a mask over its output rows: True for the chosen letters. None: all of them."""
     if len(chosen) == len(letters):
         return None
-    width = {"q": found.num_heads, "k": found.num_kv_heads, "v": found.num_kv_heads}
+    width = {
+        "q": layer.num_heads * layer.key_dim,
+        "k": layer.num_kv_heads * layer.key_dim,
+        "v": layer.num_kv_heads * layer.value_dim,
+    }
     base: nn.Linear = getattr(layer.module, name)
-    rows = torch.cat([torch.full((width[x] * found.head_dim,), x in chosen) for x in letters])
+    rows = torch.cat([torch.full((width[x],), x in chosen) for x in letters])
     return rows.to(base.weight.device)

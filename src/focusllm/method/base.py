@@ -1,30 +1,35 @@
 """The seams at which a stock Hugging Face model is used; the only file that knows how such a model is built.
 
-`layout(model)` finds what the method needs (attention layers, projections, rotary frequencies) or refuses the model
-by name. `run(...)` is one forward pass of the unchanged model in which the caller decides what tokens attend to, and
-which of them are candidates. Both travel in a `_Pass` that exists for that pass only: the model holds no state, and
-outside `run` it behaves as if this package did not exist.
+`layout(model)` finds what the method needs (attention layers, projections, rotary frequencies, windows) or refuses the
+model by name. It asks the model rather than its settings: the model calls its layers for one token, and each layer's
+attention, and what they are called with is noted. `run(...)` is one forward pass of the unchanged model in which the
+caller decides what tokens attend to, and which of them are candidates. Both travel in a `Pass` that exists for that
+pass only: the model holds no state, and outside `run` it behaves as if this package did not exist.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from focusllm.errors import ModelError
+from focusllm.errors import ModelError, first_line
 from focusllm.method.differentiable import without_cudnn
+from focusllm.method.passes import NO_TOKENS, LayerAttention, Pass, PassEnded, entered, one_pass_at_a_time
+from focusllm.method.scoring import Scoring
 
-ATTENTION_NAME = "focusllm"
+# What transformers calls the cache, in arguments and in outputs: `cache` since 5.24, which warns of the name before it.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 PROJECTION_NAMES = {
     "q": ("q_proj",),
     "k": ("k_proj",),
@@ -34,16 +39,45 @@ PROJECTION_NAMES = {
 }
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""What a layer may be; a model that does not say has layers of the first type, or of the second if it has a window."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A set of rotary frequencies: the module that has it, and its name there (some models have one a layer type)."""
+
+    module: nn.Module
+    name: str = "inv_freq"
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Frequencies [rotary_dim / 2]; asked for each time, for moving the model replaces the tensor."""
+        frequencies: Tensor = getattr(self.module, self.name)
+        return frequencies
+
+    @property
+    def attention_scaling(self) -> float:
+        """What cosines and sines are multiplied by (YaRN)."""
+        return float(getattr(self.module, self.name.removesuffix("inv_freq") + "attention_scaling", 1.0))
+
+
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer of the base model: its module, and where its projections are."""
+    """One attention layer of the base model: its module, where its projections are, and what it sees."""
 
     path: str
     module: nn.Module
     projections: dict[str, str]
     """Letters ("q", "k", "v", "o", or "qkv" for a fused one) to attribute names of `module`."""
-    rotary: bool
-    """Whether this layer rotates its keys (SmolLM3 has layers that do not)."""
+    rotary: Rotary | None
+    """What its keys are rotated by; None: they are not (SmolLM3 and Cohere2 have such layers)."""
+    window: int | None
+    """A token sees this many positions, its own the last; None: all before it."""
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -51,56 +85,26 @@ class Layout:
     """What the method needs to know about a base model."""
 
     layers: list[AttentionLayer]
-    rotary: nn.Module
     interleaved: bool
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     max_positions: int
 
     @property
-    def inv_freq(self) -> Tensor:
-        """Rotary frequencies [rotary_dim / 2]; asked for each time, for moving the model replaces the tensor."""
-        frequencies: Tensor = self.rotary.inv_freq  # type: ignore[assignment]
-        return frequencies
+    def rotaries(self) -> list[Rotary]:
+        """The sets of rotary frequencies that its layers use, in the order of the layers."""
+        return list(dict.fromkeys(layer.rotary for layer in self.layers if layer.rotary))
+
+    @property
+    def window(self) -> int | None:
+        """The smallest window of a layer; None: all have full attention."""
+        return min((layer.window for layer in self.layers if layer.window is not None), default=None)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers, as numbers (multiply by the size of the type)."""
-        return 2 * len(self.layers) * self.num_kv_heads * self.head_dim
+        return sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
 
 
-LayerAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""(layer index, query [B, H, T, D], key and value [B, K, T, D], scale) -> [B, H, T, D]: what a pass attends to."""
-
-
-@dataclass(frozen=True)
-class _Pass:
-    attention: LayerAttention
-    candidates: slice
-
-
-_pass: ContextVar[_Pass | None] = ContextVar("focusllm_pass", default=None)
-_one_pass_at_a_time = threading.RLock()
 _layouts: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
-
-
-class PassEnded(Exception):
-    """Raised by a `LayerAttention` that needs nothing more of a pass without logits."""
-
-
-NO_TOKENS = slice(0, 0)
-
-
-def candidate_tokens() -> slice:
-    """Which tokens of the pass under way are candidates, along the sequence; none outside a pass."""
-    current = _pass.get()
-    return current.candidates if current is not None else NO_TOKENS
-
-
-def in_pass() -> bool:
-    """Whether a pass is under way in this thread."""
-    return _pass.get() is not None
 
 
 def run(
@@ -131,7 +135,8 @@ def run(
         "position_ids": position_ids.expand(input_ids.shape[0], -1),
         "use_cache": False,
     }
-    with _entered(model, _Pass(attention, candidates)):
+    last = None if layout(model).window is None else int(position_ids.max())
+    with entered(model, Pass(attention, candidates, position_ids, last)):
         if isinstance(logits_to_keep, int) and logits_to_keep:
             length = input_ids.shape[1]  # by index, for in 2-byte types a CPU multiplies a slice ten times slower
             logits_to_keep = torch.arange(length - min(logits_to_keep, length), length, device=input_ids.device)
@@ -149,47 +154,10 @@ def run_plain(model: nn.Module, input_ids: Tensor, cache: Any, logits_to_keep: i
     While a pass is under way the model's attention is ours, so this waits for it as other passes do. Code that calls
     the model itself must not do so while another thread reads or answers.
     """
-    with _one_pass_at_a_time, without_cudnn():
-        logits: Tensor = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep).logits
+    with one_pass_at_a_time, without_cudnn():
+        given = {"input_ids": input_ids, CACHE_NAME: cache, "use_cache": True, "logits_to_keep": logits_to_keep}
+        logits: Tensor = model(**given).logits
     return logits
-
-
-@contextmanager
-def _entered(model: nn.Module, this: _Pass) -> Iterator[None]:
-    """Route the model's attention to ours for one pass. Passes of several threads take turns."""
-    config: Any = model.config
-    with _one_pass_at_a_time:
-        before, token = config._attn_implementation, _pass.set(this)
-        config._attn_implementation = ATTENTION_NAME
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-            _pass.reset(token)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls inside a pass (its AttentionInterface).
-
-    No mask function is registered under this name, so transformers builds none: the masks are ours.
-    """
-    this = _pass.get()
-    if this is None:
-        raise RuntimeError("attention 'focusllm' is for passes of focusllm only; call focusllm.method.base.run.")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return this.attention(module.layer_idx, query, key, value, scale).transpose(1, 2), None  # type: ignore[arg-type]
-
-
-AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
 def layout(model: nn.Module) -> Layout:
@@ -215,9 +183,9 @@ def _inspect(model: nn.Module) -> Layout:
 
     def refuse(reason: str) -> ModelError:
         return ModelError(
-            f"{kind} models are not supported: {reason}. Supported are decoders with rotary positions and full "
-            f"attention in every layer (Llama, Mistral without a sliding window, Qwen2, Qwen3, Gemma, OLMo2, Phi-3, "
-            f"SmolLM3, Granite, StableLM, ...)."
+            f"{kind} models are not supported: {reason}. Supported are decoders with rotary positions whose layers "
+            f"have full attention or a sliding window (Llama, Mistral, Qwen2, Qwen3, Gemma, OLMo, Phi-3, GPT-OSS, "
+            f"Granite, Cohere, ...)."
         )
 
     if getattr(config, "is_encoder_decoder", False):
@@ -226,24 +194,16 @@ def _inspect(model: nn.Module) -> Layout:
         raise refuse("it is not a causal language model")
     if getattr(config, "text_config", None) is not None:
         raise refuse("it is a multimodal model; load its text model alone")
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
     if odd:
         raise refuse(f"it has layers of type {', '.join(odd)}")
-    window = getattr(config, "sliding_window", None)
-    is_limit = window is not None and window < _max_positions(config)
-    if is_limit and getattr(config, "use_sliding_window", True):
-        raise refuse(f"its attention is limited to a sliding window of {window} tokens (sliding_window)")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise refuse("its attention scores are soft-capped (attn_logit_softcapping)")
-
-    rotary: Any = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
-    if len(rotary) != 1:
-        raise refuse(
-            "it has no rotary positions (absolute, ALiBi or learned ones cannot be moved)"
-            if not rotary
-            else f"it has {len(rotary)} sets of rotary frequencies"
-        )
-    layers = []
+    if getattr(config, "num_kv_shared_layers", None):
+        raise refuse("some of its layers have no keys and values of their own (num_kv_shared_layers)")
+    if getattr(config, "kv_lora_rank", None):
+        raise refuse("its keys and values are latent (multi-head latent attention, kv_lora_rank)")
+    if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
+        raise refuse("it has no rotary positions (absolute, ALiBi or learned ones cannot be moved)")
+    found = []
     for path, module in model.named_modules():
         names = {
             letter: name
@@ -252,30 +212,134 @@ def _inspect(model: nn.Module) -> Layout:
             if isinstance(getattr(module, name, None), nn.Module)
         }
         if hasattr(module, "layer_idx") and "o" in names and ({"q", "k", "v"} <= set(names) or "qkv" in names):
-            layers.append(AttentionLayer(path, module, names, bool(getattr(module, "use_rope", True))))
-    layers.sort(key=lambda layer: int(layer.module.layer_idx))  # type: ignore[arg-type]
-    if len(layers) != getattr(config, "num_hidden_layers", None):
+            found.append((path, module, names))
+    found.sort(key=lambda layer: int(layer[1].layer_idx))
+    if len(found) != getattr(config, "num_hidden_layers", None):
         raise refuse(
-            f"{len(layers)} of its {getattr(config, 'num_hidden_layers', '?')} layers have q, k, v and o projections "
+            f"{len(found)} of its {getattr(config, 'num_hidden_layers', '?')} layers have q, k, v and o projections "
             f"under known names"
         )
-    if any(hasattr(layer.module, "sinks") for layer in layers):
-        raise refuse("its attention has learned sinks")
-    return Layout(
-        layers=layers,
-        rotary=rotary[0],
-        interleaved=_is_interleaved(layers[0].module, refuse),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        max_positions=_max_positions(config),
-    )
+    try:
+        calls = _calls(model, {path: module for path, module, _ in found})
+    except _STRANGE as error:
+        raise refuse(f"its layers cannot be called one by one ({type(error).__name__}: {first_line(error)})") from error
+    if any(len(made) != 1 for made in calls.values()):
+        raise refuse("its layers do not call transformers' attention function once each")
+    if not any(call.rotary for (call,) in calls.values()):
+        raise refuse("its rotary positions do not reach its attention")
+    most = _max_positions(config)
+    layers = []
+    for path, module, names in found:
+        (call,) = calls[path]
+        window = call.window if call.window is not None and call.window < most else None
+        layers.append(
+            AttentionLayer(
+                *(path, module, names, call.rotary, window, call.query.shape[1]),
+                *(call.key.shape[1], call.key.shape[3], call.value.shape[3]),
+            )
+        )
+    return Layout(layers, _is_interleaved(layers[0].module, refuse), most)
+
+
+_STRANGE = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What a model raises whose layers are called in a way that `_calls` does not know."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How one attention layer calls the attention function."""
+
+    rotary: Rotary | None
+    window: int | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[_Call]]:
+    """How the model calls its attention layers, and these the attention function, by path: for one token.
+
+    The model's own forward goes from layer to layer, of which only the attention is called. Nothing is computed but a
+    token's projections; works on the meta device.
+    """
+    rotary: dict[int, Rotary] = {}
+    kept: list[Any] = []  # so that an address stands for one tensor
+    calls: dict[str, list[_Call]] = {path: [] for path in modules}
+
+    def rotary_called(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        kind = next((given for given in (*args, *kwargs.values()) if isinstance(given, str)), None)
+        rotary[id(out[0])] = Rotary(module, "inv_freq" if kind is None else f"{kind}_inv_freq")
+        kept.append(out)
+
+    def layer_called(path: str, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        hidden = given.pop("hidden_states")
+        turn = next((x[0] for x in given.values() if isinstance(x, tuple) and id(x[0]) in rotary), None)
+        takes = inspect.signature(modules[path].forward).parameters
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
+            given = {name: value for name, value in given.items() if name in takes}
+
+        def attention(_: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+            calls[path].append(_Call(rotary[id(turn)] if using.seen else None, how.window, query, key, value))
+            return query.new_zeros(*query.shape[:3], value.shape[3])
+
+        with _Using(turn) as using, entered(model, Pass(attention, NO_TOKENS, ids, sys.maxsize)):
+            modules[path](hidden, **given)
+        return hidden  # type: ignore[no-any-return]
+
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with ExitStack() as undo:
+        for module in model.modules():
+            if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+                # Without the frequencies' update by length, which reads positions: there are none on the meta device.
+                undo.enter_context(_forward(module, partial(inspect.unwrap(type(module).forward), module)))
+                undo.callback(module.register_forward_hook(rotary_called, with_kwargs=True).remove)
+        for path in modules:
+            layer = model.get_submodule(path.rpartition(".")[0])
+            undo.enter_context(_forward(layer, partial(layer_called, path, inspect.signature(layer.forward))))
+        undo.enter_context(entered(model, Pass(lambda *_: ids, NO_TOKENS, ids, None)))  # so that no masks are made
+        model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)  # type: ignore[operator]
+    return calls
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """A module that does something else, for a while."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+class _Using(TorchFunctionMode):
+    """Sees whether anything is computed from a tensor."""
+
+    def __init__(self, tensor: Tensor | None):
+        super().__init__()
+        self.tensor, self.seen = tensor, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= self.tensor is not None and any(given is self.tensor for given in args)
+        return func(*args, **(kwargs or {}))
 
 
 def _is_interleaved(attention: nn.Module, refuse: Any) -> bool:
-    """Which dimensions a model's own `rotate_half` pairs, found by trying it on four numbers."""
-    rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    turned = rotate_half(torch.arange(4.0)).tolist() if rotate_half is not None else None
+    """Which dimensions a model's own rotation pairs, found by trying it on four numbers."""
+    file = sys.modules[type(attention).__module__]
+    numbers = torch.arange(4.0, device="cpu")
+    turned = None
+    if hasattr(file, "rotate_half"):
+        turned = file.rotate_half(numbers).tolist()
+    elif hasattr(file, "apply_rotary_pos_emb"):  # by a quarter, cosines and sines one a pair
+        none, one = torch.zeros(1, 1, 2, device="cpu"), torch.ones(1, 1, 2, device="cpu")
+        with suppress(RuntimeError):
+            turned = file.apply_rotary_pos_emb(*[numbers.view(1, 1, 1, 4)] * 2, none, one)[1].flatten().tolist()
     if turned == [-2.0, -3.0, 0.0, 1.0]:
         return False
     if turned == [-1.0, 0.0, -3.0, 2.0]:

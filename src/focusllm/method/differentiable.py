@@ -10,6 +10,8 @@ part (as ring attention does, arXiv 2310.01889).
 
 Both are for a CPU. Elsewhere, and in 4-byte types for few tokens, `by_torch`: one call over all that is seen.
 
+What caps its scores, has sinks or, over sets, a window goes by the formula as it is written down (`by_formula`).
+
 All are compared with the formula in tests. Letters as in `attention`; G = H / K query heads share a key-value head.
 """
 
@@ -23,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from focusllm.method.scoring import Scoring, within
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 """Keys and values [B, K, S, D], and a mask [T, S] or [B, T, S] (True: visible)."""
@@ -43,6 +47,25 @@ def by_products(query: Tensor, parts: Sequence[Part], scale: float) -> Tensor:
     flat = [tensor for key, value, _ in parts for tensor in (key, value)]
     result: Tensor = _ByProducts.apply(query, scale, [mask for *_, mask in parts], *flat)  # type: ignore[no-untyped-call]
     return result
+
+
+def by_formula(query: Tensor, parts: Sequence[Part], how: Scoring) -> Tensor:
+    """Attention to several parts as it is written down, with cap and sinks: [B, H, T, D], differentiable."""
+    rows, heads, length, width = query.shape
+    num_kv_heads = parts[0][0].shape[1]
+    grouped = (query * how.scale).reshape(rows, num_kv_heads, -1, width)  # [B, K, G * T, D]
+    scores = []
+    for key, _, mask in parts:
+        score = how.capped((grouped @ key.transpose(-1, -2)).to(_wide(query))).view(rows, heads, length, -1)
+        if mask is not None:
+            score = score.masked_fill(~mask if mask.dim() == 2 else ~mask[:, None], -torch.inf)
+        scores.append(score)
+    if how.sinks is not None:
+        scores.append(how.sinks.to(scores[0].dtype)[:, None, None].expand(rows, -1, length, 1))
+    weights = torch.cat(scores, -1).softmax(-1).to(query.dtype)
+    values = torch.cat([value for _, value, _ in parts], 2)
+    out = weights[..., : values.shape[2]].reshape(rows, num_kv_heads, -1, values.shape[2]) @ values
+    return out.view(rows, heads, length, -1)
 
 
 class _ByProducts(torch.autograd.Function):
@@ -123,6 +146,35 @@ def joined_sets(
     sets = bias_of(sees.repeat_interleave(size, 1), query.dtype).expand(len(query), 1, -1, -1)
     keys, values = torch.cat([set_keys.flatten(2, 3), key], 2), torch.cat([set_values.flatten(2, 3), value], 2)
     return by_torch(query, keys, values, torch.cat([sets, bias.expand(len(query), 1, -1, -1)], -1), scale)
+
+
+def masked_sets(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    set_keys: Tensor,
+    set_values: Tensor,
+    mask: Tensor | None,
+    how: Scoring,
+    slots: Tensor,
+) -> Tensor:
+    """The same for layers with a window, capped scores or sinks.
+
+    Args:
+        mask: [B, T, T], True where a new token sees a new token; None: causal.
+        slots: [R], positions of the tokens of a set.
+    """
+    length, (count, size) = query.shape[2], set_keys.shape[2:4]
+    place = torch.arange(length, device=query.device)
+    of_token = (place - (length - count)).clamp(min=0)
+    sees = (of_token[:, None] == torch.arange(count, device=query.device)).repeat_interleave(size, 1)
+    own = place[:, None] >= place if mask is None else mask
+    if how.window is not None:
+        assert how.positions is not None
+        sees = sees & within(how.window, how.positions, slots.repeat(count))
+        own = own & within(how.window, how.positions, how.positions)
+    parts = [(set_keys.flatten(2, 3), set_values.flatten(2, 3), sees), (key, value, own)]
+    return by_formula(query, parts, how)
 
 
 def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -46,9 +46,11 @@ from torch import Tensor, nn
 
 from focusllm.method.adapter import sink_token
 from focusllm.method.attention import attend
-from focusllm.method.base import PassEnded, layout, run
-from focusllm.method.kv import KV, Segment, concat
+from focusllm.method.base import layout, run
+from focusllm.method.kv import KV, Segment, behind_sink, concat, hidden_from_first, lasting
+from focusllm.method.passes import PassEnded
 from focusllm.method.rope import move_keys, rotation
+from focusllm.method.scoring import Scoring
 
 
 class Over:
@@ -68,19 +70,19 @@ class Over:
         self.kv = KV([], [])
         self.paid: list[Tensor] = []
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
         """One layer's attention (see `LayerAttention`)."""
         self.kv.keys.append(key)
         self.kv.values.append(value)
         if layer == self.last_layer:
             raise PassEnded
         past = [segment.layer(layer) for segment in self.segments]
-        out, paid = attend(query, key, value, past, self.own_mask, scale, self.watch)
+        out, paid = attend(query, key, value, past, self.own_mask, how, self.watch)
         self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
         return out
 
 
-@torch.no_grad()
+@lasting
 def encode_chunks(model: nn.Module, chunk_ids: Tensor) -> KV:
     """Read R chunks of equal length by the base model, each as if it were the whole text (paper section 3.1).
 
@@ -138,8 +140,9 @@ def to_slots(model: nn.Module, candidates: KV, positions: Tensor, first_slot: in
 def mover(model: nn.Module, delta: Tensor) -> Callable[[int, Tensor], Tensor]:
     """A function of (layer, keys [B, K, T, D]) that moves keys by delta [B, T] positions."""
     found = layout(model)
-    turn = rotation(delta, found.inv_freq.to(delta.device))
-    return lambda layer, keys: move_keys(keys, turn, found.interleaved) if found.layers[layer].rotary else keys
+    turns = {rotary: rotation(delta, rotary.inv_freq.to(delta.device)) for rotary in found.rotaries}
+    of_layer = [turns[layer.rotary] if layer.rotary else None for layer in found.layers]
+    return lambda i, keys: keys if (turn := of_layer[i]) is None else move_keys(keys, turn, found.interleaved)
 
 
 def local_pass(
@@ -171,18 +174,11 @@ def local_pass(
     if sink is not None:
         logits_to_keep = logits_to_keep or tokens.shape[1]
         tokens, positions = F.pad(tokens, (1, 0), value=sink), F.pad(positions, (1, 0))
-        segments = [_hidden_from_first(segment, tokens.shape[1]) for segment in segments]
+        segments = [hidden_from_first(segment, tokens.shape[1]) for segment in segments]
     attention = Over(segments, watch=watch if segments and not torch.is_grad_enabled() else 0)
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None
     return logits, attention.kv, attention.paid
-
-
-def _hidden_from_first(segment: Segment, num_tokens: int) -> Segment:
-    (block,) = segment.blocks
-    mask = torch.ones(num_tokens, block.length, dtype=torch.bool, device=block.keys[0].device)
-    mask[0] = False
-    return Segment(segment.blocks, mask, segment.shown)
 
 
 def decode_pass(
@@ -209,7 +205,7 @@ def decode_pass(
         candidates: each request's candidate set [1, K, R_b, D] a layer, changed in place at `slots`.
         slots: which of its slots each request's rows belong to. The newest token sees these; the others keep what they
             hold and are only scored.
-        first_slot: position of the first slot.
+        first_slot: position of the first slot; behind a sink, which is the first of the kept local tokens, it is 1.
 
     Returns:
         Logits [B, V]; the rows' ordinary tokens [R, K, 1, D]; the newest local tokens [B, K, 1, D]; and what each paid
@@ -218,14 +214,16 @@ def decode_pass(
     rows, counts = pairs.shape[0], [len(own) for own in slots]
     move = mover(model, (torch.cat(list(slots)) + first_slot - (start + 1))[None])
     seen = Segment(candidates, shown=[shown_at(own, kv.length) for own, kv in zip(slots, candidates, strict=True)])
+    if first_slot:
+        seen, local = behind_sink(seen, local)
     over_rows, local_kv = Over(row), KV([], [])
     totals: list[Tensor] = []
 
-    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
         all_of = (query, key, value)
         q_rows, k_rows, v_rows = (x[0, :, : 2 * rows].reshape(-1, rows, 2, x.shape[3]).transpose(0, 1) for x in all_of)
         q, k, v = (x[0, :, 2 * rows :].transpose(0, 1)[:, :, None] for x in all_of)  # [B, heads, 1, D]
-        out_rows = over_rows(layer, q_rows, k_rows, v_rows, scale)  # [R, H, 2, D]
+        out_rows = over_rows(layer, q_rows, k_rows, v_rows, how.at(at_rows))  # [R, H, 2, D]
         lined_up = move(layer, key[:, :, 1 : 2 * rows : 2])  # [1, K, R, D]
         made = torch.split(lined_up, counts, 2), torch.split(value[:, :, 1 : 2 * rows : 2], counts, 2)
         for kv, own_slots, own_keys, own_values in zip(candidates, slots, *made, strict=True):
@@ -233,13 +231,15 @@ def decode_pass(
             kv.values[layer].index_copy_(2, own_slots, own_values)
         local_kv.keys.append(k)
         local_kv.values.append(v)
-        out_local, paid = attend(q, k, v, [seen.layer(layer), local.layer(layer)], None, scale, 1)
+        own = how.at(local_start[:, None])
+        out_local, paid = attend(q, k, v, [seen.layer(layer), local.layer(layer)], None, own, 1)
         totals[:] = [a + b for a, b in zip(totals, paid, strict=True)] if totals else paid
         flat = [out_rows.transpose(0, 1).flatten(1, 2), out_local[:, :, 0].transpose(0, 1)]
         return torch.cat(flat, 1)[None]
 
     tokens = torch.cat([pairs.flatten(), newest])[None]
-    positions = torch.cat([torch.stack([start, start + 1], 1).flatten(), local_start])[None]
+    at_rows = torch.stack([start, start + 1], 1)
+    positions = torch.cat([at_rows.flatten(), local_start])[None]
     keep = torch.arange(2 * rows, 2 * rows + len(newest), device=tokens.device)
     logits = run(model, tokens, positions, attention, candidates=slice(1, 2 * rows, 2), logits_to_keep=keep)
     assert logits is not None

@@ -8,10 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def lasting(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function, without gradients, whose tensors outlive the call.
+
+    Called within `torch.inference_mode()` it leaves that mode: what is made there cannot be changed in place, or used
+    in training, after it.
+    """
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @dataclass
@@ -132,6 +146,11 @@ class GrowingKV:
         twin._kv = self._kv.map(torch.clone)
         return twin
 
+    def move(self, move: Callable[[int, Tensor], Tensor]) -> None:
+        """Put the same tokens at other positions: a function of (layer, keys), see `focus.mover`."""
+        for layer, keys in enumerate(self._kv.keys):
+            self._kv.keys[layer] = move(layer, keys)
+
     def _grow(self, num_tokens: int) -> None:
         """A layer after another: no more than one is held twice."""
         room = self.room(num_tokens)
@@ -141,6 +160,19 @@ class GrowingKV:
                 tensors[layer][:, :, : self.length] = old[:, :, : self.length]
 
 
+Block = tuple[Tensor, Tensor, int, Tensor | None]
+"""Keys and values [rows, K, room, D]; how many of their tokens count (the room behind them holds finite numbers); and
+which of these are seen [S], None: all."""
+
+
+class LayerSegment(NamedTuple):
+    """One layer of a `Segment`: blocks along the rows, and what that says of masks and positions."""
+
+    blocks: Sequence[Block]
+    mask: Tensor | None = None
+    positions: Sequence[Tensor] | None = None
+
+
 @dataclass
 class Segment:
     """A run of earlier tokens that a pass attends to: blocks that lie one after another along the batch.
@@ -148,14 +180,40 @@ class Segment:
     Block sizes along the batch add up to B; their lengths may differ, and a block may be empty (no tokens).
     `mask` ([T, S] or [B, T, S], True where a query sees a key) needs a single block; without it all is visible.
     `shown` says of each block which of its tokens [S] are seen at all (None: all are); the others are only scored.
+    `positions` says of each block where its keys are [S], for layers with a window; without it the segments of a pass
+    lie one behind another from position 0, and the new tokens behind them.
     """
 
     blocks: Sequence[KV | GrowingKV]
     mask: Tensor | None = None
     shown: Sequence[Tensor | None] | None = None
+    positions: Sequence[Tensor] | None = None
 
-    def layer(self, index: int) -> tuple[list[tuple[Tensor, Tensor, int, Tensor | None]], Tensor | None]:
-        """Keys, values, length and what is shown of one layer, block by block, and the mask."""
+    def layer(self, index: int) -> LayerSegment:
+        """Keys, values, length and what is shown of one layer, block by block; the mask; the positions."""
         shown = self.shown or [None] * len(self.blocks)
         blocks = zip(self.blocks, shown, strict=True)
-        return [(kv.keys[index], kv.values[index], kv.length, seen) for kv, seen in blocks], self.mask
+        held = [(kv.keys[index], kv.values[index], kv.length, seen) for kv, seen in blocks]
+        return LayerSegment(held, self.mask, self.positions)
+
+
+def hidden_from_first(candidates: Segment, num_tokens: int) -> Segment:
+    """A local pass that begins with a sink, at position 0: it does not see the candidates, which are behind it."""
+    (block,) = candidates.blocks
+    device = block.keys[0].device
+    mask = torch.ones(num_tokens, block.length, dtype=torch.bool, device=device)
+    mask[0] = False
+    return replace(candidates, mask=mask, positions=[torch.arange(1, block.length + 1, device=device)])
+
+
+def behind_sink(candidates: Segment, local: Segment) -> tuple[Segment, Segment]:
+    """A local pass that goes on: where candidates and kept local tokens are if the first of these is a sink.
+
+    That one is at position 0, the candidates behind it, and behind those the others.
+    """
+    at_slots, at_tokens = [], []
+    for kv, kept in zip(candidates.blocks, local.blocks, strict=True):
+        places = torch.arange(1, kv.length + kept.length, device=kv.keys[0].device)
+        at_slots.append(places[: kv.length])
+        at_tokens.append(F.pad(places[kv.length :], (1, 0)))
+    return replace(candidates, positions=at_slots), replace(local, positions=at_tokens)

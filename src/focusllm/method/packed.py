@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from focusllm.machine import computes_on_cpu
-from focusllm.method.base import in_pass
+from focusllm.method.passes import in_pass
 
 DEFAULT_LIMIT = 2**30
 """Bytes that a second copy may take without being asked for."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from focusllm.config import is_whole
 from focusllm.errors import ConfigError
+from focusllm.files import open_text
 
 Schedule = Literal["cosine", "linear", "constant"]
 Supervision = Literal["dense", "exact"]
@@ -274,8 +275,14 @@ class TrainConfig:
             ConfigError: no such file, or one that is not TOML; as `from_dict`.
         """
         try:
-            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            with open_text(path) as file:
+                content = tomllib.loads(file.read())
+        except RecursionError as error:
+            raise ConfigError(f"the settings {path} are nested too deeply; give a TOML file of settings.") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"the settings {path} cannot be read ({reason}); give a TOML file.") from error
+        except ValueError as error:
             raise ConfigError(f"the settings {path} cannot be read ({error}); give a TOML file.") from error
         return cls.from_dict({**content, **changes})
 

@@ -29,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 from focusllm.method.adapter import sink_token
 from focusllm.method.base import run
-from focusllm.method.differentiable import bias_of, over_sets
+from focusllm.method.differentiable import bias_of, masked_sets, over_sets
 from focusllm.method.focus import Over, encode_chunks, focus_logits, mover
 from focusllm.method.kv import KV, Segment, concat
+from focusllm.method.scoring import Scoring
 from focusllm.training.config import LABELS_PER_PASS
 
 Call = Callable[..., tuple[Tensor, ...]]
@@ -135,9 +136,10 @@ def dense_logits(
     for number, pack in enumerate(packs + packs[:1] * (passes - len(packs))):
         chosen = [samples[i] for i in pack]
         places = Places(chosen, chunk_kv.length, chunk_kv.keys[0].device)
-        sets = _sets(model, chunk_kv, chosen, places, int(sink is not None), call)
+        sets, slots = _sets(model, chunk_kv, chosen, places, int(sink is not None), call)
         (result,) = call(
-            lambda *flat, at=places: (local_logits(model, _unflat(flat), at, chunk_kv.num_rows, sink),), *_flat(sets)
+            lambda *flat, at=places, of=slots: (local_logits(model, _unflat(flat), at, of, chunk_kv.num_rows, sink),),
+            *_flat(sets),
         )
         if number < len(packs):
             logits |= dict(zip(pack, torch.split(result, [samples[i].num_answers for i in pack]), strict=True))
@@ -148,8 +150,10 @@ def dense_logits(
     return in_order[: sum(sample.num_answers for sample in samples)]
 
 
-def _sets(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], places: Places, first_slot: int, call: Call) -> KV:
-    """The candidate sets of samples that are worked on together: [R, K, N, D] a layer, keys at their slots.
+def _sets(
+    model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], places: Places, first_slot: int, call: Call
+) -> tuple[KV, Tensor]:
+    """The candidate sets of samples that are worked on together: [R, K, N, D] a layer, keys at their slots, and these.
 
     Of rows that none of them refreshes there is nothing.
     """
@@ -160,7 +164,7 @@ def _sets(model: nn.Module, chunk_kv: KV, samples: Sequence[Sample], places: Pla
     with torch.no_grad():
         ordinary = ordinary_pass(model, kv, places)
     made = call(lambda *flat: _flat(candidate_sets(model, kv, _unflat(flat), places, slots)), *_flat(ordinary))
-    return _unflat(made)
+    return _unflat(made), slots
 
 
 @torch.no_grad()
@@ -173,16 +177,18 @@ def memory_logits(model: nn.Module, groups: Iterable[KV], sample: Sample) -> Ten
     Returns:
         Logits [labels, V] of the answer tokens.
     """
-    sink, sets, num_chunks = _sink(model), [], 0
+    sink, sets, slots, num_chunks = _sink(model), list[KV](), list[Tensor](), 0
     for kv in groups:
         seen = range(num_chunks, num_chunks + kv.num_rows)
         own = None if sample.refreshed is None else tuple(row - num_chunks for row in sample.refreshed if row in seen)
         places = Places([sample], kv.length, kv.keys[0].device)
         if own is None or own:
             first_slot = num_chunks + int(sink is not None)
-            sets.append(_sets(model, kv, [replace(sample, refreshed=own)], places, first_slot, _plainly))
+            made, at = _sets(model, kv, [replace(sample, refreshed=own)], places, first_slot, _plainly)
+            sets.append(made)
+            slots.append(at)
         num_chunks += kv.num_rows
-    return local_logits(model, concat(sets, 0), places, num_chunks, sink)
+    return local_logits(model, concat(sets, 0), places, torch.cat(slots), num_chunks, sink)
 
 
 def _sink(model: nn.Module) -> KV | None:
@@ -221,9 +227,9 @@ def ordinary_pass(model: nn.Module, chunk_kv: KV, places: Places) -> KV:
 def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places, slots: Tensor) -> KV:
     """A candidate at every answer position of every row, keys moved to the rows' slots [R]: [R, K, N, D] a layer."""
     rows, count = chunk_kv.num_rows, len(places.candidate_tokens)
-    segments = [Segment([chunk_kv])]
+    segments = [Segment([chunk_kv], positions=[torch.arange(chunk_kv.length, device=slots.device)])]
     if ordinary.length:
-        segments.append(Segment([ordinary], places.candidate_mask))
+        segments.append(Segment([ordinary], places.candidate_mask, positions=[places.row_positions]))
     attention = Over(segments, own_mask=places.own_mask)
     positions = places.candidate_positions[None]
     run(model, places.candidate_tokens.expand(rows, -1), positions, attention, candidates=slice(0, count))
@@ -231,14 +237,18 @@ def candidate_sets(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places,
     return KV([move(i, key) for i, key in enumerate(attention.kv.keys)], attention.kv.values)
 
 
-def local_logits(model: nn.Module, candidates: KV, places: Places, num_slots: int, sink: KV | None = None) -> Tensor:
+def local_logits(
+    model: nn.Module, candidates: KV, places: Places, slots: Tensor, num_slots: int, sink: KV | None = None
+) -> Tensor:
     """The local passes of all samples as one batch, each over its own candidate sets: logits [labels, V].
 
     Args:
+        slots: [R], positions of the rows' candidates.
         num_slots: of how many slots the candidates take some; local positions begin behind them.
     """
     if sink is not None:  # one more row, the same in all sets
         candidates = concat([sink.map(lambda one: one.expand(-1, -1, candidates.length, -1)), candidates], 0)
+        slots = F.pad(slots, (1, 0))
     shape = places.set_of.shape  # [S, most sets of a sample]
 
     def by_sample(made: Tensor) -> Tensor:  # [R, K, N, D] -> [S, K, sets, R, D]
@@ -248,8 +258,11 @@ def local_logits(model: nn.Module, candidates: KV, places: Places, num_slots: in
     sets = candidates.map(by_sample)
     bias = None if places.local_mask is None else bias_of(places.local_mask, sets.keys[0].dtype)[:, None]
 
-    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return over_sets(query, key, value, sets.keys[layer], sets.values[layer], bias, scale)
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+        own = sets.keys[layer], sets.values[layer]
+        if how.is_plain:
+            return over_sets(query, key, value, *own, bias, how.scale)
+        return masked_sets(query, key, value, *own, places.local_mask, how, slots)
 
     positions = places.local_positions + num_slots + int(sink is not None)
     last = torch.arange(positions.shape[1] - shape[1], positions.shape[1], device=positions.device)

@@ -34,8 +34,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader, Dataset
 
 from focusllm.errors import TrainingError
-from focusllm.files import remove_parts, whole_file
+from focusllm.files import whole_file
 from focusllm.huggingface.adapter_files import adapter_tensors, load_adapter, save_adapter
+from focusllm.json_text import parse_json
 from focusllm.method.adapter import AdapterConfig, inject, injected, trainable_parameters
 from focusllm.training import checkpoint
 from focusllm.training.config import TrainConfig
@@ -76,6 +77,7 @@ class Training:
         output: the folder for checkpoints, logs and the adapter.
         base_name: the base model's name, for the adapter's card.
         sink_token: the token in front of the candidates (`config.sink` says whether there shall be one).
+        notify: called with a sentence about what is worth knowing.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Training:
         base_name: str = "",
         accelerator: Accelerator | None = None,
         sink_token: int | None = None,
+        notify: Callable[[str], None] = lambda _: None,
     ):
         self.config, self.sampler, self.held_out, self.output = config, sampler, held_out, Path(output)
         self.base_name = base_name
@@ -102,10 +105,15 @@ class Training:
         self.best: dict[str, Any] = {}
         self.base = model
         if self.accelerator.is_main_process:
-            remove_parts(self.output / checkpoint.FOLDER)
-            remove_parts(self.output)
-        found = checkpoint.all_of(self.output)
-        self._place(found[-1] if found else None)
+            checkpoint.clear(self.output)
+        self.accelerator.wait_for_everyone()
+        found, damaged = checkpoint.newest(self.output)
+        self.accelerator.wait_for_everyone()  # all have looked
+        if self.accelerator.is_main_process:
+            for folder, reason in damaged.items():
+                checkpoint.set_aside(folder)
+                notify(f"The checkpoint {folder} is damaged ({reason}); it is set aside, and the one before is used.")
+        self._place(found)
 
     def _place(self, resumed: Path | None) -> None:
         """Inject the projections, from a checkpoint if there is one, and make the optimizer."""
@@ -178,7 +186,11 @@ class Training:
         """What the numbers depend on beside settings and corpora."""
         dtype = str(next(self.base.parameters()).dtype).removeprefix("torch.")
         samplers = [sampler for sampler in (self.sampler, self.held_out) if sampler is not None]
-        return {"dtype": dtype, "content of stories and multihop": " ".join(s.questions for s in samplers).strip()}
+        return {
+            "dtype": dtype,
+            "content of stories and multihop": " ".join(s.questions for s in samplers).strip(),
+            "content of the sources": " ".join(s.content for s in samplers),
+        }
 
     def run(self, report: Report = lambda _: None) -> dict[str, Any]:
         """Train until the last step.
@@ -385,7 +397,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
     return entries
 
 

@@ -6,6 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from focusllm.errors import shown
 from focusllm.training.config import TrainConfig
 
 
@@ -39,6 +40,7 @@ def plot_losses(log: list[dict[str, Any]], path: Path) -> bool:
                 axes.axhline(alone["loss"], color=color, ls="--", lw=0.8, alpha=0.6)
     axes.set(xlabel="supervised tokens", ylabel="nats a token", title="Loss (dots: held out; dashed: without memory)")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
@@ -48,7 +50,7 @@ def plot_losses(log: list[dict[str, Any]], path: Path) -> bool:
 def card_tables(config: TrainConfig, log: list[dict[str, Any]], chosen: str) -> str:
     """Data, settings and results of a training, as Markdown."""
     step = int(chosen.removeprefix("step-"))
-    sources = "\n".join(f"| `{source.path}` | {source.weight:g} |" for source in config.sources)
+    sources = "\n".join(f"| `{shown(source.path)}` | {source.weight:g} |" for source in config.sources)
     shares = sum(config.objectives.values())
     mixture = ", ".join(f"{name} {share / shares:.0%}" for name, share in config.objectives.items())
     kind = f"low rank {config.rank}" if config.is_low_rank else "full copies"

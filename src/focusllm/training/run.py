@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def _train(
     training.run(both)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(training, output)
+        _finish(training, output, notify)
     accelerator.wait_for_everyone()
     return output / "adapter"
 
@@ -224,7 +224,7 @@ def _assembled(
             raise
         notify("No text is left over to evaluate on (held_out names some); the last checkpoint is taken as the best.")
     sink = first_token(tokenizer) if config.sink else None
-    return Training(config, model, sampler, held_out, output, public_name(config.model), accelerator, sink)
+    return Training(config, model, sampler, held_out, output, public_name(config.model), accelerator, sink, notify)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -233,11 +233,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return asked if isinstance(asked, torch.dtype) else computing_dtype(torch.bfloat16, device)
 
 
-def _finish(training: Training, output: Path) -> None:
+def _finish(training: Training, output: Path, notify: Callable[[str], None]) -> None:
     """The adapter of the best checkpoint, with its card, and the plots."""
-    best = training.best.get("step")
-    folders = {path.name: path for path in checkpoint.all_of(output)}
-    chosen = folders.get(checkpoint.name_of(best) if best is not None else "", list(folders.values())[-1])
+    found, _ = checkpoint.newest(output)
+    assert found is not None
+    best = checkpoint.name_of(training.best["step"]) if training.best else found.name
+    chosen = next((path for path in checkpoint.all_of(output) if path.name == best), found)
+    if reason := checkpoint.fault(chosen):
+        notify(f"The best checkpoint {chosen} is damaged ({reason}); the newest one is taken instead.")
+        chosen = found
     log, steps = read_log(output / "log.jsonl"), checkpoint.step_of(chosen)
     config = training.config
     adapter_config = training.adapter_config.replace(
@@ -263,7 +267,8 @@ class _Board:
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+            with suppress(UnicodeEncodeError):  # it knows no folders whose names are not in UTF-8
+                self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def add(self, entry: dict[str, Any]) -> None:
         """One log entry as scalars."""

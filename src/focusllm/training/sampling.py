@@ -95,6 +95,11 @@ class Sampler:
         """What there is to draw from: [source, documents, tokens] each."""
         return [[corpus.name, len(corpus), int(corpus.lengths.sum())] for corpus, _ in self.corpora]
 
+    @property
+    def content(self) -> str:
+        """Changes when what there is to draw from does."""
+        return " ".join(corpus.digest for corpus, _ in self.corpora)
+
     @cached_property
     def questions(self) -> str:
         """Changes when the questions from files do; empty if there are none."""

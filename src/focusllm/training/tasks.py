@@ -7,7 +7,6 @@ are deliberately not those of the tasks that the method is evaluated on.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from focusllm.errors import DocumentError
+from focusllm.files import open_text
+from focusllm.json_text import parse_json
 
 Rng = np.random.Generator
 T = TypeVar("T")
@@ -114,7 +115,7 @@ def read_multihop(paths: Sequence[str | Path]) -> list[Task]:
         text = _text(path)
         try:
             lines = (line for line in text.split("\n") if line.strip())
-            rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
+            rows = parse_json(text) if text.lstrip().startswith("[") else map(parse_json, lines)
             found = [_multihop(row) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             raise DocumentError(f"{path} is not in HotpotQA's or MuSiQue's format ({error!r}).") from error
@@ -137,9 +138,12 @@ def _multihop(row: dict[str, Any]) -> Task:
 
 def _text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DocumentError(f"{path} cannot be read ({error}); check the path.") from error
+        with open_text(path) as file:
+            return file.read()
+    except OSError as error:
+        raise DocumentError(f"{path} cannot be read ({error.strerror or error}); check the path.") from error
+    except ValueError as error:
+        raise DocumentError(f"{path} cannot be read ({error}); give a file in UTF-8.") from error
 
 
 # --- material ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from focusllm.config import FocusConfig
+from focusllm.decoding import opened
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
@@ -24,7 +25,7 @@ from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
 from focusllm.llm import FocusLLM
 from focusllm.machine import readable_bytes
 from focusllm.memory.chunk_cache import LastText
-from focusllm.memory.chunking import count_chunks, cut, num_local_chunks, split, steps
+from focusllm.memory.chunking import count_chunks, cut, num_local_chunks, split, split_start, steps
 from focusllm.memory.chunks import ChunkBlock, count_alike
 from focusllm.memory.cost import estimate, total_memory
 from focusllm.method.base import run_plain
@@ -40,23 +41,30 @@ class Focus(Method):
 
     def __init__(self, llm: FocusLLM, chunks: LastText | None = None, **options: Any):
         super().__init__(llm, chunks, **options)
-        self.config = llm.config.replace(**options)
-        self.config.check_positions(self.window)
+        self.config = llm.model.settled(llm.config.replace(**options))
+        if self.config.is_opened:
+            opened.check_positions([], self.config, self.window)
+        else:
+            self.config.check_positions(self.window)
         if self.config.kv_place not in ("auto", "device"):
             raise ConfigError(
                 f"kv_place is {self.config.kv_place!r}, but what is measured is kept on the device; leave it out."
             )
         self.budget = self.config.local_length
+        self.heads = llm.model.lookup_heads if self.config.is_opened else None
 
     @property
     def sees(self) -> str:
-        """The local context; the rest through candidates."""
+        """The local context; the rest through candidates, or what is opened of it."""
+        if self.config.is_opened:
+            return f"{self.budget:,} tokens of local context, and {self.config.open_tokens:,} that are opened before it"
         return f"{self.budget:,} tokens of local context, all before it as candidates of chunks"
 
     def fits(self, num_tokens: int) -> str | None:
         """As many chunks as the base model has positions for, and the memory room."""
         try:
-            self.config.check_num_chunks(count_chunks(num_tokens, self.config), self.window)
+            if not self.config.is_opened:
+                self.config.check_num_chunks(count_chunks(num_tokens, self.config), self.window)
         except ConfigError as error:
             return str(error).rstrip(".")
         needed = estimate(self.base, self.config, num_tokens).total
@@ -67,23 +75,27 @@ class Focus(Method):
 
     def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
         """Read what is not known of the far text, then the local context."""
-        far, local, prompt_length = self.divide(prompt)
-        request = start_request(self.base, self._blocks(far), local, self.config, prompt_length)
+        start, far, local, prompt_length = self.divide(prompt)
+        request = start_request(self.base, self._blocks(far, start), local, self.config, prompt_length)
         logits = prefill(self.base, request, self.config)[-1]
         return logits, lambda token: decode(self.base, [request], [token], self.config)[0]
 
-    def divide(self, prompt: Prompt) -> tuple[list[int], list[int], int | None]:
-        """Far context, local context, and the length of the dynamic prompt (None: as configured)."""
+    def divide(self, prompt: Prompt) -> tuple[list[int], list[int], list[int], int | None]:
+        """What opened chunks are read behind, the far context, the local context, and the length of the dynamic prompt
+        (None: as configured).
+        """
         head, tail = [*prompt.start, *prompt.before], [*prompt.after, *prompt.end]
         own = len(head) + len(tail)
         if not prompt.chat or own > self.budget:
-            return *split(prompt.ids, self.config), None
+            far, local = split(prompt.ids, self.config)
+            return *split_start(far, self.config), local, None
         bounds = cut(len(prompt.context), self.config)
         chunk_steps = steps([start for start, _ in bounds], len(prompt.context))
         num_far = len(bounds) - num_local_chunks(chunk_steps, own, self.config)
         stop = bounds[num_far - 1][1] if num_far else 0
         place = bounds[num_far][0] if num_far < len(bounds) else len(prompt.context)
-        return prompt.context[:stop], [*head, *prompt.context[place:], *tail], len(tail)
+        start, head = (head, []) if self.config.is_opened and num_far else ([], head)
+        return start, prompt.context[:stop], [*head, *prompt.context[place:], *tail], len(tail)
 
     @torch.no_grad()
     def loss(self, example: LossExample) -> tuple[float, int]:
@@ -91,7 +103,7 @@ class Focus(Method):
         ids, total = list(example.text_ids), 0.0
         first, size = len(ids) - example.labels, min(example.labels, max(1, self.budget // 2))
         if size < example.labels:  # the longest first: every other piece has a beginning of these chunks
-            self._blocks(split(ids, self.config)[0])
+            self._far_blocks(split(ids, self.config)[0])
         for start in range(first, len(ids), size):
             stop = min(start + size, len(ids))
             labels = self.tensor(ids[start:stop])[0]
@@ -104,7 +116,12 @@ class Focus(Method):
         if not far:
             given = self.tensor(ids[:-1])
             return run_plain(self.base, given, DynamicCache(config=self.base.config), num_labels)[0]
-        blocks = self._blocks(far)
+        blocks = self._far_blocks(far)
+        if self.config.is_opened:
+            request = start_request(self.base, blocks, local[:-num_labels], self.config)
+            first = prefill(self.base, request, self.config)[-1:]
+            behind = local[-num_labels:-1]
+            return torch.cat([first, opened.read_on(self.base, request, behind)]) if behind else first
         if self.config.decoding == "cached" and self.config.bos_token_id is None:
             sample = Sample(local, num_labels, self.config.most_prompt_tokens)
             if self.config.is_focused(max(count_alike(blocks).values())):
@@ -117,8 +134,13 @@ class Focus(Method):
         logits += [decode(self.base, [request], [token], self.config)[0] for token in local[-num_labels:-1]]
         return torch.stack(logits)
 
-    def _blocks(self, far: list[int]) -> list[ChunkBlock]:
-        return self.chunks.blocks(far, self.config)
+    def _far_blocks(self, far: list[int]) -> list[ChunkBlock]:
+        """The far context of a text without a chat template."""
+        start, rest = split_start(far, self.config)
+        return self._blocks(rest, start)
+
+    def _blocks(self, far: list[int], start: list[int]) -> list[ChunkBlock]:
+        return self.chunks.blocks(far, self.config, start, self.heads)
 
     def _row_groups(self, blocks: list[ChunkBlock]) -> Iterator[KV]:
         size = self.config.chunks_per_batch

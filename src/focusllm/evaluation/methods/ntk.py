@@ -15,7 +15,7 @@ class NtkAware(PositionInterpolation):
 
     def parameters(self, factor: float) -> dict[str, Any]:
         """Another base, no other scaling."""
-        width = 2 * len(layout(self.base).inv_freq)
+        width = 2 * len(layout(self.base).rotaries[0].inv_freq)
         theta = self.base.config.rope_parameters["rope_theta"]
         return {"rope_type": "default", "rope_theta": theta * factor ** (width / (width - 2))}
 

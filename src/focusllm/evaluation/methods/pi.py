@@ -26,7 +26,9 @@ class PositionInterpolation(WindowMethod):
         return {"rope_type": "linear", "factor": factor}
 
     def fits(self, num_tokens: int) -> str | None:
-        """On models whose positions are not scaled already, as far as the memory goes."""
+        """On models with one set of frequencies that are not scaled already, as far as the memory goes."""
+        if [rotary.name for rotary in layout(self.base).rotaries] != ["inv_freq"]:
+            return "the base model has several sets of rotary frequencies"
         kind = self.base.config.rope_parameters.get("rope_type", "default")
         if kind != "default":
             return f"the base model's positions are scaled already ({kind})"
@@ -45,7 +47,7 @@ class PositionInterpolation(WindowMethod):
     @contextmanager
     def _scaled(self, num_tokens: int) -> Iterator[None]:
         """The model with another rotary embedding of its own class, for a while."""
-        rotary: Any = layout(self.base).rotary
+        rotary: Any = layout(self.base).rotaries[0].module
         factor = self.options["factor"] or max(1.0, num_tokens / self.window)
         config = copy.deepcopy(rotary.config)
         config.rope_parameters = {**config.rope_parameters, **self.parameters(factor)}

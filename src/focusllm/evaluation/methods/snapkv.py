@@ -17,9 +17,10 @@ from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt, Step, sum_of_losses
 from focusllm.evaluation.methods.full import Full
 from focusllm.method.attention import attend
-from focusllm.method.base import run
+from focusllm.method.base import layout, run
 from focusllm.method.focus import local_pass
 from focusllm.method.kv import KV, Segment, concat
+from focusllm.method.scoring import Scoring
 
 NEIGHBOURS = 5
 """Scores are means over so many tokens, as in the authors' code, so that what is kept are pieces of text."""
@@ -36,6 +37,12 @@ class SnapKV(Full):
     def sees(self) -> str:
         """What is kept."""
         return f"{self.budget:,} tokens a head and layer, chosen after all of the text was read"
+
+    def fits(self, num_tokens: int) -> str | None:
+        """On models whose layers all have full attention: what a head keeps is not where a window is."""
+        if layout(self.base).window is not None:
+            return "the base model has layers with a sliding window"
+        return super().fits(num_tokens)
 
     def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
         """Read and compress the prompt, then one token at a time."""
@@ -76,11 +83,11 @@ class Compressed:
         self.advance(ids[:-window], 1)
         earlier, kept = self.kept, KV([], [])
 
-        def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            best = scores(query, earlier.keys[layer], key, scale).topk(budget - window).indices[..., None]
+        def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+            best = scores(query, earlier.keys[layer], key, how).topk(budget - window).indices[..., None]
             for held, old, new in ((kept.keys, earlier.keys, key), (kept.values, earlier.values, value)):
                 held.append(torch.cat([old[layer].gather(2, best.expand(-1, -1, -1, new.shape[3])), new], 2))
-            return attend(query, key, value, [Segment([earlier]).layer(layer)], None, scale)[0]
+            return attend(query, key, value, [Segment([earlier]).layer(layer)], None, how)[0]
 
         places = torch.arange(self.length, len(ids), device=base.device)[None]
         logits = run(base, self.method.tensor(ids[-window:]), places, attention, logits_to_keep=1)
@@ -89,11 +96,11 @@ class Compressed:
         return logits[0]
 
 
-def scores(query: Tensor, earlier: Tensor, key: Tensor, scale: float) -> Tensor:
+def scores(query: Tensor, earlier: Tensor, key: Tensor, how: Scoring) -> Tensor:
     """What a window's queries [1, H, W, D] pay to earlier keys [1, K, S, D], beside its own [1, K, W, D]: [1, K, S]."""
     by_head = query.reshape(1, key.shape[1], -1, *query.shape[2:])
     own = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
-    products = by_head @ torch.cat([earlier, key], 2)[:, :, None].mT * scale
+    products = how.capped(by_head @ torch.cat([earlier, key], 2)[:, :, None].mT * how.scale)
     products[..., earlier.shape[2] :].masked_fill_(~own, -torch.inf)
     paid = products.float().softmax(-1)[..., : earlier.shape[2]].mean((2, 3))
     return F.avg_pool1d(paid, NEIGHBOURS, stride=1, padding=NEIGHBOURS // 2)

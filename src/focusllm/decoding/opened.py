@@ -1,0 +1,204 @@
+"""Requests whose far context is opened (`method.opened`): which chunks, and one token a step.
+
+    prefill: look up  ->  open the best  ->  read the local context
+    decode:  the newest token attends to what is open and to the kept local context; now and then look again
+
+What is open is a copy of the request's own, keys moved to where they are seen; the chunks stay as they are, shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from focusllm.config import FocusConfig
+from focusllm.decoding.request import Opened, Piece, Request
+from focusllm.errors import ConfigError
+from focusllm.memory.chunking import split_start
+from focusllm.memory.chunks import ChunkBlock, encode
+from focusllm.memory.lookup import middle_heads, token_weights
+from focusllm.method.focus import local_pass, mover
+from focusllm.method.kv import GrowingKV, Segment
+from focusllm.method.opened import lay_out, look_up, read_start
+
+
+def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int) -> Tensor:
+    """Open what the question asks for, then read the local context: logits [n, V]."""
+    request.opened = _open(model, request, config)
+    local = torch.tensor([request.local_ids], device=request.blocks[0].token_ids.device)
+    start = torch.tensor([request.opened.far.length], device=local.device)
+    logits, kv, paid = local_pass(model, local, start, [Segment([request.opened.far])], logits_to_keep)
+    request.local_kv = GrowingKV(kv, 1, kv.length)
+    request.local_kv.append(kv)
+    _count_attention(request, paid[0])
+    return logits[0]
+
+
+def decode(model: nn.Module, requests: Sequence[Request], config: FocusConfig) -> Sequence[Tensor]:
+    """Read every request's newest local token, all in one pass: next-token logits [V] of each."""
+    far, local, places = [], [], []
+    for request in requests:
+        opened, local_kv = request.opened, request.local_kv
+        assert opened is not None
+        assert local_kv is not None
+        if config.look_again is not None and len(request.local_ids) - opened.looked_at > config.look_again:
+            request.opened = _open(model, request, config)
+            _move(model, local_kv, request.opened.far.length - opened.far.length)
+            opened = request.opened
+        far.append(opened.far)
+        local.append(local_kv)
+        places.append(opened.far.length + len(request.local_ids) - 1)
+    device = requests[0].blocks[0].token_ids.device
+    newest = torch.tensor([request.local_ids[-1:] for request in requests], device=device)
+    logits, kv, paid = local_pass(model, newest, torch.tensor(places, device=device), [Segment(far), Segment(local)])
+    for i, request in enumerate(requests):
+        local[i].append(kv.rows(i, i + 1))
+        _count_attention(request, paid[i])
+    return list(logits[:, -1])
+
+
+def read_on(model: nn.Module, request: Request, tokens: Sequence[int]) -> Tensor:
+    """Read several local tokens at once, without looking up anew: logits [T, V] behind each."""
+    assert request.opened is not None
+    assert request.local_kv is not None
+    new = torch.tensor([list(tokens)], device=request.blocks[0].token_ids.device)
+    place = torch.tensor([request.opened.far.length + len(request.local_ids)], device=new.device)
+    segments = [Segment([request.opened.far]), Segment([request.local_kv])]
+    logits, kv, _ = local_pass(model, new, place, segments, logits_to_keep=0, watch=0)
+    request.local_kv.append(kv)
+    request.local_ids.extend(tokens)
+    return logits[0]
+
+
+def check_positions(blocks: Sequence[ChunkBlock], config: FocusConfig, max_positions: int) -> None:
+    """Check that start, what is opened and the local context stay inside a base model's positions.
+
+    Raises:
+        ConfigError: with the largest budget that fits.
+    """
+    num_start = len(blocks[0].start_ids) if blocks else config.start_length
+    longest = max((block.length for block in blocks), default=config.chunk_length)
+    taken = num_start + max(config.open_tokens, longest) + config.max_local_length
+    if taken > max_positions:
+        largest = max_positions - num_start - config.max_local_length
+        raise ConfigError(
+            f"a start of {num_start} tokens, open_tokens {config.open_tokens} or a chunk of {longest}, and up to "
+            f"{config.max_local_length} local tokens take {taken} positions, but the base model has {max_positions}; "
+            f"use an open_tokens and a chunk_length of at most {largest}."
+        )
+
+
+def more_chunks(model: nn.Module, request: Request, token_ids: Sequence[int], config: FocusConfig) -> list[ChunkBlock]:
+    """The oldest local tokens as chunks, read behind the start that the others were read behind, or that they have."""
+    if request.blocks:
+        start, rest, lookup = request.blocks[0].start, list(token_ids), request.blocks[0].lookup
+        heads = lookup.heads if lookup is not None else None
+    else:
+        first, rest = split_start(token_ids, config)
+        start, heads = read_start(model, first), request.heads
+    return encode(model, rest, config, start=start, heads=heads or middle_heads(model))
+
+
+def _open(model: nn.Module, request: Request, config: FocusConfig) -> Opened:
+    """Look up what the newest local tokens ask for, and open it."""
+    pieces = choose(look_up_tokens(model, request, config), request.blocks, config)
+    if request.opened is not None and pieces == request.opened.pieces:
+        return replace(request.opened, looked_at=len(request.local_ids))
+    start, num_start, found = request.blocks[0].start, len(request.blocks[0].start_ids), []
+    for piece in pieces:
+        block, row = _row(request.blocks, piece.chunk)
+        found.append((block.rows(model, row, row + 1).tokens(piece.first, piece.stop), num_start + piece.first))
+    return Opened(pieces, lay_out(model, start, found), len(request.local_ids))
+
+
+def _move(model: nn.Module, local_kv: GrowingKV, delta: int) -> None:
+    """The local context stands right behind what is open, however long that is."""
+    if delta:
+        local_kv.move(mover(model, torch.tensor([[delta]], device=local_kv.keys[0].device)))
+
+
+def look_up_tokens(model: nn.Module, request: Request, config: FocusConfig) -> list[Tensor]:
+    """What the look-up heads pay to every token of the far context: one [R, C] a block."""
+    keys = [block.lookup for block in request.blocks if block.lookup is not None]
+    start, device = request.blocks[0].start, request.blocks[0].token_ids.device
+    question = request.local_ids[-min(config.most_prompt_tokens, request.prompt_length or config.prompt_length) :]
+    behind = max(block.length for block in request.blocks) + len(request.blocks[0].start_ids)
+    asked = look_up(model, start, torch.tensor(question, device=device), behind, keys[0].heads.layers)
+    return token_weights(keys, asked, start)
+
+
+def choose(weights: Sequence[Tensor], blocks: Sequence[ChunkBlock], config: FocusConfig) -> list[Piece]:
+    """What to open, in the order of the text: the chunks with the most weight, as many as the budget holds.
+
+    Of a chunk that is larger than the budget, the part around its most important tokens. Where neighbours are open,
+    the second leaves out what both have in common.
+
+    Args:
+        weights: [R, C] a block, as `look_up_tokens` gives them.
+    """
+    rows = [row for block in weights for row in block]
+    room, chosen = config.open_tokens, list[Piece]()
+    for chunk in torch.stack([row.sum() for row in rows]).argsort(descending=True).tolist():
+        if len(rows[chunk]) <= room:
+            chosen.append(Piece(chunk, 0, len(rows[chunk])))
+            room -= len(rows[chunk])
+        elif not chosen:
+            chosen.append(_around(rows[chunk], chunk, room))
+            break
+    return _joined(sorted(chosen, key=lambda piece: piece.chunk), blocks)
+
+
+def _around(weights: Tensor, chunk: int, length: int) -> Piece:
+    """The run of so many tokens with the most weight."""
+    sums = weights.double().cumsum(0)
+    runs = sums[length - 1 :] - torch.cat([sums.new_zeros(1), sums[:-length]])
+    first = int(runs.argmax())
+    return Piece(chunk, first, first + length)
+
+
+def _joined(pieces: list[Piece], blocks: Sequence[ChunkBlock]) -> list[Piece]:
+    """The same without what a chunk has in common with the one before it, where both are open."""
+    found: list[Piece] = []
+    for piece in pieces:
+        before = found[-1] if found else None
+        if before is not None and before.chunk == piece.chunk - 1:
+            common = _common(_ids(blocks, before.chunk)[: before.stop], _ids(blocks, piece.chunk))
+            piece = Piece(piece.chunk, max(piece.first, common), piece.stop)
+        if piece.length > 0:
+            found.append(piece)
+    return found
+
+
+def _common(before: list[int], after: list[int]) -> int:
+    """How many tokens the one ends with and the other begins with."""
+    lengths = range(min(len(before), len(after)), 0, -1)
+    return next((length for length in lengths if before[-length:] == after[:length]), 0)
+
+
+def _ids(blocks: Sequence[ChunkBlock], chunk: int) -> list[int]:
+    block, row = _row(blocks, chunk)
+    ids: list[int] = block.token_ids[row].tolist()
+    return ids
+
+
+def _row(blocks: Sequence[ChunkBlock], chunk: int) -> tuple[ChunkBlock, int]:
+    """The block that a chunk lies in, and its row there."""
+    for block in blocks:
+        if chunk < block.num_chunks:
+            return block, chunk
+        chunk -= block.num_chunks
+    raise IndexError(chunk)
+
+
+def _count_attention(request: Request, paid: Tensor) -> None:
+    """Add what the newest token paid to the tokens of what is open and of the local context [1, T]."""
+    assert request.opened is not None
+    far, pieces = request.opened.far, request.opened.pieces
+    got, place = torch.zeros(request.num_chunks, device=paid.device), far.length - sum(piece.length for piece in pieces)
+    for piece in pieces:
+        got[piece.chunk] += paid[0, place : place + piece.length].sum()
+        place += piece.length
+    request.count_attention(got, paid[0, far.length :])

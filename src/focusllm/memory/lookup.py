@@ -1,0 +1,186 @@
+"""Look-up keys: of every token what the few heads that choose chunks need, apart from all else and contiguous.
+
+A question touches these and nothing else of a document: some 250 bytes a token for the embedded model of 0.5B
+parameters, where all its keys and values are 24 KiB. So what lies on disk is chosen from without being read.
+
+    int8, a scale a token      [P key heads, R chunks, C tokens, D]   P: key-value heads that the look-up heads share
+
+Letters: R chunks, C tokens of a chunk, T of the question, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from focusllm.files import whole_file
+from focusllm.memory.store import from_int8, to_int8
+from focusllm.method.base import layout
+from focusllm.method.kv import KV
+from focusllm.method.opened import Start
+
+ROWS_AT_ONCE = 64
+"""Chunks whose keys are unpacked at once."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which query heads choose: (layer, head) each, and the key-value head that each of them shares."""
+
+    pairs: tuple[tuple[int, int], ...]
+    shared: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, pairs: Sequence[tuple[int, int]]) -> Heads:
+        """Heads of a model."""
+        layers = layout(model).layers
+        shared = (head * layers[layer].num_kv_heads // layers[layer].num_heads for layer, head in pairs)
+        return cls(tuple(pairs), tuple(shared))
+
+    @property
+    def key_heads(self) -> list[tuple[int, int]]:
+        """The (layer, key-value head) pairs whose keys are kept, each once."""
+        return sorted({(layer, key_head) for (layer, _), key_head in zip(self.pairs, self.shared, strict=True)})
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers that they lie in."""
+        return {layer for layer, _ in self.pairs}
+
+
+def middle_heads(model: nn.Module) -> Heads:
+    """Where nothing was found out about a model: all heads of four layers below its middle.
+
+    Heads that look things up lie there in every model that was looked at (arXiv 2506.09944, 2602.22591).
+    """
+    able, found = choosing_layers(model), layout(model)
+    first = max(0, len(able) * 3 // 8 - 1)
+    return Heads.of(model, [(i, head) for i in able[first : first + 4] for head in range(found.layers[i].num_heads)])
+
+
+def choosing_layers(model: nn.Module) -> list[int]:
+    """The layers whose heads may choose: those that see all chunks, with keys of one width."""
+    layers = layout(model).layers
+    able = [i for i, layer in enumerate(layers) if layer.window is None] or list(range(len(layers)))
+    (width, _), *_ = Counter(layers[i].key_dim for i in able).most_common(1)
+    return [i for i in able if layers[i].key_dim == width]
+
+
+@dataclass(eq=False)
+class LookupKeys:
+    """The look-up keys of R chunks of C tokens."""
+
+    heads: Heads
+    packed: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, heads: Heads, num_rows: int, length: int) -> LookupKeys:
+        """Room for so many chunks of a model."""
+        shape, width = (len(heads.key_heads), num_rows, length), layout(model).layers[heads.pairs[0][0]].key_dim
+        packed = torch.zeros(*shape, width, dtype=torch.int8)
+        return cls(heads, packed, torch.zeros(*shape, 1, dtype=torch.float16))
+
+    def save(self, path: Path, key: str) -> None:
+        """Keep them in a file, for a text that is asked again.
+
+        Args:
+            key: what they are of (`document_key`).
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        tensors = {"packed": self.packed.contiguous(), "scales": self.scales.contiguous()}
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata={"document": key, "heads": repr(self.heads), "sum": _sum(tensors)})
+
+    @classmethod
+    def load(cls, path: Path, key: str, empty: LookupKeys) -> LookupKeys | None:
+        """Those in a file; None: it is not there, is damaged, or is of another text or of other heads than `empty`."""
+        try:
+            with safe_open(path, "pt") as file:
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file}
+        except (OSError, SafetensorError):
+            return None
+        wanted = {"document": key, "heads": repr(empty.heads), "sum": _sum(tensors)}
+        if about != wanted or tensors["packed"].shape != empty.packed.shape:
+            return None
+        return cls(empty.heads, tensors["packed"], tensors["scales"])
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.packed.shape[1]
+
+    @property
+    def length(self) -> int:
+        """C."""
+        return self.packed.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.packed.nbytes + self.scales.nbytes
+
+    def write(self, first: int, kv: KV) -> None:
+        """Take what is needed of some chunks' keys [n, K, C, D] a layer."""
+        for place, (layer, head) in enumerate(self.heads.key_heads):
+            packed, scales = to_int8(kv.keys[layer][:, head])
+            self.packed[place, first : first + kv.num_rows] = packed.to(self.packed.device)
+            self.scales[place, first : first + kv.num_rows] = scales.to(self.scales.device)
+
+    def rows(self, start: int, stop: int) -> LookupKeys:
+        """Some of the chunks, as views."""
+        return LookupKeys(self.heads, self.packed[:, start:stop], self.scales[:, start:stop])
+
+    def scores(self, queries: Tensor, place: int) -> Tensor:
+        """Scores [T, R * C] of queries [T, D] with the keys of a key head, by its place among `heads.key_heads`."""
+        found = []
+        for first in range(0, self.num_rows, ROWS_AT_ONCE):
+            part = slice(first, first + ROWS_AT_ONCE)
+            keys = from_int8(self.packed[place, part], self.scales[place, part], torch.float32).flatten(0, 1)
+            found.append(queries @ keys.T)
+        return torch.cat(found, 1)
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_64()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def token_weights(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], start: Start | None) -> list[Tensor]:
+    """What the look-up heads pay to every token of all chunks: one [R, C] for each of `keys`.
+
+    A softmax a head and token of the question, over the shared start and all chunks' tokens jointly, so that a chunk
+    is weighed against all others; a token of the question that looks nothing up pays the start. Summed over heads, a
+    mean over the question.
+
+    Args:
+        keys: of the same heads. queries: of each layer [H, T, D], scaled, as `look_up` gives them.
+        start: the shared start, if there is one.
+    """
+    heads = keys[0].heads
+    total: Tensor | None = None
+    for (layer, head), key_head in zip(heads.pairs, heads.shared, strict=True):
+        asked = queries[layer][head].float().cpu()
+        place = heads.key_heads.index((layer, key_head))
+        parts = [found.scores(asked, place) for found in keys]
+        num_start = 0
+        if start is not None:
+            parts.insert(0, asked @ start.kv.keys[layer][0, key_head].float().cpu().T)
+            num_start = start.length
+        weights = torch.cat(parts, 1).softmax(-1).mean(0)[num_start:]
+        total = weights if total is None else total + weights
+    assert total is not None
+    sizes = [found.num_rows * found.length for found in keys]
+    return [part.view(-1, found.length) for part, found in zip(torch.split(total, sizes), keys, strict=True)]
