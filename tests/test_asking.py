@@ -182,8 +182,8 @@ def test_answers_are_what_the_tokenizer_makes_of_their_tokens(
     tiny_llm.tokenizer = tokenizer = make()
     tokens = tokenizer(CODE, add_special_tokens=False).input_ids
 
-    def generate(inputs: Tensor, streamer, past_key_values, **_: object) -> None:
-        past_key_values.requests = [Request([], [5])]
+    def generate(inputs: Tensor, streamer, cache, **_: object) -> None:
+        cache.requests = [Request([], [5])]
         for value in (inputs, *(torch.tensor([token]) for token in tokens)):
             streamer.put(value)
         streamer.end()
