@@ -43,7 +43,6 @@ def test_the_boundary_counts_in_the_local_context(tiny_llm: FocusLLM) -> None:
     room = tiny_llm.config.local_length - len(before) - len(after)
     chunk = SMALL.chunk_length
     first, second = [tiny_llm.read_text("a" * (room - chunk)), tiny_llm.read_text("b" * chunk)]
-    assert len(first.chunks) == len(second.chunks) == 1
     asked = about([first, second], tiny_llm.tokenizer, tiny_llm.config, "Q?")
     assert len(asked.input_ids) <= tiny_llm.config.local_length
     assert asked.context.far == [(0, 0)]
@@ -183,8 +182,8 @@ def test_answers_are_what_the_tokenizer_makes_of_their_tokens(
     tiny_llm.tokenizer = tokenizer = make()
     tokens = tokenizer(CODE, add_special_tokens=False).input_ids
 
-    def generate(inputs: Tensor, streamer, past_key_values, **_: object) -> None:
-        past_key_values.requests = [Request([], [5])]
+    def generate(inputs: Tensor, streamer, cache, **_: object) -> None:
+        cache.requests = [Request([], [5])]
         for value in (inputs, *(torch.tensor([token]) for token in tokens)):
             streamer.put(value)
         streamer.end()
@@ -272,8 +271,8 @@ def test_command_line(focusllm, model_folder: Path, tmp_path: Path, monkeypatch:
 
     sampled = ("-q", "Why?", "-q", "What?", "-q", "Why?", "--temperature", 2, "--seed", 5)
     code, out, err = focusllm("ask", "b", "a/x.txt", *common, *sampled)
+    assert code == 0, err
     found = json.loads(out)
-    assert code == 0
     assert "z.bin" in err
     assert [(d["name"], d["num_files"]) for d in found["documents"]] == [("b", 2), ("x.txt", 1)]
     first, _, last = found["answers"]

@@ -372,8 +372,6 @@ def test_auto_takes_the_type_that_is_fast(
     """The checkpoint's own 16-bit type only on a CPU with instructions for it."""
     tiny_llm.model.to(torch.bfloat16)
     tiny_llm.save_pretrained(model_folder)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_instructions)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": has_instructions})
     assert FocusLLM.from_pretrained(model_folder).model.dtype == expected
     assert FocusLLM.from_pretrained(model_folder, dtype="bfloat16").model.dtype == torch.bfloat16

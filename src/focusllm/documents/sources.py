@@ -137,8 +137,8 @@ def _open_set(path: str | Path, encoding: str | None) -> Source:
         raise DocumentError(f"{path} has no file with text{reason}; hidden and ignored files are not read.")
     pattern = is_pattern(path)
     name = str(path) if pattern else folder.resolve().name or str(folder)
-    place = None if pattern else os.path.realpath(folder)
-    return Source(_printable(name), "".join(texts), tuple(files), tuple(remarks), place, is_set=True)
+    whole = None if pattern else os.path.realpath(folder)
+    return Source(_printable(name), "".join(texts), tuple(files), tuple(remarks), whole, is_set=True)
 
 
 def names_a_file(text: str) -> bool:
