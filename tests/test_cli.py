@@ -319,7 +319,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     places = {"missing": tmp_path / "missing.txt", "folder": tmp_path / "folder", "story": story, "long": "x" * 300}
     places["folder"].mkdir()
-    for name, data in {"empty": b" \n", "binary": b"\x7fELF\x02\x01\x01\0\0\0\xff\xfe\x80", "latin": b"caf\xe9"}.items():
+    for name, data in {
+        "empty": b" \n",
+        "binary": b"\x7fELF\x02\x01\x01\0\0\0\xff\xfe\x80",
+        "latin": b"caf\xe9",
+    }.items():
         places[name] = tmp_path / name
         places[name].write_bytes(data)
     filled = [argument.format(**places) for argument in arguments]

@@ -47,12 +47,18 @@ def dense(model: nn.Module, start: list[int], pieces: list[list[int]], local: li
     mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     mask[:num_far, :num_far] &= owner[:, None] == owner
     mask[num_far:, :num_far] = seen
-    bias = torch.zeros(mask.shape, dtype=next(model.parameters()).dtype)
-    bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)[None, None]
+    at, least = torch.tensor(places), torch.finfo(next(model.parameters()).dtype).min
+
+    def bias(visible: Tensor) -> Tensor:
+        return torch.zeros(visible.shape, dtype=next(model.parameters()).dtype).masked_fill(~visible, least)[None, None]
+
+    bias_of: Any = bias(mask)
+    if getattr(model.config, "sliding_window", None) is not None:
+        near = bias(mask & (at > at[:, None] - model.config.sliding_window))
+        is_mixed = getattr(model.config, "layer_types", None) is not None
+        bias_of = {"full_attention": bias_of, "sliding_attention": near} if is_mixed else near
     with torch.no_grad():
-        out = model(
-            torch.tensor([ids]), position_ids=torch.tensor([places]), attention_mask=bias, use_cache=False
-        ).logits
+        out = model(torch.tensor([ids]), position_ids=at[None], attention_mask=bias_of, use_cache=False).logits
     return out[0, num_far:]
 
 
@@ -80,6 +86,21 @@ def test_it_is_a_mask_over_the_base_model(family: str) -> None:
     pieces, local = [random_ids(24, 1), random_ids(24, 2), random_ids(10, 3)], random_ids(8, 4)
     got = opened_logits(model, START, [torch.tensor(piece) for piece in pieces], torch.tensor(local), 0)
     torch.testing.assert_close(got, dense(model, START, pieces, local), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [7, 40])
+@pytest.mark.parametrize("family", ["mistral-window", "gemma2", "gemma3_text", "gpt_oss"])
+def test_windows_are_the_base_models(family: str, window: int) -> None:
+    model = build(family, attention="eager", sliding_window=window)
+    pieces, local = [random_ids(24, 1), random_ids(24, 2), random_ids(10, 3)], random_ids(8, 4)
+    got = opened_logits(model, START, [torch.tensor(piece) for piece in pieces], torch.tensor(local), 0)
+    torch.testing.assert_close(got, dense(model, START, pieces, local), atol=2e-4, rtol=1e-4)
+    config = OPENED.replace(chunk_overlap=0)
+    request, logits = begin(model, random_ids(100), local, config)
+    for _ in range(3):
+        want = dense(model, START, open_ids(request), request.local_ids)[-1]
+        torch.testing.assert_close(logits, want, atol=2e-4, rtol=1e-4)
+        logits = decode(model, [request], [int(logits.argmax())], config)[0]
 
 
 def test_it_is_a_mask_over_the_base_model_to_the_last_digits() -> None:
@@ -304,5 +325,5 @@ def test_documents_are_asked_as_they_were_read() -> None:
     llm = FocusLLM(model, byte_tokenizer(), "tiny")
     document = llm.read_text("A story of things. " * 20)
     model.focus_config = model.focus_config.replace(far_context="condensed")
-    with pytest.raises(ConfigError, match="was read to be opened.* read it again"):
+    with pytest.raises(ConfigError, match=r"was read to be opened.* read it again"):
         llm.ask(document, "What?", max_new_tokens=4)

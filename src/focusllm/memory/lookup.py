@@ -107,7 +107,7 @@ class LookupKeys:
         """Those in a file; None: it is not there, is damaged, or is of another text or of other heads than `empty`."""
         try:
             with safe_open(path, "pt") as file:
-                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file}
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
         wanted = {"document": key, "heads": repr(empty.heads), "sum": _sum(tensors)}

@@ -94,7 +94,8 @@ def look_up(
         For each layer the queries [H, T, D], scaled as the model scales its scores.
     """
     found: dict[int, Tensor] = {}
-    behind = Over([Segment([start.kv])] if start is not None else [])
+    at_start = [torch.arange(start.length, device=question.device)] if start is not None else []
+    behind = Over([Segment([start.kv], positions=at_start)] if start is not None else [])
     last = max(layers)
 
     def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
