@@ -21,7 +21,7 @@ import torch
 from common import earlier, finish
 from focusllm import FocusLLM
 from focusllm.decoding.engine import decode, prefill, start_request
-from focusllm.decoding.opened import look_up_tokens
+from focusllm.decoding.opened import looked
 from focusllm.documents.text import encode_ids, frame_ids, frame_question
 from focusllm.memory.chunks import ChunkBlock, encode, lookup_of
 from focusllm.method.kv import KV
@@ -133,7 +133,7 @@ def case(number: int, book: ChunkBlock) -> dict[str, object]:
     book.token_ids[right] = ids[0]
     question = frame_question(tokenizer, asked)[1]
     request = start_request(base, [book], question, config, len(question))
-    weights = look_up_tokens(base, request, config)[0].sum(1)
+    weights = looked(base, request, config).chunks
     words = [tokenizer.decode(row) for row in book.token_ids.tolist()]
     corpus = bm25s.tokenize([*words, asked], return_ids=False, show_progress=False)
     index = bm25s.BM25()

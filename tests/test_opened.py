@@ -17,7 +17,7 @@ from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.decoding.opened import choose
 from focusllm.decoding.request import Piece, Request
 from focusllm.memory.chunks import ChunkBlock, Place, document_key, encode
-from focusllm.memory.lookup import Heads, LookupKeys, middle_heads, token_weights
+from focusllm.memory.lookup import SURE_HEADS, Heads, Looked, LookupKeys, look, middle_heads
 from focusllm.method.opened import look_up, opened_logits, read_start
 
 OPENED = SMALL.replace(far_context="opened", open_tokens=48, chunk_overlap=4)
@@ -148,41 +148,48 @@ def test_requests_of_unequal_length_together(llama: nn.Module) -> None:
         tokens = got.argmax(-1).tolist()
 
 
+def weighed(tokens: list[Tensor]) -> Looked:
+    return Looked(tokens, torch.cat([block.sum(1) for block in tokens]))
+
+
 def test_neighbours_are_joined_without_their_overlap(llama: nn.Module) -> None:
     blocks = blocks_of(llama, random_ids(100))
     weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
     weights[0][1], weights[0][2] = 1.0, 2.0
-    assert choose(weights, blocks, OPENED) == [Piece(1, 0, 24), Piece(2, 4, 24)]
+    assert choose(weighed(weights), blocks, OPENED) == [Piece(1, 0, 24), Piece(2, 4, 24)]
     weights[0][0] = 1.5
-    assert choose(weights, blocks, OPENED) == [Piece(0, 0, 24), Piece(2, 0, 24)]
+    assert choose(weighed(weights), blocks, OPENED) == [Piece(0, 0, 24), Piece(2, 0, 24)]
 
 
 def test_a_small_budget_opens_a_part(llama: nn.Module) -> None:
     blocks = blocks_of(llama, random_ids(100))
     weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
     weights[0][2, 10:14] = 1.0
-    (piece,) = choose(weights, blocks, OPENED.replace(open_tokens=6))
+    (piece,) = choose(weighed(weights), blocks, OPENED.replace(open_tokens=6))
     assert piece.chunk == 2
     assert piece.length == 6
     assert piece.first <= 10
     assert piece.stop >= 14
 
 
-def test_token_weights_are_the_joint_softmax(llama: nn.Module) -> None:
-    """Against scores of the unpacked keys; eight bits move them by little."""
-    heads = Heads.of(llama, [(0, 1), (1, 2), (1, 3)])
+def test_weights_are_a_joint_softmax(llama: nn.Module) -> None:
+    """Against scores of the unpacked keys; eight bits move them by little. Of a chunk the surest heads count."""
+    heads = Heads.of(llama, [(0, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 3)])
     start = read_start(llama, START)
     blocks = encode(llama, random_ids(100), OPENED, start=start, heads=heads)
-    question = torch.tensor(random_ids(6, 3))
-    asked = look_up(llama, start, question, 40, heads.layers)
-    got = token_weights([block.lookup for block in blocks if block.lookup is not None], asked, start)
-    total = torch.zeros(sum(part.numel() for part in got))
+    asked = look_up(llama, start, torch.tensor(random_ids(6, 3)), 40, heads.layers)
+    got = look([block.lookup for block in blocks if block.lookup is not None], asked, start)
+    each = []
     for layer, head in heads.pairs:
         keys = [start.kv.keys[layer][0, head // 2]]  # type: ignore[union-attr]
         keys += [block.rows(llama, 0, block.num_chunks).keys[layer][:, head // 2].flatten(0, 1) for block in blocks]
-        total += (asked[layer][head] @ torch.cat(keys).T).softmax(-1).mean(0)[len(START) :]
-    torch.testing.assert_close(torch.cat([part.flatten() for part in got]), total, atol=2e-3, rtol=0.02)
-    assert float(total.sum()) <= len(heads.pairs)
+        each.append((asked[layer][head] @ torch.cat(keys).T).softmax(-1).mean(0)[len(START) :])
+    whole = torch.stack(each)
+    torch.testing.assert_close(torch.cat([part.flatten() for part in got.tokens]), whole.sum(0), atol=2e-3, rtol=0.02)
+    lengths = [row.numel() for block in got.tokens for row in block]
+    masses = torch.stack([part.sum(-1) for part in torch.split(whole, lengths, 1)], 1)  # [heads, R]
+    want = masses.sort(0, descending=True).values[:SURE_HEADS].sum(0)
+    torch.testing.assert_close(got.chunks, want, atol=2e-3, rtol=0.02)
 
 
 def test_what_is_asked_for_is_chosen(llama: nn.Module) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from focusllm.checks.needles import Needle, needles
 from focusllm.documents.text import encode_ids, frame_ids, frame_question
 from focusllm.errors import ModelError
-from focusllm.memory.lookup import Heads, choosing_layers
+from focusllm.memory.lookup import SURE_HEADS, Heads, choosing_layers
 from focusllm.method.base import layout
 from focusllm.method.kv import KV
 from focusllm.method.opened import Start, look_up, read_behind, read_start
@@ -135,8 +135,9 @@ def _best(paid: Tensor, right: Tensor, num_heads: int) -> tuple[list[int], float
     best = (first + to_right.mean(0) / 1000).topk(num_heads).indices  # of equals, the one that is surer
 
     def recall(of: Tensor, count: int) -> float:
-        chosen = of.sum(1).topk(min(count, of.shape[-1])).indices
+        sure = of.topk(min(SURE_HEADS, of.shape[1]), 1).values.sum(1)
+        chosen = sure.topk(min(count, of.shape[-1])).indices
         return float((chosen == right[held_out][:, None]).any(-1).float().mean())
 
     few = paid[held_out][:, best]
-    return sorted(best.tolist()), recall(few, 1), recall(few, 4), recall(paid[held_out], 1)
+    return sorted(best.tolist()), recall(few, 1), recall(few, 4), recall(paid[held_out].mean(1, keepdim=True), 1)

@@ -19,7 +19,7 @@ from focusllm.decoding.request import Opened, Piece, Request
 from focusllm.errors import ConfigError
 from focusllm.memory.chunking import split_start
 from focusllm.memory.chunks import ChunkBlock, encode
-from focusllm.memory.lookup import middle_heads, token_weights
+from focusllm.memory.lookup import Looked, look, middle_heads
 from focusllm.method.focus import local_pass, mover
 from focusllm.method.kv import GrowingKV, Segment
 from focusllm.method.opened import lay_out, look_up, read_start
@@ -104,7 +104,7 @@ def more_chunks(model: nn.Module, request: Request, token_ids: Sequence[int], co
 
 def _open(model: nn.Module, request: Request, config: FocusConfig) -> Opened:
     """Look up what the newest local tokens ask for, and open it."""
-    pieces = choose(look_up_tokens(model, request, config), request.blocks, config)
+    pieces = choose(looked(model, request, config), request.blocks, config)
     if request.opened is not None and pieces == request.opened.pieces:
         return replace(request.opened, looked_at=len(request.local_ids))
     start, num_start, found = request.blocks[0].start, len(request.blocks[0].start_ids), []
@@ -120,28 +120,28 @@ def _move(model: nn.Module, local_kv: GrowingKV, delta: int) -> None:
         local_kv.move(mover(model, torch.tensor([[delta]], device=local_kv.keys[0].device)))
 
 
-def look_up_tokens(model: nn.Module, request: Request, config: FocusConfig) -> list[Tensor]:
-    """What the look-up heads pay to every token of the far context: one [R, C] a block."""
+def looked(model: nn.Module, request: Request, config: FocusConfig) -> Looked:
+    """What the look-up heads pay to the far context for what the newest local tokens ask."""
     keys = [block.lookup for block in request.blocks if block.lookup is not None]
     start, device = request.blocks[0].start, request.blocks[0].token_ids.device
     question = request.local_ids[-min(config.most_prompt_tokens, request.prompt_length or config.prompt_length) :]
     behind = max(block.length for block in request.blocks) + len(request.blocks[0].start_ids)
     asked = look_up(model, start, torch.tensor(question, device=device), behind, keys[0].heads.layers)
-    return token_weights(keys, asked, start)
+    return look(keys, asked, start)
 
 
-def choose(weights: Sequence[Tensor], blocks: Sequence[ChunkBlock], config: FocusConfig) -> list[Piece]:
+def choose(found: Looked, blocks: Sequence[ChunkBlock], config: FocusConfig) -> list[Piece]:
     """What to open, in the order of the text: the chunks with the most weight, as many as the budget holds.
 
     Of a chunk that is larger than the budget, the part around its most important tokens. Where neighbours are open,
     the second leaves out what both have in common.
 
     Args:
-        weights: [R, C] a block, as `look_up_tokens` gives them.
+        found: as `looked` gives it.
     """
-    rows = [row for block in weights for row in block]
+    rows = [row for block in found.tokens for row in block]
     room, chosen = config.open_tokens, list[Piece]()
-    for chunk in torch.stack([row.sum() for row in rows]).argsort(descending=True).tolist():
+    for chunk in found.chunks.argsort(descending=True).tolist():
         if len(rows[chunk]) <= room:
             chosen.append(Piece(chunk, 0, len(rows[chunk])))
             room -= len(rows[chunk])

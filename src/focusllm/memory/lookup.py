@@ -28,7 +28,9 @@ from focusllm.method.kv import KV
 from focusllm.method.opened import Start
 
 ROWS_AT_ONCE = 64
-"""Chunks whose keys are unpacked at once."""
+"""Chunks that are brought at once for their keys."""
+SURE_HEADS = 4
+"""Heads that a chunk is weighed by: those that pay it most."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Heads:
 
 
 def middle_heads(model: nn.Module) -> Heads:
-    """Where nothing was found out about a model: all heads of four layers below its middle.
+    """Where nothing was found out about a model: all heads of the layers from a quarter to five eighths.
 
-    Heads that look things up lie there in every model that was looked at (arXiv 2506.09944, 2602.22591).
+    Heads that look things up lie there in the models that were looked at (arXiv 2506.09944, 2602.22591).
     """
     able, found = choosing_layers(model), layout(model)
-    first = max(0, len(able) * 3 // 8 - 1)
-    return Heads.of(model, [(i, head) for i in able[first : first + 4] for head in range(found.layers[i].num_heads)])
+    middle = able[len(able) // 4 : max(len(able) * 5 // 8, 1)]
+    return Heads.of(model, [(i, head) for i in middle for head in range(found.layers[i].num_heads)])
 
 
 def choosing_layers(model: nn.Module) -> list[int]:
@@ -141,14 +143,9 @@ class LookupKeys:
         """Some of the chunks, as views."""
         return LookupKeys(self.heads, self.packed[:, start:stop], self.scales[:, start:stop])
 
-    def scores(self, queries: Tensor, place: int) -> Tensor:
-        """Scores [T, R * C] of queries [T, D] with the keys of a key head, by its place among `heads.key_heads`."""
-        found = []
-        for first in range(0, self.num_rows, ROWS_AT_ONCE):
-            part = slice(first, first + ROWS_AT_ONCE)
-            keys = from_int8(self.packed[place, part], self.scales[place, part], torch.float32).flatten(0, 1)
-            found.append(queries @ keys.T)
-        return torch.cat(found, 1)
+    def unpacked(self, place: int) -> Tensor:
+        """The keys [R * C, D] of a key head, by its place among `heads.key_heads`."""
+        return from_int8(self.packed[place], self.scales[place], torch.float32).flatten(0, 1)
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> str:
@@ -158,29 +155,43 @@ def _sum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def token_weights(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], start: Start | None) -> list[Tensor]:
-    """What the look-up heads pay to every token of all chunks: one [R, C] for each of `keys`.
+@dataclass(frozen=True)
+class Looked:
+    """What the look-up heads pay for a question."""
+
+    tokens: list[Tensor]
+    """To every token, all heads together: one [R, C] for each of the blocks that were looked at."""
+    chunks: Tensor
+    """To every chunk [R of all], by the `SURE_HEADS` that pay it most."""
+
+
+def look(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], start: Start | None) -> Looked:
+    """Weigh all chunks by a question.
 
     A softmax a head and token of the question, over the shared start and all chunks' tokens jointly, so that a chunk
-    is weighed against all others; a token of the question that looks nothing up pays the start. Summed over heads, a
-    mean over the question.
+    is weighed against all others; a token of the question that looks nothing up pays the start. A mean over the
+    question. Of a chunk a few heads that are sure of it say more than all of them: with the four that pay it most the
+    right one of 24 comes first in 96 of 100 questions, whichever layers they are taken from; by the mean of all heads
+    in 12 (docs/log.md, 2026-11-30).
 
     Args:
         keys: of the same heads. queries: of each layer [H, T, D], scaled, as `look_up` gives them.
         start: the shared start, if there is one.
     """
-    heads = keys[0].heads
-    total: Tensor | None = None
-    for (layer, head), key_head in zip(heads.pairs, heads.shared, strict=True):
-        asked = queries[layer][head].float().cpu()
-        place = heads.key_heads.index((layer, key_head))
-        parts = [found.scores(asked, place) for found in keys]
-        num_start = 0
-        if start is not None:
-            parts.insert(0, asked @ start.kv.keys[layer][0, key_head].float().cpu().T)
-            num_start = start.length
-        weights = torch.cat(parts, 1).softmax(-1).mean(0)[num_start:]
-        total = weights if total is None else total + weights
-    assert total is not None
+    heads, num_start = keys[0].heads, start.length if start is not None else 0
+    total, by_head = torch.zeros(sum(found.num_rows * found.length for found in keys)), list[Tensor]()
     sizes = [found.num_rows * found.length for found in keys]
-    return [part.view(-1, found.length) for part, found in zip(torch.split(total, sizes), keys, strict=True)]
+    for place, (layer, key_head) in enumerate(heads.key_heads):
+        parts = [start.kv.keys[layer][0, key_head].float().cpu()] if start is not None else []
+        told = torch.cat([*parts, *(found.unpacked(place) for found in keys)])  # [S + R * C, D]
+        for (own_layer, head), shared in zip(heads.pairs, heads.shared, strict=True):
+            if (own_layer, shared) != (layer, key_head):
+                continue
+            scores = queries[layer][head].float().cpu() @ told.T
+            weights = scores.softmax(-1).mean(0)[num_start:]
+            total += weights
+            rows = zip(torch.split(weights, sizes), keys, strict=True)
+            by_head.append(torch.cat([part.view(-1, found.length).sum(1) for part, found in rows]))
+    chunks = torch.stack(by_head).topk(min(SURE_HEADS, len(by_head)), 0).values.sum(0)
+    tokens = [part.view(-1, found.length) for part, found in zip(torch.split(total, sizes), keys, strict=True)]
+    return Looked(tokens, chunks)
