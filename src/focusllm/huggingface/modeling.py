@@ -68,7 +68,7 @@ class FocusState(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Not recurrent: given the whole text, `generate()` cuts off what was seen. (There are no layers to tell it.)"""
+        """Not recurrent, which no layer tells `generate()`: given the whole text, it cuts off what was seen."""
         return [False]
 
     @property
