@@ -267,9 +267,15 @@ def test_untrained_candidates_are_mentioned(focusllm, model_folder: Path, story:
     import shutil
 
     shutil.rmtree(model_folder / "candidate_projections")
-    code, _, err = focusllm("ask", story, "-q", "What?", "-m", model_folder, "--max-new-tokens", 1)
+    asked = ("ask", story, "-q", "What?", "-m", model_folder, "--max-new-tokens", 1)
+    code, _, err = focusllm(*asked, "--far-context", "condensed")
     assert code == 0
     assert "no trained candidate projections are loaded" in err
+    code, _, err = focusllm(*asked)
+    assert code == 0
+    assert f"`focusllm heads {model_folder}` finds them" in err
+    assert focusllm("heads", model_folder, "--questions", 8)[0] == 0
+    assert "Note" not in focusllm(*asked)[2]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,16 @@ class FocusConfig:
         """How many local tokens become a chunk at once when the local context is full."""
         return min(self.chunk_length, self.local_length)
 
+    def settled(self, trained: bool) -> FocusConfig:
+        """A copy in which `far_context` is not `auto`.
+
+        Args:
+            trained: whether the model has candidate projections that were trained for it.
+        """
+        if self.far_context != "auto":
+            return self
+        return dataclasses.replace(self, far_context="condensed" if trained else "opened")
+
     @property
     def is_opened(self) -> bool:
         """Whether chunks are opened; `auto` must have been settled by what is known of the model."""

@@ -88,7 +88,7 @@ class FocusLLM:
 
     @property
     def has_trained_candidates(self) -> bool:
-        """Whether candidate projections are loaded; without them the far context is of little use."""
+        """Whether candidate projections are loaded; without them the far context is opened, not condensed."""
         return self.model.adapter_config is not None
 
     def read(

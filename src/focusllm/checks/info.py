@@ -37,7 +37,7 @@ def describe(
     asked, place = parse_dtype(dtype), parse_device(device)
     path = resolve_model(model, notify)
     source, config = find_saved(model, path, adapter, None)
-    config = config.replace(**settings)
+    config = config.replace(**settings).settled(source is not None)
     try:
         base_config = AutoConfig.from_pretrained(path)
     except Exception as error:  # as when loading the model
@@ -50,7 +50,8 @@ def describe(
     except Exception as error:
         raise cannot_load(model, error) from error
     found = layout(skeleton)
-    config.check_positions(found.max_positions)
+    if not config.is_opened:
+        config.check_positions(found.max_positions)
     adapter_config: AdapterConfig | None = None
     weights = sum(parameter.nbytes for parameter in skeleton.parameters())
     if source is not None:

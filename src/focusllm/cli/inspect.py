@@ -42,7 +42,8 @@ def info(
         place = find_place(skeleton, config, length, cache_folder(), packed=packed)
         cost = estimate(skeleton, config, length, place=place or "device", packed=packed)
         try:
-            config.check_num_chunks(count_chunks(length, config), layout(skeleton).max_positions)
+            if not config.is_opened:
+                config.check_num_chunks(count_chunks(length, config), layout(skeleton).max_positions)
         except ConfigError:
             place = place and "too many chunks"
         costs.append((length, place, cost))

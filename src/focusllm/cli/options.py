@@ -50,6 +50,13 @@ class FocusOptions:
     chunks_per_batch: Annotated[
         int | None, typer.Option(help="Most chunks read at once: bounds the scratch memory.")
     ] = None
+    far_context: Annotated[
+        str | None,
+        typer.Option(help="How chunks are seen: condensed (the paper, needs training), opened (needs none), or auto."),
+    ] = None
+    open_tokens: Annotated[int | None, typer.Option(help="opened: most tokens of the text that are seen at once.")] = (
+        None
+    )
     decoding: Annotated[str | None, typer.Option(help="cached, or exact (the paper, slow).")] = None
     refresh_rows: Annotated[
         int | None, typer.Option(min=0, help="Chunks seen, and condensed anew for every token; 0: all.")

@@ -63,15 +63,20 @@ def console(stderr: bool = False, **settings: Any) -> Console:
 
 
 def load(options: ModelOptions, settings: dict[str, Any], quiet: bool, needs_candidates: bool = True) -> FocusLLM:
-    """The model with its settings; says so if its candidates are untrained, and needed."""
+    """The model with its settings; says so if what it needs to find its way in a text was not trained or looked for."""
     with calm_libraries(), status("Loading the model", quiet):
         from focusllm.llm import FocusLLM
 
         llm = FocusLLM.from_pretrained(**vars(options), notify=notify, **settings)
-    if needs_candidates and not llm.has_trained_candidates:
+    if needs_candidates and llm.model.settings.is_opened and llm.model.found_heads is None:
+        notify(
+            f"Note: the look-up heads of this model were not looked for, so chunks are chosen by the middle of its "
+            f"layers, which takes longer; `focusllm heads {options.model}` finds them, once."
+        )
+    elif needs_candidates and not llm.model.settings.is_opened and not llm.has_trained_candidates:
         notify(
             "Note: no trained candidate projections are loaded, so little of the text beyond the local context will "
-            "reach the answer (--adapter loads some)."
+            "reach the answer (--adapter loads some, --far-context opened needs none)."
         )
     return llm
 

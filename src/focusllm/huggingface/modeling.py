@@ -154,9 +154,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
     def settled(self, config: FocusConfig) -> FocusConfig:
         """Settings with what they leave open as it is best for this model."""
-        if config.far_context != "auto":
-            return config
-        return config.replace(far_context="opened" if self.adapter_config is None else "condensed")
+        return config.settled(self.adapter_config is not None)
 
     @property
     def lookup_heads(self) -> Heads:

@@ -18,6 +18,7 @@ from focusllm.errors import MemoryLimitError
 from focusllm.machine import computes_on_cpu, forget_peak_resident, memory_limits, peak_resident, readable_bytes
 from focusllm.memory.chunking import count_by_length, count_chunks
 from focusllm.memory.chunks import ChunkBlock, count_alike, tokens_at_once
+from focusllm.memory.lookup import Heads, LookupKeys, middle_heads
 from focusllm.memory.store import Packing
 from focusllm.method.attention import SCORES_BY_FORMULA
 from focusllm.method.base import layout
@@ -105,11 +106,17 @@ def estimate(
     if not computes_on_cpu(next(model.parameters()).device):  # of a prompt behind chunks: scores, and two of their size
         of_a_row = found.layers[0].num_heads * prompt * (config.chunk_length + prompt)
         scores = 3 * 4 * max(of_a_row, min(SCORES_BY_FORMULA, of_a_row * min(num_chunks, at_once // prompt)))
+    lookup = looking = 0
+    if config.is_opened:  # what chunks are chosen by lies in memory, and is unpacked and scored a head at a time
+        middle = middle_heads(model)
+        a_token = LookupKeys.of(model, Heads.of(model, middle.pairs[:1]), 1, 1).nbytes
+        lookup = num_tokens * len(middle.key_heads) * a_token
+        looking = num_tokens * 4 * (layout(model).layers[0].key_dim + 3 * prompt)
     return Cost(
         weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, packed),
-        chunks=chunks if place == "device" else 0,
+        chunks=(chunks if place == "device" else 0) + lookup,
         rows=_tokens_of_a_request(config, alike, in_place, num_new_tokens) * per_token,
-        scratch=in_flight * (widths * dtype.itemsize + per_token) + bringing + scores,
+        scratch=max(in_flight * (widths * dtype.itemsize + per_token) + bringing + scores, looking),
         free=free_memory(next(model.parameters()).device),
         runtime=_runtime(next(model.parameters()).device),
         loaded=next(model.parameters()).device.type != "meta",
@@ -124,6 +131,8 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
         in_place: whether they lie on the device as they are computed with.
     """
     local = config.max_local_length
+    if config.is_opened:
+        return config.start_length + config.open_tokens + GrowingKV.room(local)
     if config.rechunk and num_new_tokens > config.max_local_length:  # the oldest of them become chunks
         alike = Counter(alike) + Counter({config.rechunk_length: num_new_tokens // config.rechunk_length})
         local, num_new_tokens = local + num_new_tokens, config.max_local_length
