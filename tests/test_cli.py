@@ -272,7 +272,7 @@ def test_untrained_candidates_are_mentioned(focusllm, model_folder: Path, story:
     assert code == 0
     assert "no trained candidate projections are loaded" in err
     code, _, err = focusllm(*asked)
-    assert code == 0
+    assert code == 0, err
     assert f"`focusllm heads {model_folder}` finds them" in err
     assert focusllm("heads", model_folder, "--questions", 8)[0] == 0
     assert "Note" not in focusllm(*asked)[2]

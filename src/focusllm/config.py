@@ -46,9 +46,9 @@ class FocusConfig:
     """How the local context sees a chunk: `condensed` into a candidate token (the paper), or `opened`, all tokens of
     the few that matter, which needs no training (docs/method.md). auto: condensed where candidate projections were
     trained for the model, else opened."""
-    open_tokens: int = 1024
+    open_tokens: int | None = None
     """opened: most tokens of the far context that are seen at once; whole chunks, as many as it holds, or the part of
-    one that matters most. Each further chunk costs some of the answers (docs/method.md)."""
+    one that matters most. None: one chunk; each further one costs some of the answers (docs/method.md)."""
     look_again: int | None = None
     """opened: after so many generated tokens the chunks are chosen anew, by the newest tokens. None: by the question
     alone."""
@@ -68,7 +68,7 @@ class FocusConfig:
     """Put this token in front of the dynamic prompt and of the local context unless it is there. None: do not."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk_length", "local_length", "prompt_length", "chunks_per_batch", "open_tokens"):
+        for name in ("chunk_length", "local_length", "prompt_length", "chunks_per_batch"):
             value = getattr(self, name)
             if not is_whole(value, 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
@@ -82,10 +82,12 @@ class FocusConfig:
             value = getattr(self, name)
             if value is not None and not is_whole(value, 0):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 0, or None.")
+        for name in ("open_tokens", "look_again"):
+            value = getattr(self, name)
+            if value is not None and not is_whole(value, 1):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1, or None.")
         if not is_whole(self.start_length, 0):
             raise ConfigError(f"start_length is {self.start_length!r}; it must be a whole number of at least 0.")
-        if self.look_again is not None and not is_whole(self.look_again, 1):
-            raise ConfigError(f"look_again is {self.look_again!r}; it must be a whole number of at least 1, or None.")
         if not isinstance(self.rechunk, bool):
             raise ConfigError(f"rechunk is {self.rechunk!r}; it must be True or False.")
         rows = self.refresh_rows
@@ -150,6 +152,11 @@ class FocusConfig:
         if self.far_context != "auto":
             return self
         return dataclasses.replace(self, far_context="condensed" if trained else "opened")
+
+    @property
+    def budget(self) -> int:
+        """Most tokens that are open at once."""
+        return self.chunk_length if self.open_tokens is None else self.open_tokens
 
     @property
     def is_opened(self) -> bool:

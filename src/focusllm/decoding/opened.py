@@ -81,11 +81,11 @@ def check_positions(blocks: Sequence[ChunkBlock], config: FocusConfig, max_posit
     """
     num_start = len(blocks[0].start_ids) if blocks else config.start_length
     longest = max((block.length for block in blocks), default=config.chunk_length)
-    taken = num_start + max(config.open_tokens, longest) + config.max_local_length
+    taken = num_start + max(config.budget, longest) + config.max_local_length
     if taken > max_positions:
         largest = max_positions - num_start - config.max_local_length
         raise ConfigError(
-            f"a start of {num_start} tokens, open_tokens {config.open_tokens} or a chunk of {longest}, and up to "
+            f"a start of {num_start} tokens, open_tokens {config.budget} or a chunk of {longest}, and up to "
             f"{config.max_local_length} local tokens take {taken} positions, but the base model has {max_positions}; "
             f"use an open_tokens and a chunk_length of at most {largest}."
         )
@@ -140,7 +140,7 @@ def choose(found: Looked, blocks: Sequence[ChunkBlock], config: FocusConfig) -> 
         found: as `looked` gives it.
     """
     rows = [row for block in found.tokens for row in block]
-    room, chosen = config.open_tokens, list[Piece]()
+    room, chosen = config.budget, list[Piece]()
     for chunk in found.chunks.argsort(descending=True).tolist():
         if len(rows[chunk]) <= room:
             chosen.append(Piece(chunk, 0, len(rows[chunk])))

@@ -132,7 +132,7 @@ def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place
     """
     local = config.max_local_length
     if config.is_opened:
-        return config.start_length + config.open_tokens + GrowingKV.room(local)
+        return config.start_length + config.budget + GrowingKV.room(local)
     if config.rechunk and num_new_tokens > config.max_local_length:  # the oldest of them become chunks
         alike = Counter(alike) + Counter({config.rechunk_length: num_new_tokens // config.rechunk_length})
         local, num_new_tokens = local + num_new_tokens, config.max_local_length

@@ -57,7 +57,7 @@ class Focus(Method):
     def sees(self) -> str:
         """The local context; the rest through candidates, or what is opened of it."""
         if self.config.is_opened:
-            return f"{self.budget:,} tokens of local context, and {self.config.open_tokens:,} that are opened before it"
+            return f"{self.budget:,} tokens of local context, and {self.config.budget:,} that are opened before it"
         return f"{self.budget:,} tokens of local context, all before it as candidates of chunks"
 
     def fits(self, num_tokens: int) -> str | None:
