@@ -74,19 +74,22 @@ class Focus:
 
     def turn(self, document: Sequence[int], new_tokens: int) -> Turn:
         """Read, ask, ask again."""
+        from focusllm.asking import about
         from focusllm.bench.measure import bytes_of_weights
-        from focusllm.memory.chunks import count_alike, first_blocks
+        from focusllm.memory.chunks import count_alike
         from focusllm.method.base import layout
 
-        llm, config, base = self.llm, self.llm.config, self.llm.model.base
+        llm, config, base = self.llm, self.llm.model.settings, self.llm.model.base
         read = llm.read(document)
         first = llm.ask(read, QUESTIONS[0], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         second = llm.ask(read, QUESTIONS[1], max_new_tokens=1)
-        far = count_alike(first_blocks(read.blocks, len(first.citations)))  # every far chunk is cited
+        far = count_alike(about([read], llm.tokenizer, config, QUESTIONS[0]).blocks)
         prompt = min(config.most_prompt_tokens, len(llm.frame(QUESTIONS[0])[1]))
         most = config.refresh_rows if config.decoding == "cached" else None  # of each length; the others are not read
         behind = prompt + new_tokens // 2
         rows = sum(min(count, most or count) * (length + behind) for length, count in far.items())
+        if config.is_opened:  # one token, and what is open
+            rows, prompt = min(config.budget, sum(length * count for length, count in far.items())), 0
         kv_tokens = rows + first.num_prompt_tokens
         passes = 2 if config.decoding == "exact" and far else 1  # rows, then the local context
         return Turn(
