@@ -173,8 +173,8 @@ def test_generate(focusllm, model_folder: Path, story: Path) -> None:
 def test_verify_a_model(focusllm, model_folder: Path) -> None:
     code, out, _ = focusllm("verify", model_folder)
     assert code == 0
-    assert out.count("pass  ") == 11
-    assert "11 of 11 passed" in out
+    assert out.count("pass  ") == 12
+    assert "12 of 12 passed" in out
 
 
 def test_verify_cases(focusllm) -> None:

@@ -32,7 +32,7 @@ def test_folders_keep_their_documents_apart(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.md").write_text("three")
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00binary\x00")
+    (tmp_path / "bad.txt").write_bytes(b"\x7fELF\x02\x01\x01\x00\x00\xff\xfe\x80\x00")
     corpus = read(tmp_path, tmp_path / "cache")
     tokenizer = byte_tokenizer()
     assert [tokenizer.decode(corpus.document(i)) for i in range(len(corpus))] == ["one two", "three"]

@@ -124,7 +124,7 @@ def decoder(
             paid_local = paid_local[end - len(asked.context.token_ids) : end]
         return Answer(
             text=streamer.text,
-            citations=citations(asked.context, request.paid, paid_local),
+            citations=citations(asked.context, request.paid, paid_local, condensed=request.opened is None),
             num_document_tokens=asked.num_document_tokens,
             num_prompt_tokens=num_prompt,
             num_generated_tokens=len(times),

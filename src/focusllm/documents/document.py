@@ -120,17 +120,22 @@ def divide(documents: Sequence[Document], num_own: int, boundary: Sequence[int],
     return context
 
 
-def citations(context: Context, paid: Tensor | None, paid_near: Tensor | None) -> list[Citation]:
+def citations(
+    context: Context, paid: Tensor | None, paid_near: Tensor | None, condensed: bool = True
+) -> list[Citation]:
     """What each chunk that was seen got of the attention, the most first.
 
     Args:
         paid: attention that each chunk of the far context got [R]; None: there was none, and nothing was watched.
         paid_near: attention that each of the context's tokens got in the local context [T].
+        condensed: whether a chunk of the far context is one token; then one token stands for a chunk in the local
+            context too, the one that got most.
     """
     if paid is None or paid_near is None or not context.far:
         return []
     places = [*context.far, *((near.document, near.chunk) for near in context.near)]
-    own = [paid_near[near.start : near.end].sum() for near in context.near]
+    of_near = (paid_near[near.start : near.end] for near in context.near)
+    own = [got.max() if condensed else got.sum() for got in of_near]
     weights = torch.stack([*paid[: len(context.far)], *own])  # chunks that generated text became come after
     names = iter(short_names([file for document in context.documents for file in document.files]))
     files = [[replace(file, name=next(names)) for file in document.files] for document in context.documents]
