@@ -258,6 +258,19 @@ def test_a_budget_that_the_positions_do_not_hold(llama: nn.Module) -> None:
         begin(llama, random_ids(100), random_ids(8, 4), config)
 
 
+def test_a_local_context_that_the_positions_do_not_hold(llama: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"up to 250 local tokens take 279 positions"):
+        begin(llama, random_ids(100), random_ids(250, 4), OPENED.replace(open_tokens=None))
+
+
+def test_what_auto_is() -> None:
+    config = FocusConfig()
+    assert [config.settled(trained).far_context for trained in (True, False)] == ["condensed", "opened"]
+    assert config.replace(decoding="exact").settled(False).far_context == "condensed"
+    assert FocusConfig.paper().settled(False).far_context == "condensed"
+    assert config.replace(far_context="opened").settled(True).is_opened
+
+
 def test_lookup_keys_are_small(llama: nn.Module) -> None:
     keys = LookupKeys.of(llama, Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24)
     assert keys.nbytes == 2 * 3 * 24 * (16 + 2)

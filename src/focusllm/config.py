@@ -151,7 +151,8 @@ class FocusConfig:
         """
         if self.far_context != "auto":
             return self
-        return dataclasses.replace(self, far_context="condensed" if trained else "opened")
+        condense = trained or self.decoding == "exact"  # which is a way of condensing
+        return dataclasses.replace(self, far_context="condensed" if condense else "opened")
 
     @property
     def budget(self) -> int:

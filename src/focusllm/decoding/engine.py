@@ -47,7 +47,7 @@ def start_request(
     request = Request(list(blocks), _with_bos(local_ids, config), prompt_length, heads)
     max_positions = layout(model).max_positions
     if request.blocks and config.is_opened:
-        opened.check_positions(request.blocks, config, max_positions)
+        opened.check_positions(request.blocks, config, max_positions, len(request.local_ids))
         return request
     if request.blocks:
         config.check_positions(max_positions)

@@ -73,21 +73,27 @@ def read_on(model: nn.Module, request: Request, tokens: Sequence[int]) -> Tensor
     return logits[0]
 
 
-def check_positions(blocks: Sequence[ChunkBlock], config: FocusConfig, max_positions: int) -> None:
+def check_positions(
+    blocks: Sequence[ChunkBlock], config: FocusConfig, max_positions: int, num_local_tokens: int = 0
+) -> None:
     """Check that start, what is opened and the local context stay inside a base model's positions.
+
+    Args:
+        num_local_tokens: of the local context, if it is longer than it will be kept.
 
     Raises:
         ConfigError: with the largest budget that fits.
     """
     num_start = len(blocks[0].start_ids) if blocks else config.start_length
     longest = max((block.length for block in blocks), default=config.chunk_length)
-    taken = num_start + max(config.budget, longest) + config.max_local_length
+    local = max(config.max_local_length, num_local_tokens)
+    taken = num_start + max(config.budget, longest) + local
     if taken > max_positions:
-        largest = max_positions - num_start - config.max_local_length
+        largest = max(max_positions - num_start - local, 1)
         raise ConfigError(
             f"a start of {num_start} tokens, open_tokens {config.budget} or a chunk of {longest}, and up to "
-            f"{config.max_local_length} local tokens take {taken} positions, but the base model has {max_positions}; "
-            f"use an open_tokens and a chunk_length of at most {largest}."
+            f"{local} local tokens take {taken} positions, but the base model has {max_positions}; use an open_tokens "
+            f"and a chunk_length of at most {largest}, or a smaller local_length."
         )
 
 
