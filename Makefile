@@ -9,7 +9,7 @@ OLDEST := $(VENV).oldest
 TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # The tests of what meets transformers; TESTS=tests for all.
 TESTS := $(addsuffix .py,$(addprefix tests/test_,adapter cli conformance dense engine evaluation focus generate harness \
-	llm models packed serving training))
+	heads llm models opened packed serving training windows))
 
 .PHONY: help demo test test-slow test-oldest lint check format clean
 .DEFAULT_GOAL := help

@@ -14,7 +14,7 @@ from conftest import build, byte_tokenizer
 from focusllm import FocusForCausalLM, FocusLLM, ModelError
 from focusllm.checks import heads as module
 from focusllm.checks.needles import needles
-from focusllm.huggingface.head_files import HEADS_NAME, find_heads, load_heads, save_heads
+from focusllm.huggingface.head_files import HEADS_NAME, known_heads, load_heads, save_heads
 from focusllm.memory.lookup import Heads, middle_heads
 
 HEADS = Heads(((0, 1), (2, 3)), (0, 1))
@@ -95,8 +95,11 @@ def test_files_that_do_not_fit(tmp_path: Path, llama: nn.Module, change: dict | 
     assert load_heads(llama, path) == HEADS
     path.write_text("{" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ModelError, match=message) as error:
-        find_heads(llama, "any", tmp_path)
+        load_heads(llama, path)
     assert "\n" not in str(error.value)
+    said: list[str] = []
+    assert known_heads(llama, "any", tmp_path, said.append) is None  # said, and others are used
+    assert said == [str(error.value)]
 
 
 def test_the_command(focusllm, model_folder: Path) -> None:

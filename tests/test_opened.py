@@ -14,7 +14,7 @@ from conftest import FAMILIES, SMALL, build, byte_tokenizer, random_ids
 from focusllm import ConfigError, FocusConfig, FocusForCausalLM, FocusLLM
 from focusllm.checks.conformance import widen
 from focusllm.decoding.engine import decode, prefill, start_request
-from focusllm.decoding.opened import choose
+from focusllm.decoding.opened import budget_of, choose
 from focusllm.decoding.request import Piece, Request
 from focusllm.memory.chunks import ChunkBlock, Place, document_key, encode
 from focusllm.memory.lookup import SURE_HEADS, Heads, Looked, LookupKeys, look, middle_heads
@@ -156,16 +156,16 @@ def test_neighbours_are_joined_without_their_overlap(llama: nn.Module) -> None:
     blocks = blocks_of(llama, random_ids(100))
     weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
     weights[0][1], weights[0][2] = 1.0, 2.0
-    assert choose(weighed(weights), blocks, OPENED) == [Piece(1, 0, 24), Piece(2, 4, 24)]
+    assert choose(weighed(weights), blocks, OPENED, 48) == [Piece(1, 0, 24), Piece(2, 4, 24)]
     weights[0][0] = 1.5
-    assert choose(weighed(weights), blocks, OPENED) == [Piece(0, 0, 24), Piece(2, 0, 24)]
+    assert choose(weighed(weights), blocks, OPENED, 48) == [Piece(0, 0, 24), Piece(2, 0, 24)]
 
 
 def test_a_small_budget_opens_a_part(llama: nn.Module) -> None:
     blocks = blocks_of(llama, random_ids(100))
     weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
     weights[0][2, 10:14] = 1.0
-    (piece,) = choose(weighed(weights), blocks, OPENED.replace(open_tokens=6))
+    (piece,) = choose(weighed(weights), blocks, OPENED.replace(open_tokens=6), 6)
     assert piece.chunk == 2
     assert piece.length == 6
     assert piece.first <= 10
@@ -221,7 +221,7 @@ def test_looking_again_changes_what_is_open(llama: nn.Module) -> None:
         assert torch.isfinite(logits).all()
         assert request.opened is not None
         seen.append(request.opened.looked_at)
-    assert seen == [8, 8, 11, 11, 11, 14, 14, 14, 17, 17, 17, 20]
+    assert seen == [8, 10, 10, 12, 12, 14, 14, 16, 16, 18, 18, 20]
 
 
 def test_the_local_context_becomes_chunks(llama: nn.Module) -> None:
@@ -254,13 +254,41 @@ def test_a_fork_goes_its_own_way(llama: nn.Module) -> None:
 
 def test_a_budget_that_the_positions_do_not_hold(llama: nn.Module) -> None:
     config = OPENED.replace(open_tokens=300)
-    with pytest.raises(ConfigError, match=r"open_tokens 300 .* has 256; use an open_tokens .* of at most 211"):
+    with pytest.raises(
+        ConfigError, match=r"open_tokens 300 .* model.s 256 positions; use an open_tokens of at most 211"
+    ):
         begin(llama, random_ids(100), random_ids(8, 4), config)
 
 
 def test_a_local_context_that_the_positions_do_not_hold(llama: nn.Module) -> None:
-    with pytest.raises(ConfigError, match=r"up to 250 local tokens take 279 positions"):
-        begin(llama, random_ids(100), random_ids(250, 4), OPENED.replace(open_tokens=None))
+    with pytest.raises(ConfigError, match=r"up to 255 local tokens take more .* use a smaller local_length"):
+        begin(llama, random_ids(100), random_ids(255, 4), OPENED.replace(open_tokens=None))
+
+
+def test_one_chunk_unless_told_otherwise(llama: nn.Module) -> None:
+    """However short it is; and as much of it as there are positions for."""
+    config = OPENED.replace(open_tokens=None)
+    blocks = blocks_of(llama, random_ids(90), config)  # the last one has 10 tokens
+    weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
+    weights[-1][0, 2], weights[0][1, 3] = 2.0, 1.0
+    assert choose(weighed(weights), blocks, config, budget_of(config, 200)) == [Piece(4, 0, blocks[-1].length)]
+    weights[0][1, 3] = 3.0
+    (piece,) = choose(weighed(weights), blocks, config, budget_of(config, 9))
+    assert (piece.chunk, piece.length) == (1, 9)
+
+
+def test_what_repeats_is_not_cut_where_neighbours_are_joined(llama: nn.Module) -> None:
+    blocks = blocks_of(llama, [5] * 100)
+    weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
+    weights[0][1], weights[0][2] = 1.0, 2.0
+    assert choose(weighed(weights), blocks, OPENED, 48) == [Piece(1, 0, 24), Piece(2, 4, 24)]
+
+
+def test_chunks_that_were_not_read_alike(llama: nn.Module) -> None:
+    condensed, opened = encode(llama, random_ids(48), OPENED), blocks_of(llama, random_ids(48, 1))
+    for blocks in (condensed, [*condensed, *opened]):
+        with pytest.raises(ConfigError, match="were not all read alike to be opened"):
+            start_request(llama, blocks, random_ids(8), OPENED)
 
 
 def test_what_auto_is() -> None:
@@ -269,6 +297,8 @@ def test_what_auto_is() -> None:
     assert config.replace(decoding="exact").settled(False).far_context == "condensed"
     assert FocusConfig.paper().settled(False).far_context == "condensed"
     assert config.replace(far_context="opened").settled(True).is_opened
+    with pytest.raises(ConfigError, match="decoding is 'exact', which condenses"):
+        config.replace(far_context="opened", decoding="exact")
 
 
 def test_lookup_keys_are_small(llama: nn.Module) -> None:

@@ -50,10 +50,11 @@ class FocusConfig:
     """opened: most tokens of the far context that are seen at once; whole chunks, as many as it holds, or the part of
     one that matters most. None: one chunk; each further one costs some of the answers (docs/method.md)."""
     look_again: int | None = None
-    """opened: after so many generated tokens the chunks are chosen anew, by the newest tokens. None: by the question
-    alone."""
+    """opened: after so many generated tokens the chunks are chosen anew, by the newest tokens. None: only when the
+    local context is full and its oldest tokens become chunks."""
     start_length: int = 16
-    """opened: first tokens of a text that all of its chunks are read behind, where no chat template gives a start."""
+    """opened: first tokens of a text that all of its chunks are read behind, if it is gone on with; documents are read
+    behind the chat template's head, or the tokenizer's own first token."""
     kv_dtype: KvDtype = "same"
     """How the chunks' keys and values are kept: as computed, or in 8 or 4 bits a number (less memory, less exact)."""
     kv_place: KvPlace = "auto"
@@ -93,6 +94,8 @@ class FocusConfig:
         rows = self.refresh_rows
         if rows is not None and not is_whole(rows, 1):
             raise ConfigError(f"refresh_rows is {rows!r}; it must be a whole number of at least 1, or None for all.")
+        if self.far_context == "opened" and self.decoding == "exact":
+            raise ConfigError("decoding is 'exact', which condenses, but far_context is 'opened'; use 'cached'.")
         for name, choices in CHOICES.items():
             known, value = get_args(choices), getattr(self, name)
             if value not in known:

@@ -47,7 +47,10 @@ def start_request(
     request = Request(list(blocks), _with_bos(local_ids, config), prompt_length, heads)
     max_positions = layout(model).max_positions
     if request.blocks and config.is_opened:
-        opened.check_positions(request.blocks, config, max_positions, len(request.local_ids))
+        opened.check_blocks(request.blocks)
+        longest = max(block.length for block in request.blocks)
+        num_start = len(request.blocks[0].start_ids)
+        opened.check_positions(config, max_positions, num_start, longest, len(request.local_ids))
         return request
     if request.blocks:
         config.check_positions(max_positions)
@@ -301,7 +304,8 @@ def _check_room(model: nn.Module, request: Request, config: FocusConfig) -> None
     max_positions, count = layout(model).max_positions, len(request.local_ids) + 1
     if _is_full(request, count, config):
         if config.is_opened:
-            opened.check_positions(request.blocks, config, max_positions)
+            num_start = len(request.blocks[0].start_ids) if request.blocks else config.start_length
+            opened.check_positions(config, max_positions, num_start)
             return
         config.check_positions(max_positions)
         num_new = count_chunks(count - config.local_length, config)

@@ -20,6 +20,7 @@ from focusllm.errors import ConfigError
 from focusllm.memory.chunking import split_start
 from focusllm.memory.chunks import ChunkBlock, encode
 from focusllm.memory.lookup import Looked, look, middle_heads
+from focusllm.method.base import layout
 from focusllm.method.focus import local_pass, mover
 from focusllm.method.kv import GrowingKV, Segment
 from focusllm.method.opened import lay_out, look_up, read_start
@@ -44,7 +45,7 @@ def decode(model: nn.Module, requests: Sequence[Request], config: FocusConfig) -
         opened, local_kv = request.opened, request.local_kv
         assert opened is not None
         assert local_kv is not None
-        if config.look_again is not None and len(request.local_ids) - opened.looked_at > config.look_again:
+        if config.look_again is not None and len(request.local_ids) - opened.looked_at >= config.look_again:
             request.opened = _open(model, request, config)
             _move(model, local_kv, request.opened.far.length - opened.far.length)
             opened = request.opened
@@ -74,27 +75,47 @@ def read_on(model: nn.Module, request: Request, tokens: Sequence[int]) -> Tensor
 
 
 def check_positions(
-    blocks: Sequence[ChunkBlock], config: FocusConfig, max_positions: int, num_local_tokens: int = 0
+    config: FocusConfig, max_positions: int, num_start: int, longest: int | None = None, num_local: int = 0
 ) -> None:
     """Check that start, what is opened and the local context stay inside a base model's positions.
 
     Args:
-        num_local_tokens: of the local context, if it is longer than it will be kept.
+        num_start: tokens of the shared start. longest: of the chunks; None: as configured.
+        num_local: tokens of the local context, if it is longer than it will be kept.
 
     Raises:
-        ConfigError: with the largest budget that fits.
+        ConfigError: with the largest budget or chunk that fits.
     """
-    num_start = len(blocks[0].start_ids) if blocks else config.start_length
-    longest = max((block.length for block in blocks), default=config.chunk_length)
-    local = max(config.max_local_length, num_local_tokens)
-    taken = num_start + max(config.budget, longest) + local
-    if taken > max_positions:
-        largest = max(max_positions - num_start - local, 1)
+    local, longest = max(config.max_local_length, num_local), config.chunk_length if longest is None else longest
+    room = max_positions - num_start - local
+    if budget_of(config, room) > room or room < 1:
+        fits = f"an open_tokens of at most {room}" if room > 0 else "a smaller local_length"
         raise ConfigError(
-            f"a start of {num_start} tokens, open_tokens {config.budget} or a chunk of {longest}, and up to "
-            f"{local} local tokens take {taken} positions, but the base model has {max_positions}; use an open_tokens "
-            f"and a chunk_length of at most {largest}, or a smaller local_length."
+            f"a start of {num_start} tokens, open_tokens {budget_of(config, room)} and up to {local} local tokens take "
+            f"more than the base model's {max_positions} positions; use {fits}."
         )
+    room = max_positions - num_start - config.most_prompt_tokens
+    if longest > room:
+        raise ConfigError(
+            f"a start of {num_start} tokens, a chunk of {longest} and a question of {config.most_prompt_tokens} take "
+            f"more than the base model's {max_positions} positions; use a chunk_length of at most {max(room, 1)}."
+        )
+
+
+def check_blocks(blocks: Sequence[ChunkBlock]) -> None:
+    """Check that chunks can be opened together.
+
+    Raises:
+        ConfigError: some were read to be condensed, or behind other starts, or are chosen by other heads.
+    """
+    hows = {(block.start_ids, block.lookup.heads if block.lookup is not None else None) for block in blocks}
+    if len(hows) > 1 or any(heads is None for _, heads in hows):
+        raise ConfigError("the documents were not all read alike to be opened; read them again, all by one model.")
+
+
+def budget_of(config: FocusConfig, room: int) -> int:
+    """How many tokens are open at most: by default one chunk, or what of it there are positions for."""
+    return max(min(config.chunk_length, room), 1) if config.open_tokens is None else config.open_tokens
 
 
 def more_chunks(model: nn.Module, request: Request, token_ids: Sequence[int], config: FocusConfig) -> list[ChunkBlock]:
@@ -110,10 +131,13 @@ def more_chunks(model: nn.Module, request: Request, token_ids: Sequence[int], co
 
 def _open(model: nn.Module, request: Request, config: FocusConfig) -> Opened:
     """Look up what the newest local tokens ask for, and open it."""
-    pieces = choose(looked(model, request, config), request.blocks, config)
+    start, num_start = request.blocks[0].start, len(request.blocks[0].start_ids)
+    local = max(config.max_local_length, len(request.local_ids))
+    budget = budget_of(config, layout(model).max_positions - num_start - local)
+    pieces = choose(looked(model, request, config), request.blocks, config, budget)
     if request.opened is not None and pieces == request.opened.pieces:
         return replace(request.opened, looked_at=len(request.local_ids))
-    start, num_start, found = request.blocks[0].start, len(request.blocks[0].start_ids), []
+    found = []
     for piece in pieces:
         block, row = _row(request.blocks, piece.chunk)
         found.append((block.rows(model, row, row + 1).tokens(piece.first, piece.stop), num_start + piece.first))
@@ -136,25 +160,27 @@ def looked(model: nn.Module, request: Request, config: FocusConfig) -> Looked:
     return look(keys, asked, start)
 
 
-def choose(found: Looked, blocks: Sequence[ChunkBlock], config: FocusConfig) -> list[Piece]:
+def choose(found: Looked, blocks: Sequence[ChunkBlock], config: FocusConfig, budget: int) -> list[Piece]:
     """What to open, in the order of the text: the chunks with the most weight, as many as the budget holds.
 
     Of a chunk that is larger than the budget, the part around its most important tokens. Where neighbours are open,
     the second leaves out what both have in common.
 
     Args:
-        found: as `looked` gives it.
+        found: as `looked` gives it. budget: most tokens; without one of its own (`open_tokens`) for one chunk alone.
     """
     rows = [row for block in found.tokens for row in block]
-    room, chosen = config.budget, list[Piece]()
+    room, chosen = budget, list[Piece]()
     for chunk in found.chunks.argsort(descending=True).tolist():
         if len(rows[chunk]) <= room:
             chosen.append(Piece(chunk, 0, len(rows[chunk])))
             room -= len(rows[chunk])
+            if config.open_tokens is None:
+                break
         elif not chosen:
             chosen.append(_around(rows[chunk], chunk, room))
             break
-    return _joined(sorted(chosen, key=lambda piece: piece.chunk), blocks)
+    return _joined(sorted(chosen, key=lambda piece: piece.chunk), blocks, config.overlap)
 
 
 def _around(weights: Tensor, chunk: int, length: int) -> Piece:
@@ -165,23 +191,18 @@ def _around(weights: Tensor, chunk: int, length: int) -> Piece:
     return Piece(chunk, first, first + length)
 
 
-def _joined(pieces: list[Piece], blocks: Sequence[ChunkBlock]) -> list[Piece]:
+def _joined(pieces: list[Piece], blocks: Sequence[ChunkBlock], overlap: int) -> list[Piece]:
     """The same without what a chunk has in common with the one before it, where both are open."""
     found: list[Piece] = []
     for piece in pieces:
         before = found[-1] if found else None
         if before is not None and before.chunk == piece.chunk - 1:
-            common = _common(_ids(blocks, before.chunk)[: before.stop], _ids(blocks, piece.chunk))
+            end = _ids(blocks, before.chunk)[: before.stop][-overlap:] if overlap else []
+            common = overlap if end == _ids(blocks, piece.chunk)[:overlap] else 0  # else of another text
             piece = Piece(piece.chunk, max(piece.first, common), piece.stop)
         if piece.length > 0:
             found.append(piece)
     return found
-
-
-def _common(before: list[int], after: list[int]) -> int:
-    """How many tokens the one ends with and the other begins with."""
-    lengths = range(min(len(before), len(after)), 0, -1)
-    return next((length for length in lengths if before[-length:] == after[:length]), 0)
 
 
 def _ids(blocks: Sequence[ChunkBlock], chunk: int) -> list[int]:

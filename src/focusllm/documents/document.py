@@ -52,7 +52,8 @@ class Document:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held in memory."""
-        return sum(block.kv.nbytes for block in self.blocks)
+        looked = (block.lookup.nbytes for block in self.blocks if block.lookup is not None)
+        return sum(block.kv.nbytes for block in self.blocks) + sum(looked)
 
     @property
     def is_to_be_opened(self) -> bool:

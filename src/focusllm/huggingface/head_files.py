@@ -1,9 +1,11 @@
-"""Files of look-up heads: beside a saved model, in the package for the embedded ones, in the cache for any other."""
+"""Files of look-up heads: beside a saved model, in the cache for any other."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from focusllm.memory.lookup import Heads, choosing_layers
 from focusllm.method.base import layout
 
 HEADS_NAME = "lookup_heads.json"
-BOXED = Path(__file__).parent.parent / "heads"
 
 
 def save_heads(model: nn.Module, heads: Heads, path: Path, found: dict[str, Any] | None = None) -> None:
@@ -61,16 +62,19 @@ def cached_path(model: nn.Module, name: str) -> Path:
     return cache_folder() / "heads" / f"{digest}.json"
 
 
-def find_heads(model: nn.Module, name: str, folder: Path) -> Heads | None:
-    """The look-up heads of a model, from its folder, the package or the cache; None: they were not looked for yet.
+def known_heads(
+    model: nn.Module, name: str, folder: Path, notify: Callable[[str], None] = lambda _: None
+) -> Heads | None:
+    """The look-up heads of a model, from its folder or the cache; None: they were not looked for yet.
 
     Args:
-        name: the model, as it was asked for. folder: where it lies, if it lies in one.
-
-    Raises:
-        ModelError: a file that is damaged, or of another model.
+        name: the model, as it was asked for. folder: where it, or what was saved with it, lies.
+        notify: told of a file that is damaged or of another model; it is not used.
     """
-    for path in (folder / HEADS_NAME, BOXED / f"{name.lower()}.json", cached_path(model, name)):
-        if path.is_file():
-            return load_heads(model, path)
+    for path in (folder / HEADS_NAME, cached_path(model, name)):
+        if os.path.isfile(path):
+            try:
+                return load_heads(model, path)
+            except ModelError as error:
+                notify(str(error))
     return None

@@ -14,6 +14,7 @@ from focusllm.config import FocusConfig
 from focusllm.errors import ConfigError, ModelError, first_line
 from focusllm.huggingface.adapter_files import may_be_on_hub
 from focusllm.huggingface.embedded import boxed_adapter
+from focusllm.huggingface.head_files import HEADS_NAME
 from focusllm.json_text import parse_json
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -136,7 +137,9 @@ def saved_folder(model: str | Path, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(model), revision=revision, allow_patterns=[SETTINGS_NAME, f"{ADAPTER_FOLDER}/*"])
+            snapshot_download(
+                str(model), revision=revision, allow_patterns=[SETTINGS_NAME, HEADS_NAME, f"{ADAPTER_FOLDER}/*"]
+            )
         )
     except Exception:  # no such repository, no hub: loading the model will say so
         return Path(model)

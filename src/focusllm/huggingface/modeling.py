@@ -20,12 +20,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from focusllm.config import FocusConfig
 from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.decoding.opened import check_positions as check_opened
 from focusllm.decoding.request import Request
 from focusllm.errors import ConfigError, DocumentError, ModelError
 from focusllm.files import give_usual_modes
 from focusllm.huggingface.adapter_files import load_adapter, save_adapter
 from focusllm.huggingface.embedded import cache_folder, public_name
-from focusllm.huggingface.head_files import HEADS_NAME, find_heads, save_heads
+from focusllm.huggingface.head_files import HEADS_NAME, known_heads, save_heads
 from focusllm.huggingface.loading import (
     ADAPTER_FOLDER,
     GENERATE_NAME,
@@ -156,6 +157,21 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         """Settings with what they leave open as it is best for this model."""
         return config.settled(self.adapter_config is not None)
 
+    def check_positions(self, num_start: int | None = None) -> None:
+        """Check that the settings stay inside the base model's positions.
+
+        Args:
+            num_start: tokens of the start that chunks to be opened are read behind; None: as configured.
+
+        Raises:
+            ConfigError: naming the settings and what would fit.
+        """
+        config, most = self.settings, layout(self.base).max_positions
+        if config.is_opened:
+            check_opened(config, most, config.start_length if num_start is None else num_start)
+        else:
+            config.check_positions(most)
+
     @property
     def lookup_heads(self) -> Heads:
         """The heads by which chunks are chosen: those that were found for the model, else some of its middle layers."""
@@ -268,6 +284,8 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         config = self.settled(config or self.focus_config)
         config = config if store is None else config.replace(kv_place="disk")
         start_ids = start_ids if config.is_opened else ()
+        if config.is_opened:
+            check_opened(config, layout(self.base).max_positions, len(start_ids))
         name = document_key(self.base, token_ids, config, start_ids) if store else None
         try:
             written = sum(path.stat().st_size for path in folder.glob(f"{name}-*.rows")) if name else 0
@@ -387,7 +405,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(base, focus_config)
         if adapter is not None:
             model.load_candidates(adapter)
-        model.found_heads = find_heads(base, str(name), Path(name))
+        model.found_heads = known_heads(base, str(name), saved_folder(name, revision))
         return model
 
     @classmethod
@@ -410,5 +428,5 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             model = cls(base, focus_config)
             if adapter is not None and model.adapter_config is None:
                 model.load_candidates(adapter)
-            model.found_heads = find_heads(base, name, folder)
+            model.found_heads = known_heads(base, name, folder)
         return model

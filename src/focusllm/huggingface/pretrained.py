@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from focusllm.config import FocusConfig
 from focusllm.errors import ModelError, first_line
 from focusllm.huggingface.embedded import resolve_model
-from focusllm.huggingface.head_files import find_heads
+from focusllm.huggingface.head_files import known_heads
 from focusllm.huggingface.loading import (
     UNTRAINED,
     computing_dtype,
@@ -21,9 +21,9 @@ from focusllm.huggingface.loading import (
     on_device,
     parse_device,
     parse_dtype,
+    saved_folder,
 )
 from focusllm.huggingface.modeling import FocusForCausalLM
-from focusllm.method.base import layout
 from focusllm.method.packed import is_packed_by_default, pack
 
 
@@ -43,8 +43,8 @@ def load(
     found, config = find_saved(model, path, adapter, config)
     config = config.replace(**settings)
     loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
-    loaded.found_heads = find_heads(loaded.base, str(model), Path(path))
-    loaded.focus_config.check_positions(layout(loaded.base).max_positions)
+    loaded.found_heads = known_heads(loaded.base, str(model), saved_folder(path, None), notify)
+    loaded.check_positions()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a damaged or newer tokenizer.json raises a bare one

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from focusllm.config import FocusConfig
@@ -213,7 +214,9 @@ def encode(
         assert block is not None
         blocks.append(block)
         if lookup is not None and not is_known and (kept := _lookup_path(store)) is not None:
-            with suppress(OSError):  # a disk that is full or cannot be written to: they are made anew the next time
+            with suppress(
+                OSError, SafetensorError
+            ):  # a disk that is full or cannot be written to: they are made anew the next time
                 lookup.save(kept, place.name or "")
     return blocks
 

@@ -27,7 +27,7 @@ from focusllm.method.base import layout
 from focusllm.method.kv import KV
 from focusllm.method.opened import Start
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 8
 """Chunks that are brought at once for their keys."""
 SURE_HEADS = 4
 """Heads that a chunk is weighed by: those that pay it most."""

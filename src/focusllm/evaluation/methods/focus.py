@@ -43,7 +43,7 @@ class Focus(Method):
         super().__init__(llm, chunks, **options)
         self.config = llm.model.settled(llm.config.replace(**options))
         if self.config.is_opened:
-            opened.check_positions([], self.config, self.window)
+            opened.check_positions(self.config, self.window, self.config.start_length)
         else:
             self.config.check_positions(self.window)
         if self.config.kv_place not in ("auto", "device"):
@@ -76,7 +76,7 @@ class Focus(Method):
     def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
         """Read what is not known of the far text, then the local context."""
         start, far, local, prompt_length = self.divide(prompt)
-        request = start_request(self.base, self._blocks(far, start), local, self.config, prompt_length)
+        request = start_request(self.base, self._blocks(far, start), local, self.config, prompt_length, self.heads)
         logits = prefill(self.base, request, self.config)[-1]
         return logits, lambda token: decode(self.base, [request], [token], self.config)[0]
 
