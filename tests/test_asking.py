@@ -49,7 +49,7 @@ def test_the_boundary_counts_in_the_local_context(tiny_llm: FocusLLM) -> None:
 
 
 def test_the_end_of_a_document_can_be_cited(tiny_llm: FocusLLM) -> None:
-    """It gets what its tokens in the local context get of the attention, measured as a candidate's is."""
+    """It gets what the most attended of its tokens gets in the local context, measured as a candidate's is."""
     documents = [tiny_llm.read_text(TEXT, name="a"), tiny_llm.read_text(TEXT[:50] * 2, name="b")]
     answer = tiny_llm.ask(documents, "What?", max_new_tokens=1)
     found = {(c.document_index, c.chunk): c for c in answer.citations}
@@ -65,8 +65,8 @@ def test_the_end_of_a_document_can_be_cited(tiny_llm: FocusLLM) -> None:
     assert 0 < local.sum() < 3  # at most 1 a layer
     near = asked.context.near[-1]
     before = len(asked.input_ids) - asked.num_behind - len(asked.context.token_ids)
-    own = local[before + near.start : before + near.end].sum()
-    seen = sum(local[before + n.start : before + n.end].sum() for n in asked.context.near) + paid.sum()
+    own = local[before + near.start : before + near.end].max()
+    seen = sum(local[before + n.start : before + n.end].max() for n in asked.context.near) + paid.sum()
     assert found[near.document, near.chunk].weight == pytest.approx(float(own / seen), rel=1e-4)
     assert sum(c.weight for c in answer.citations) == pytest.approx(1)
 

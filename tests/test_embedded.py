@@ -403,7 +403,7 @@ def write_tiny_gguf(path: Path) -> np.ndarray:
     writer = gguf.GGUFWriter(path, "qwen2")
     hidden, wide, random = 64, 32, np.random.default_rng(0)
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", *specials]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd", *specials]
     writer.add_block_count(1)
     writer.add_context_length(512)
     writer.add_embedding_length(hidden)
@@ -415,11 +415,11 @@ def write_tiny_gguf(path: Path) -> np.ndarray:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3] * 3)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(259)
-    writer.add_bos_token_id(257)
-    writer.add_pad_token_id(257)
+    writer.add_token_types([1] * 258 + [3] * 3)
+    writer.add_token_merges(["a b", "c d"])  # one alone is no list to transformers 5.17
+    writer.add_eos_token_id(260)
+    writer.add_bos_token_id(258)
+    writer.add_pad_token_id(258)
     writer.add_chat_template("{{ messages[0].content }}")
     fine = random.normal(size=(len(tokens), hidden)).astype(np.float32)
     writer.add_tensor("token_embd.weight", fine.round(1))
@@ -443,7 +443,7 @@ def test_from_wheels_to_the_format_of_the_hub(
     pip: None, cache: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fine = write_tiny_gguf(tmp_path / "tiny.gguf")
-    tiny = replace(module.QWEN, parts=module.QWEN.parts[:2], eos_token_ids=(259, 257))
+    tiny = replace(module.QWEN, parts=module.QWEN.parts[:2], eos_token_ids=(260, 258))
     tiny = write_wheels(index, tiny, (tmp_path / "tiny.gguf").read_bytes())
     monkeypatch.setitem(module.MODELS, tiny.alias, tiny)
     folder = Path(module.resolve_model(tiny.alias))
@@ -453,11 +453,11 @@ def test_from_wheels_to_the_format_of_the_hub(
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
-    assert loaded.generation_config.eos_token_id == [259, 257]
+    assert loaded.generation_config.eos_token_id == [260, 258]
     assert loaded.config.max_position_embeddings == 512
     assert loaded.config.rope_parameters["rope_theta"] == 1e6
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer("ab<|im_end|>").input_ids == [256, 259]
+    assert tokenizer("ab<|im_end|>").input_ids == [256, 260]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
     assert {path.name for path in cache.iterdir()} == {".lock", tiny.alias}
 
