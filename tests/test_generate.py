@@ -296,9 +296,8 @@ def test_settings_and_projections_come_from_the_hub_too(
         "huggingface_hub.snapshot_download", lambda name, **more: asked.append((name, more)) or str(tmp_path)
     )
     loaded = FocusForCausalLM.from_pretrained("owner/model", revision="v2")
-    assert asked == [
-        ("owner/model", {"revision": "v2", "allow_patterns": ["focus_settings.json", "candidate_projections/*"]})
-    ]
+    wanted = ["focus_settings.json", "lookup_heads.json", "candidate_projections/*"]
+    assert asked == [("owner/model", {"revision": "v2", "allow_patterns": wanted})]
     assert loaded.focus_config == SMALL
     torch.testing.assert_close(loaded(TEXT).logits, model(TEXT).logits, rtol=1e-5, atol=1e-5)
 

@@ -396,7 +396,9 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
             AdapterError: the candidate projections do not fit.
         """
         name, revision = pretrained_model_name_or_path, kwargs.get("revision")
-        adapter, focus_config = find_saved(name, name, adapter, focus_config, revision)
+        looks = adapter is None or focus_config is None  # else the hub need not be asked
+        folder = saved_folder(name, revision) if looks else Path(name)
+        adapter, focus_config = find_saved(name, folder, adapter, focus_config)
         try:
             base = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:  # a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
@@ -405,7 +407,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(base, focus_config)
         if adapter is not None:
             model.load_candidates(adapter)
-        model.found_heads = known_heads(base, str(name), saved_folder(name, revision))
+        model.found_heads = known_heads(base, str(name), folder)
         return model
 
     @classmethod

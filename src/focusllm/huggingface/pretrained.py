@@ -40,10 +40,11 @@ def load(
     """Model and tokenizer, ready to compute; for the arguments see `FocusLLM.from_pretrained`."""
     dtype, device = parse_dtype(dtype), parse_device(device)  # refused before anything is fetched
     path = resolve_model(model, notify)
-    found, config = find_saved(model, path, adapter, config)
+    folder = saved_folder(path, None)
+    found, config = find_saved(model, folder, adapter, config)
     config = config.replace(**settings)
     loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
-    loaded.found_heads = known_heads(loaded.base, str(model), saved_folder(path, None), notify)
+    loaded.found_heads = known_heads(loaded.base, str(model), folder, notify)
     loaded.check_positions()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
