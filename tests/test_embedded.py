@@ -465,6 +465,7 @@ def test_from_wheels_to_the_format_of_the_hub(
 # --- the real one -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_embedded_model_verifies(embedded: FocusLLM) -> None:
     assert not [check for check in verify(embedded.model.base) if not check.passed]
 
