@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from focusllm.config import FocusConfig
-from focusllm.decoding.opened import check_positions as check_opened
+from focusllm.decoding.opened import check_settings
 from focusllm.huggingface.adapter_files import read_adapter_config
 from focusllm.huggingface.embedded import ADAPTERS, resolve_model
 from focusllm.huggingface.loading import cannot_load, computing_dtype, find_saved, parse_device, parse_dtype
@@ -51,10 +51,7 @@ def describe(
     except Exception as error:
         raise cannot_load(model, error) from error
     found = layout(skeleton)
-    if config.is_opened:
-        check_opened(config, found.max_positions, config.start_length)
-    else:
-        config.check_positions(found.max_positions)
+    check_settings(config, found.max_positions)
     adapter_config: AdapterConfig | None = None
     weights = sum(parameter.nbytes for parameter in skeleton.parameters())
     if source is not None:

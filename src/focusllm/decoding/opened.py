@@ -74,6 +74,18 @@ def read_on(model: nn.Module, request: Request, tokens: Sequence[int]) -> Tensor
     return logits[0]
 
 
+def check_settings(config: FocusConfig, max_positions: int) -> None:
+    """Check that settled settings stay inside a base model's positions, opened or condensed, before there is a text.
+
+    Raises:
+        ConfigError: naming the settings and what would fit.
+    """
+    if config.is_opened:
+        check_positions(config, max_positions, config.start_length)
+    else:
+        config.check_positions(max_positions)
+
+
 def check_positions(
     config: FocusConfig, max_positions: int, num_start: int, longest: int | None = None, num_local: int = 0
 ) -> None:

@@ -157,21 +157,6 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         """Settings with what they leave open as it is best for this model."""
         return config.settled(self.adapter_config is not None)
 
-    def check_positions(self, num_start: int | None = None) -> None:
-        """Check that the settings stay inside the base model's positions.
-
-        Args:
-            num_start: tokens of the start that chunks to be opened are read behind; None: as configured.
-
-        Raises:
-            ConfigError: naming the settings and what would fit.
-        """
-        config, most = self.settings, layout(self.base).max_positions
-        if config.is_opened:
-            check_opened(config, most, config.start_length if num_start is None else num_start)
-        else:
-            config.check_positions(most)
-
     @property
     def lookup_heads(self) -> Heads:
         """The heads by which chunks are chosen: those that were found for the model, else some of its middle layers."""

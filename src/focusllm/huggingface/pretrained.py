@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from focusllm.config import FocusConfig
+from focusllm.decoding.opened import check_settings
 from focusllm.errors import ModelError, first_line
 from focusllm.huggingface.embedded import resolve_model
 from focusllm.huggingface.head_files import known_heads
@@ -24,6 +25,7 @@ from focusllm.huggingface.loading import (
     saved_folder,
 )
 from focusllm.huggingface.modeling import FocusForCausalLM
+from focusllm.method.base import layout
 from focusllm.method.packed import is_packed_by_default, pack
 
 
@@ -45,7 +47,7 @@ def load(
     config = config.replace(**settings)
     loaded = FocusForCausalLM.from_pretrained(path, focus_config=config, adapter=found or UNTRAINED, dtype=dtype)
     loaded.found_heads = known_heads(loaded.base, str(model), folder, notify)
-    loaded.check_positions()
+    check_settings(loaded.settings, layout(loaded.base).max_positions)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a damaged or newer tokenizer.json raises a bare one

@@ -42,10 +42,7 @@ class Focus(Method):
     def __init__(self, llm: FocusLLM, chunks: LastText | None = None, **options: Any):
         super().__init__(llm, chunks, **options)
         self.config = llm.model.settled(llm.config.replace(**options))
-        if self.config.is_opened:
-            opened.check_positions(self.config, self.window, self.config.start_length)
-        else:
-            self.config.check_positions(self.window)
+        opened.check_settings(self.config, self.window)
         if self.config.kv_place not in ("auto", "device"):
             raise ConfigError(
                 f"kv_place is {self.config.kv_place!r}, but what is measured is kept on the device; leave it out."
