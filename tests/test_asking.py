@@ -289,3 +289,20 @@ def test_command_line(focusllm, model_folder: Path, tmp_path: Path, monkeypatch:
     code, _, err = focusllm("ask", "a/x.txt", *common, "-q", "Why?", "--template-arg", "thinking")
     assert code == 2
     assert "--template-arg 'thinking' is not NAME=VALUE" in err
+
+
+def test_switches_that_change_what_opened_chunks_stand_behind(tiny_llm: FocusLLM) -> None:
+    """Such a switch needs a document that was read with it; one that changes nothing there does not."""
+    tiny_llm.tokenizer.chat_template = (
+        "{% if quiet is defined and quiet %}[quiet]{% endif %}[user]{{ messages[0].content }}[end]"
+        "{% if short is defined and short %}[short]{% endif %}"
+    )
+    tiny_llm.model.focus_config = tiny_llm.config.replace(far_context="opened", open_tokens=48)
+    plain = tiny_llm.read_text(TEXT)
+    quiet = tiny_llm.read_text(TEXT, template_kwargs={"quiet": True})
+    assert plain.blocks[0].start_ids != quiet.blocks[0].start_ids
+    tiny_llm.ask(plain, "What?", max_new_tokens=1, template_kwargs={"short": True})
+    tiny_llm.ask(quiet, "What?", max_new_tokens=1, template_kwargs={"quiet": True, "short": True})
+    for document, switches in ((plain, {"quiet": True}), (quiet, {})):
+        with pytest.raises(ConfigError, match="read it with the same template_kwargs"):
+            tiny_llm.ask(document, "What?", max_new_tokens=1, template_kwargs=switches)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from conftest import FAMILIES, SMALL, build, byte_tokenizer, random_ids
 from focusllm import ConfigError, FocusConfig, FocusForCausalLM, FocusLLM
 from focusllm.checks.conformance import widen
+from focusllm.decoding import opened
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.decoding.opened import budget_of, choose
-from focusllm.decoding.request import Piece, Request
+from focusllm.decoding.request import OpenSpan, Request
 from focusllm.memory.chunks import ChunkBlock, Place, document_key, encode
 from focusllm.memory.lookup import SURE_HEADS, Heads, Looked, LookupKeys, look, middle_heads
-from focusllm.method.opened import look_up, opened_logits, read_start
+from focusllm.method.opened import Start, look_up, opened_logits, read_start
 
 OPENED = SMALL.replace(far_context="opened", open_tokens=48, chunk_overlap=4)
 START = random_ids(5, seed=9)
@@ -66,15 +67,21 @@ def blocks_of(model: nn.Module, ids: Sequence[int], config: FocusConfig = OPENED
     return encode(model, ids, config, start=read_start(model, START), heads=middle_heads(model))
 
 
-def begin(model: nn.Module, ids: list[int], local: list[int], config: FocusConfig = OPENED) -> tuple[Request, Tensor]:
-    request = start_request(model, blocks_of(model, ids, config), local, config)
+def begin(
+    model: nn.Module,
+    ids: list[int],
+    local: list[int],
+    config: FocusConfig = OPENED,
+    prompt_length: int | None = None,
+) -> tuple[Request, Tensor]:
+    request = start_request(model, blocks_of(model, ids, config), local, config, prompt_length)
     return request, prefill(model, request, config)[-1]
 
 
 def open_ids(request: Request) -> list[list[int]]:
     assert request.opened is not None
     found = []
-    for piece in request.opened.pieces:
+    for piece in request.opened.spans:
         rows = [row for block in request.blocks for row in block.token_ids.tolist()]
         found.append(rows[piece.chunk][piece.first : piece.stop])
     return found
@@ -129,11 +136,12 @@ def test_a_request_is_the_definition(llama: nn.Module) -> None:
         want = dense(llama, START, pieces, request.local_ids)[-1]
         torch.testing.assert_close(logits, want, atol=2e-4, rtol=0)
         logits = decode(llama, [request], [int(logits.argmax())], config)[0]
-    assert request.paid is not None
-    assert request.paid_local is not None
-    opened = {piece.chunk for piece in request.opened.pieces}  # type: ignore[union-attr]
-    assert set(request.paid.nonzero()[:, 0].tolist()) == opened
-    assert len(request.paid_local) == len(local)
+    assert len(request.watched) == 6
+    for step in request.watched:
+        assert [span.length for span in step.spans] == [len(piece) for piece in pieces]
+        assert len(step.opened) == sum(map(len, pieces))
+        assert len(step.local) == len(local)
+        assert 0 < step.opened.sum() + step.local.sum() <= len(request.blocks[0].lookup_layers)  # at most 1 a layer
 
 
 def test_requests_of_unequal_length_together(llama: nn.Module) -> None:
@@ -156,9 +164,9 @@ def test_neighbours_are_joined_without_their_overlap(llama: nn.Module) -> None:
     blocks = blocks_of(llama, random_ids(100))
     weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
     weights[0][1], weights[0][2] = 1.0, 2.0
-    assert choose(weighed(weights), blocks, OPENED, 48) == [Piece(1, 0, 24), Piece(2, 4, 24)]
+    assert choose(weighed(weights), blocks, OPENED, 48) == [OpenSpan(1, 0, 24), OpenSpan(2, 4, 24)]
     weights[0][0] = 1.5
-    assert choose(weighed(weights), blocks, OPENED, 48) == [Piece(0, 0, 24), Piece(2, 0, 24)]
+    assert choose(weighed(weights), blocks, OPENED, 48) == [OpenSpan(0, 0, 24), OpenSpan(2, 0, 24)]
 
 
 def test_a_small_budget_opens_a_part(llama: nn.Module) -> None:
@@ -208,7 +216,7 @@ def test_what_is_asked_for_is_chosen(llama: nn.Module) -> None:
     request = start_request(llama, blocks, question, config)
     prefill(llama, request, config)
     assert request.opened is not None
-    assert [piece.chunk for piece in request.opened.pieces] == [2]
+    assert [piece.chunk for piece in request.opened.spans] == [2]
 
 
 def test_looking_again_changes_what_is_open(llama: nn.Module) -> None:
@@ -271,7 +279,7 @@ def test_one_chunk_unless_told_otherwise(llama: nn.Module) -> None:
     blocks = blocks_of(llama, random_ids(90), config)  # the last one has 10 tokens
     weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
     weights[-1][0, 2], weights[0][1, 3] = 2.0, 1.0
-    assert choose(weighed(weights), blocks, config, budget_of(config, 200)) == [Piece(4, 0, blocks[-1].length)]
+    assert choose(weighed(weights), blocks, config, budget_of(config, 200)) == [OpenSpan(4, 0, blocks[-1].length)]
     weights[0][1, 3] = 3.0
     (piece,) = choose(weighed(weights), blocks, config, budget_of(config, 9))
     assert (piece.chunk, piece.length) == (1, 9)
@@ -281,7 +289,7 @@ def test_what_repeats_is_not_cut_where_neighbours_are_joined(llama: nn.Module) -
     blocks = blocks_of(llama, [5] * 100)
     weights = [torch.zeros(block.num_chunks, block.length) for block in blocks]
     weights[0][1], weights[0][2] = 1.0, 2.0
-    assert choose(weighed(weights), blocks, OPENED, 48) == [Piece(1, 0, 24), Piece(2, 4, 24)]
+    assert choose(weighed(weights), blocks, OPENED, 48) == [OpenSpan(1, 0, 24), OpenSpan(2, 4, 24)]
 
 
 def test_chunks_that_were_not_read_alike(llama: nn.Module) -> None:
@@ -377,3 +385,33 @@ def test_documents_are_asked_as_they_were_read() -> None:
     model.focus_config = model.focus_config.replace(far_context="condensed")
     with pytest.raises(ConfigError, match=r"was read to be opened.* read it again"):
         llm.ask(document, "What?", max_new_tokens=4)
+
+
+def test_the_question_goes_on_choosing(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When generated tokens push it out of the local context, it is still looked for, with the newest ones."""
+    asked: list[list[int]] = []
+    kept = opened.look_up
+
+    def spy(model: nn.Module, start: Start | None, question: Tensor, *more: Any) -> Any:
+        asked.append(question.tolist())
+        return kept(model, start, question, *more)
+
+    monkeypatch.setattr(opened, "look_up", spy)
+    config = OPENED.replace(look_again=3, local_length=12)
+    local = random_ids(10, 4)
+    for prompt_length in (6, None):
+        asked.clear()
+        request, _ = begin(llama, random_ids(100), local, config, prompt_length)
+        new = random_ids(config.rechunk_length + 12, 8)
+        for token in new:
+            decode(llama, [request], [token], config)
+        assert request.num_chunks > 5
+        question = local[-6:] if prompt_length else []
+        assert asked[0] == (question or local[-config.prompt_length :])
+        most = prompt_length or config.prompt_length
+        for found in asked[1:]:
+            assert found[: len(question)] == question
+            newest = found[len(question) :]
+            assert 0 < len(newest) <= most
+            assert any(new[i : i + len(newest)] == newest for i in range(len(new))) or not question
+        assert len(asked[-1]) == len(question) + most

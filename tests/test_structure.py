@@ -25,7 +25,7 @@ ROOMS = {
     "decoding": ["refresh", "request", "opened", "engine"],
     "documents": [
         *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers", "folders", "sources"),  # files
-        *("detokenizer", "text", "answer", "document"),  # tokens
+        *("detokenizer", "text", "words", "sentences", "answer", "document", "citing"),  # tokens
     ],
     "huggingface": [
         *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
@@ -55,7 +55,7 @@ ORDER = [
 WITHOUT_TORCH = [
     *("errors", "json_text", "options", "files", "machine", "config", "plots", "memory.chunking"),
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
-    *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text")),
+    *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text", "words", "sentences")),
     "huggingface.embedded",
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from focusllm.config import FocusConfig
-from focusllm.documents.answer import Answer, AnswerStreamer
-from focusllm.documents.document import Context, Document, citations, divide
-from focusllm.documents.text import BETWEEN_DOCUMENTS, encode_ids, frame_question
+from focusllm.decoding.request import Request
+from focusllm.documents.answer import Answer, AnswerStreamer, Citation, Sentence
+from focusllm.documents.citing import cite_chunks, cite_sentences
+from focusllm.documents.document import Context, Document, divide, words_of
+from focusllm.documents.text import BETWEEN_DOCUMENTS, encode_ids, frame_ids, frame_question
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
 from focusllm.memory.chunks import ChunkBlock
@@ -37,6 +40,8 @@ class Asked:
     context: Context
     num_behind: int
     """Tokens of the local context behind the documents'."""
+    word_scores: torch.Tensor | None = None
+    """What the question's words are worth in each chunk [R]."""
 
 
 def frame(
@@ -68,16 +73,41 @@ def about(
     """A question about documents.
 
     Raises:
-        ConfigError: no documents. And what `frame` raises.
+        ConfigError: no documents, or some that were read with other switches of the chat template. And what `frame`
+            raises.
     """
     if not documents:
         raise ConfigError("there are no documents; read at least one.")
     before, after = frame(tokenizer, config, question, template_kwargs)
     context = divide(documents, len(before) + len(after), encode_ids(tokenizer, BETWEEN_DOCUMENTS), config)
     num_tokens = sum(document.num_tokens for document in documents)
-    start = [] if context.blocks and context.blocks[0].start is not None else before  # it stands before opened chunks
-    input_ids = [*start, *context.token_ids, *after]
-    return Asked(input_ids, context.blocks, len(after), num_tokens, context, len(after))
+    if context.blocks and context.blocks[0].start is not None:  # it stands before opened chunks
+        _check_start(documents, tokenizer, before)
+        before = []
+    input_ids = [*before, *context.token_ids, *after]
+    words = _word_scores(context, question)
+    return Asked(input_ids, context.blocks, len(after), num_tokens, context, len(after), words)
+
+
+def _check_start(documents: Sequence[Document], tokenizer: Any, before: list[int]) -> None:
+    """Refuse switches of the chat template that would change what the documents were read behind. Templates are asked
+    anew for that: some write the date there, which may be another one by now.
+    """
+    for document in documents:
+        if frame_ids(tokenizer, document.template_kwargs)[0] != before:
+            raise ConfigError(
+                f"the chat template's switches change what stands before {document.name}; read it with the same "
+                f"template_kwargs as it is asked with."
+            )
+
+
+def _word_scores(context: Context, question: str) -> torch.Tensor | None:
+    """What a question's words are worth in the chunks of the far context [R], where they are to be chosen from."""
+    if not context.blocks or context.blocks[0].lookup is None:
+        return None
+    scores = words_of(context.documents).scores(question)
+    first = np.cumsum([0, *(len(document.chunks) for document in context.documents)])
+    return torch.tensor([float(scores[first[number] + chunk]) for number, chunk in context.far])
 
 
 def going_on(blocks: list[ChunkBlock], local_ids: list[int], num_tokens: int) -> Asked:
@@ -102,7 +132,7 @@ def decoder(
     check_question(model.base, model.settings, asked.blocks, num_new)
     criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
     inputs = torch.tensor([asked.input_ids], device=model.device)
-    state = FocusState(asked.blocks, asked.prompt_length)
+    state = FocusState(asked.blocks, asked.prompt_length, asked.word_scores)
     start = time.perf_counter()
 
     def decode(on_text: Callable[[str], None], *more_criteria: StoppingCriteria) -> Answer:
@@ -118,13 +148,11 @@ def decoder(
         )
         request, times = state.requests[0], streamer.token_times
         decoding = times[-1] - times[0]
-        paid_local = request.paid_local
-        if paid_local is not None:  # counted from its end, for a token may have been put in front
-            end = len(paid_local) - asked.num_behind
-            paid_local = paid_local[end - len(asked.context.token_ids) : end]
+        cited, sentences = _cited(asked, request, streamer)
         return Answer(
             text=streamer.text,
-            citations=citations(asked.context, request.paid, paid_local, condensed=request.opened is None),
+            citations=cited,
+            sentences=sentences,
             num_document_tokens=asked.num_document_tokens,
             num_prompt_tokens=num_prompt,
             num_generated_tokens=len(times),
@@ -135,6 +163,17 @@ def decoder(
         )
 
     return decode
+
+
+def _cited(asked: Asked, request: Request, streamer: AnswerStreamer) -> tuple[list[Citation], list[Sentence]]:
+    """Where an answer looked; places in the local context are counted from its end, as a token may be put in front."""
+    num_own = len(asked.context.token_ids) + asked.num_behind
+    if request.watched:
+        first = len(request.watched[0].local) - num_own
+        return cite_sentences(asked.context, request.watched, first, streamer.text, streamer.token_ends)
+    paid = request.paid_local
+    near = paid[len(paid) - num_own :][: len(asked.context.token_ids)] if paid is not None else None
+    return cite_chunks(asked.context, request.paid, near), []
 
 
 def _settled(

@@ -101,6 +101,7 @@ class FocusLLM:
         store: str | Path | None = None,
         kv_dtype: KvDtype | None = None,
         kv_place: KvPlace | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Document:
         """Read a document once, to be asked many times.
 
@@ -114,6 +115,8 @@ class FocusLLM:
                 bfloat16). The same text is not read again from there, and a read that was broken off goes on. None:
                 as `kv_place` says, gone with the document.
             kv_dtype, kv_place: for this document other than in the settings (see `FocusConfig`).
+            template_kwargs: switches of the chat template that change what stands before a document, which opened
+                chunks are read behind; `ask` takes the same ones.
 
         Raises:
             DocumentError: a missing file, one that is not text, one without text, or a full disk.
@@ -123,7 +126,7 @@ class FocusLLM:
             source = open_source(source, encoding)
         elif isinstance(source, str):
             source = of_text(check_text(source, "the text"))
-        return self._reader.read(source, name, progress, store, kv_dtype=kv_dtype, kv_place=kv_place)
+        return self._reader.read(source, name, progress, store, template_kwargs, kv_dtype=kv_dtype, kv_place=kv_place)
 
     def read_text(
         self,
@@ -134,10 +137,11 @@ class FocusLLM:
         store: str | Path | None = None,
         kv_dtype: KvDtype | None = None,
         kv_place: KvPlace | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Document:
         """`read` for what is certainly a text, even if it looks like a path."""
         source = of_text(check_text(text, name), name)
-        return self._reader.read(source, None, progress, store, kv_dtype=kv_dtype, kv_place=kv_place)
+        return self._reader.read(source, None, progress, store, template_kwargs, kv_dtype=kv_dtype, kv_place=kv_place)
 
     def read_folder(
         self,
@@ -149,6 +153,7 @@ class FocusLLM:
         store: str | Path | None = None,
         kv_dtype: KvDtype | None = None,
         kv_place: KvPlace | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Document:
         """Read the files of a folder, or those that a pattern such as `src/**/*.py` names, as one document.
 
@@ -161,7 +166,7 @@ class FocusLLM:
             DocumentError: there is nothing in it that can be read. And what `read` raises.
         """
         source = open_source(folder, encoding)
-        return self._reader.read(source, name, progress, store, kv_dtype=kv_dtype, kv_place=kv_place)
+        return self._reader.read(source, name, progress, store, template_kwargs, kv_dtype=kv_dtype, kv_place=kv_place)
 
     def ask(
         self,

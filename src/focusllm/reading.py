@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from focusllm.config import FocusConfig
 from focusllm.documents.detokenizer import decode_ids
@@ -37,11 +39,13 @@ class Reader:
         name: str | None,
         progress: bool | Progress,
         store: str | Path | None,
+        template_kwargs: Mapping[str, Any] | None = None,
         **own: Any,
     ) -> Document:
         """Read a document once.
 
         Args:
+            template_kwargs: switches of the chat template, whose head opened chunks are read behind.
             own: settings of this document alone; None: the model's.
 
         Raises:
@@ -59,15 +63,18 @@ class Reader:
         config = self.model.focus_config
         changed = config.replace(**{name: value for name, value in own.items() if value is not None})
         start = time.perf_counter()
-        start_ids = frame_ids(self.tokenizer)[0]
+        start_ids = frame_ids(self.tokenizer, template_kwargs)[0]
         folder = Path(store) if store is not None else None
         blocks = self.encode(encoded.token_ids, progress, changed, folder, start_ids)
         spans, bounds = encoded.spans, cut(len(encoded.token_ids), config)
         chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in bounds]
+        token_ends = np.array([end for _, end in spans], np.int64)
         seconds = time.perf_counter() - start
         return Document(
-            *(source.name, source.text, encoded.token_ids, chunks, blocks, config.chunk_length, seconds, self.mark()),
+            *(source.name, source.text, encoded.token_ids, token_ends, chunks, blocks, config.chunk_length, seconds),
+            self.mark(),
             source.files,
+            dict(template_kwargs or {}),
         )
 
     def encode(

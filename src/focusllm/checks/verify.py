@@ -18,10 +18,12 @@ from focusllm.config import FocusConfig
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.memory.chunking import cut
 from focusllm.memory.chunks import encode
+from focusllm.memory.lookup import middle_heads
 from focusllm.method.adapter import AdapterConfig, inject, injected, remove
 from focusllm.method.base import run, run_plain
 from focusllm.method.focus import Over, candidate_pass, encode_chunks, focus_logits, local_pass, mover, read_prompt
 from focusllm.method.kv import KV, Segment, concat
+from focusllm.method.opened import opened_logits, read_start
 
 SLACK = 4.0
 """Ways to the same numbers may differ by so many times the base model's own difference."""
@@ -118,6 +120,7 @@ def _checks(model: nn.Module, generator: torch.Generator) -> Iterator[Check]:
     yield check("cached: step by step equals two passes a step", _cached_steps(model, far, local, forced[:8], config))
     yield check("past the local context equals a new request", _rechunked(model, far, local, forced, config))
     yield check("keys moved equal keys computed in place", _moved_keys(model, ids[:24]))
+    yield check("opened: step by step equals from nothing", _opened(model, far, local, forced[:8], config))
 
     remove(model)
     state = model.state_dict()
@@ -184,6 +187,21 @@ def _rechunked(model: nn.Module, far: list[int], local: list[int], forced: list[
         if request.num_chunks > chunks_before:
             fresh = start_request(model, request.blocks, request.local_ids, config)
             yield logits, prefill(model, fresh, config)[-1]
+
+
+def _opened(model: nn.Module, far: list[int], local: list[int], forced: list[int], config: FocusConfig) -> Pairs:
+    """The engine with all chunks open, and the same read from nothing."""
+    opened = config.replace(far_context="opened", open_tokens=len(far), chunk_overlap=0, rechunk=False)
+    start = read_start(model, local[:4])
+    request = start_request(model, encode(model, far, opened, start=start, heads=middle_heads(model)), local, opened)
+    steps = [prefill(model, request, opened)[-1]]
+    steps += [decode(model, [request], [token], opened)[0] for token in forced]
+    assert request.opened is not None
+    rows = [row for block in request.blocks for row in block.token_ids]
+    seen = [rows[span.chunk] for span in request.opened.spans]
+    for count, actual in enumerate(steps):
+        new = torch.tensor(local + forced[:count], device=rows[0].device)
+        yield actual, opened_logits(model, local[:4], seen, new)[-1]
 
 
 def _moved_keys(model: nn.Module, ids: Tensor) -> Pairs:

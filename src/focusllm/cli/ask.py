@@ -59,7 +59,7 @@ def ask(
     with if_stopped(kept):
         for name, source in zip(names, sources, strict=True):
             with reading_progress(name, quiet=as_json) as progress:
-                read.append(llm.read(source, name=name, progress=progress, store=store))
+                read.append(llm.read(source, name=name, progress=progress, store=store, template_kwargs=switches))
     answers = []
     for number, text in enumerate(question if question is not None else _typed_questions()):
         if number and not as_json:

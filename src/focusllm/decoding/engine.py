@@ -10,6 +10,7 @@ chunks are addressed as blocks that any number of requests share, and are never 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +37,16 @@ def start_request(
     config: FocusConfig,
     prompt_length: int | None = None,
     heads: Heads | None = None,
+    word_scores: Tensor | None = None,
 ) -> Request:
-    """A request that is ready for `prefill`.
+    """A request that is ready for `prefill`; arguments are those of `Request`.
 
     Raises:
         ConfigError: an empty local context, or lengths beyond the base model's positions.
     """
     if not local_ids:
         raise ConfigError("the local context is empty; give at least one token to decode from.")
-    request = Request(list(blocks), _with_bos(local_ids, config), prompt_length, heads)
+    request = Request(list(blocks), _with_bos(local_ids, config), prompt_length, heads, word_scores)
     max_positions = layout(model).max_positions
     if request.blocks and config.is_opened:
         opened.check_blocks(request.blocks)
@@ -71,7 +73,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
         Logits [n, V] of the last local tokens (0: of all).
     """
     request.tails, request.hot, request.local_kv, request.plain_kv, request.opened = [], [], None, None, None
-    request.paid, request.paid_local, request.local_start = None, None, (0, 0)
+    request.paid, request.paid_local, request.local_start, request.watched = None, None, (0, 0), []
     if not request.blocks:
         request.plain_kv = DynamicCache(config=model.config)
         return _plain(model, request, request.local_ids, logits_to_keep)
@@ -117,6 +119,7 @@ def decode(model: nn.Module, requests: Sequence[Request], tokens: Sequence[int],
         _check_room(model, request, config)
     for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
         request.local_ids.append(token)
+        request.num_generated += 1
         if _is_full(request, len(request.local_ids), config):
             logits[i] = _rechunk(model, request, config)
         elif request.blocks:
@@ -284,12 +287,16 @@ def _rechunk(model: nn.Module, request: Request, config: FocusConfig) -> Tensor:
     new = opened.more_chunks(model, request, moved, config) if config.is_opened else encode(model, moved, config)
     request.blocks, request.local_ids = request.blocks + new, _with_bos(kept, config)
     paid_before, paid_local, (place, first) = request.paid, request.paid_local, request.local_start
+    watched = request.watched
     logits = prefill(model, request, config)[-1]
     if paid_before is not None and request.paid is not None:
         request.paid[: len(paid_before)] += paid_before
+    start = len(request.local_ids) - len(kept), first + len(moved) - place
     if paid_local is not None and request.paid_local is not None:
-        start = len(request.local_ids) - len(kept), first + len(moved) - place
         request.paid_local, request.local_start = added(paid_local, request.paid_local, start), start
+    if watched:
+        local = added(torch.zeros_like(watched[0].local), request.watched[0].local, start)
+        request.watched, request.local_start = [*watched, replace(request.watched[0], local=local)], start
     return logits
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from focusllm.config import FocusConfig
-from focusllm.decoding.request import Opened, Piece, Request
+from focusllm.decoding.request import Opened, OpenSpan, Request, Watched, added
 from focusllm.errors import ConfigError
 from focusllm.memory.chunking import split_start
 from focusllm.memory.chunks import ChunkBlock, encode
@@ -31,10 +31,12 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     request.opened = _open(model, request, config)
     local = torch.tensor([request.local_ids], device=request.blocks[0].token_ids.device)
     start = torch.tensor([request.opened.far.length], device=local.device)
-    logits, kv, paid = local_pass(model, local, start, [Segment([request.opened.far])], logits_to_keep)
+    watched = request.blocks[0].lookup_layers
+    far = Segment([request.opened.far])
+    logits, kv, paid = local_pass(model, local, start, [far], logits_to_keep, watched_layers=watched)
     request.local_kv = GrowingKV(kv, 1, kv.length)
     request.local_kv.append(kv)
-    _count_attention(request, paid[0])
+    _watch(request, paid[0])
     return logits[0]
 
 
@@ -54,10 +56,12 @@ def decode(model: nn.Module, requests: Sequence[Request], config: FocusConfig) -
         places.append(opened.far.length + len(request.local_ids) - 1)
     device = requests[0].blocks[0].token_ids.device
     newest = torch.tensor([request.local_ids[-1:] for request in requests], device=device)
-    logits, kv, paid = local_pass(model, newest, torch.tensor(places, device=device), [Segment(far), Segment(local)])
+    segments, place = [Segment(far), Segment(local)], torch.tensor(places, device=device)
+    watched = requests[0].blocks[0].lookup_layers
+    logits, kv, paid = local_pass(model, newest, place, segments, watched_layers=watched)
     for i, request in enumerate(requests):
         local[i].append(kv.rows(i, i + 1))
-        _count_attention(request, paid[i])
+        _watch(request, paid[i])
     return list(logits[:, -1])
 
 
@@ -146,14 +150,14 @@ def _open(model: nn.Module, request: Request, config: FocusConfig) -> Opened:
     start, num_start = request.blocks[0].start, len(request.blocks[0].start_ids)
     local = max(config.max_local_length, len(request.local_ids))
     budget = budget_of(config, layout(model).max_positions - num_start - local)
-    pieces = choose(looked(model, request, config), request.blocks, config, budget)
-    if request.opened is not None and pieces == request.opened.pieces:
+    spans = choose(looked(model, request, config), request.blocks, config, budget, request.word_scores)
+    if request.opened is not None and spans == request.opened.spans:
         return replace(request.opened, looked_at=len(request.local_ids))
     found = []
-    for piece in pieces:
-        block, row = _row(request.blocks, piece.chunk)
-        found.append((block.rows(model, row, row + 1).tokens(piece.first, piece.stop), num_start + piece.first))
-    return Opened(pieces, lay_out(model, start, found), len(request.local_ids))
+    for span in spans:
+        block, row = _row(request.blocks, span.chunk)
+        found.append((block.rows(model, row, row + 1).tokens(span.first, span.stop), num_start + span.first))
+    return Opened(spans, lay_out(model, start, found), len(request.local_ids))
 
 
 def _move(model: nn.Module, local_kv: GrowingKV, delta: int) -> None:
@@ -163,16 +167,29 @@ def _move(model: nn.Module, local_kv: GrowingKV, delta: int) -> None:
 
 
 def looked(model: nn.Module, request: Request, config: FocusConfig) -> Looked:
-    """What the look-up heads pay to the far context for what the newest local tokens ask."""
+    """What the look-up heads pay to the far context for what is asked: by the newest local tokens, or by a question
+    and what was generated since.
+    """
     keys = [block.lookup for block in request.blocks if block.lookup is not None]
     start, device = request.blocks[0].start, request.blocks[0].token_ids.device
-    question = request.local_ids[-min(config.most_prompt_tokens, request.prompt_length or config.prompt_length) :]
+    most = min(config.most_prompt_tokens, request.prompt_length or config.prompt_length)
+    if request.prompt_length is not None:
+        request.question_ids = request.question_ids or request.local_ids[-most:]
+    num_newest = min(request.num_generated, most) if request.question_ids else most
+    newest = request.local_ids[-num_newest:] if num_newest > 0 else []
+    question = [*request.question_ids, *newest]
     behind = max(block.length for block in request.blocks) + len(request.blocks[0].start_ids)
     asked = look_up(model, start, torch.tensor(question, device=device), behind, keys[0].heads.layers)
     return look(keys, asked, start)
 
 
-def choose(found: Looked, blocks: Sequence[ChunkBlock], config: FocusConfig, budget: int) -> list[Piece]:
+def choose(
+    found: Looked,
+    blocks: Sequence[ChunkBlock],
+    config: FocusConfig,
+    budget: int,
+    word_scores: Tensor | None = None,
+) -> list[OpenSpan]:
     """What to open, in the order of the text: the chunks with the most weight, as many as the budget holds.
 
     Of a chunk that is larger than the budget, the part around its most important tokens. Where neighbours are open,
@@ -180,40 +197,50 @@ def choose(found: Looked, blocks: Sequence[ChunkBlock], config: FocusConfig, bud
 
     Args:
         found: as `looked` gives it. budget: most tokens; without one of its own (`open_tokens`) for one chunk alone.
+        word_scores: see `Request`; chunks that came since have none.
     """
     rows = [row for block in found.tokens for row in block]
-    room, chosen = budget, list[Piece]()
-    for chunk in found.chunks.argsort(descending=True).tolist():
+    room, chosen = budget, list[OpenSpan]()
+    for chunk in fused(found.chunks, word_scores).argsort(descending=True, stable=True).tolist():
         if len(rows[chunk]) <= room:
-            chosen.append(Piece(chunk, 0, len(rows[chunk])))
+            chosen.append(OpenSpan(chunk, 0, len(rows[chunk])))
             room -= len(rows[chunk])
             if config.open_tokens is None:
                 break
         elif not chosen:
             chosen.append(_around(rows[chunk], chunk, room))
             break
-    return _joined(sorted(chosen, key=lambda piece: piece.chunk), blocks, config.overlap)
+    return _joined(sorted(chosen, key=lambda span: span.chunk), blocks, config.overlap)
 
 
-def _around(weights: Tensor, chunk: int, length: int) -> Piece:
+def fused(by_heads: Tensor, word_scores: Tensor | None) -> Tensor:
+    """What every chunk is worth by look-up heads [R] and by words [<= R]."""
+    if word_scores is None or not word_scores.any():
+        return by_heads
+    by_words = by_heads.new_zeros(len(by_heads))
+    by_words[: len(word_scores)] = word_scores.to(by_heads)
+    return by_heads / by_heads.max() + by_words / by_words.max()
+
+
+def _around(weights: Tensor, chunk: int, length: int) -> OpenSpan:
     """The run of so many tokens with the most weight."""
     sums = weights.double().cumsum(0)
     runs = sums[length - 1 :] - torch.cat([sums.new_zeros(1), sums[:-length]])
     first = int(runs.argmax())
-    return Piece(chunk, first, first + length)
+    return OpenSpan(chunk, first, first + length)
 
 
-def _joined(pieces: list[Piece], blocks: Sequence[ChunkBlock], overlap: int) -> list[Piece]:
+def _joined(spans: list[OpenSpan], blocks: Sequence[ChunkBlock], overlap: int) -> list[OpenSpan]:
     """The same without what a chunk has in common with the one before it, where both are open."""
-    found: list[Piece] = []
-    for piece in pieces:
+    found: list[OpenSpan] = []
+    for span in spans:
         before = found[-1] if found else None
-        if before is not None and before.chunk == piece.chunk - 1:
+        if before is not None and before.chunk == span.chunk - 1:
             end = _ids(blocks, before.chunk)[: before.stop][-overlap:] if overlap else []
-            common = overlap if end == _ids(blocks, piece.chunk)[:overlap] else 0  # else of another text
-            piece = Piece(piece.chunk, max(piece.first, common), piece.stop)
-        if piece.length > 0:
-            found.append(piece)
+            common = overlap if end == _ids(blocks, span.chunk)[:overlap] else 0  # else of another text
+            span = OpenSpan(span.chunk, max(span.first, common), span.stop)
+        if span.length > 0:
+            found.append(span)
     return found
 
 
@@ -232,12 +259,12 @@ def _row(blocks: Sequence[ChunkBlock], chunk: int) -> tuple[ChunkBlock, int]:
     raise IndexError(chunk)
 
 
-def _count_attention(request: Request, paid: Tensor) -> None:
-    """Add what the newest token paid to the tokens of what is open and of the local context [1, T]."""
+def _watch(request: Request, paid: Tensor) -> None:
+    """Keep what the newest token paid to the tokens of what is open and of the local context [1, T]."""
     assert request.opened is not None
-    far, pieces = request.opened.far, request.opened.pieces
-    got, place = torch.zeros(request.num_chunks, device=paid.device), far.length - sum(piece.length for piece in pieces)
-    for piece in pieces:
-        got[piece.chunk] += paid[0, place : place + piece.length].sum()
-        place += piece.length
-    request.count_attention(got, paid[0, far.length :])
+    far, spans = request.opened.far, request.opened.spans
+    first = far.length - sum(span.length for span in spans)
+    local, began = paid[0, far.length :].cpu(), request.watched[0].local if request.watched else None
+    if began is not None:
+        local = added(torch.zeros_like(began), local, request.local_start)
+    request.watched.append(Watched(spans, paid[0, first : far.length].cpu(), local))

@@ -16,7 +16,7 @@ from focusllm.method.kv import KV, GrowingKV, lasting
 
 
 @dataclass(frozen=True)
-class Piece:
+class OpenSpan:
     """Tokens of a chunk that are open: half-open, counted from the chunk's first."""
 
     chunk: int
@@ -33,12 +33,23 @@ class Piece:
 class Opened:
     """What of the far context is open: a copy, keys moved to where they are seen."""
 
-    pieces: list[Piece]
+    spans: list[OpenSpan]
     """In the order of the text."""
     far: KV
     """The shared start and the pieces [1, K, T, D] a layer, at consecutive positions."""
     looked_at: int
     """How long the local context was when the chunks were looked up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """What one token paid to what it saw, by the layers of the look-up heads."""
+
+    spans: list[OpenSpan]
+    opened: Tensor
+    """To the tokens of the pieces, one behind another."""
+    local: Tensor
+    """To the tokens that the local context began with; those that became chunks got nothing."""
 
 
 @dataclass(eq=False)
@@ -50,12 +61,15 @@ class Request:
         local_ids: the local context; generated tokens are appended.
         prompt_length: most tokens of the dynamic prompt; None: as configured.
         heads: by which chunks are chosen that the local context may become; None: as the other chunks are.
+        word_scores: what the question's words are worth in each chunk of the blocks [R], where there is a text to count
+            words in; chunks are chosen by both.
     """
 
     blocks: list[ChunkBlock]
     local_ids: list[int]
     prompt_length: int | None = None
     heads: Heads | None = None
+    word_scores: Tensor | None = None
 
     tails: list[GrowingKV] = field(default_factory=list)
     """Per block, what its rows hold behind the chunk: ordinary prompt and generated tokens."""
@@ -69,6 +83,12 @@ class Request:
     """The base model's own cache, while there is no far context."""
     opened: Opened | None = None
     """What of the far context is open, where chunks are opened instead of condensed."""
+    num_generated: int = 0
+    """Tokens that were appended since it began."""
+    question_ids: list[int] = field(default_factory=list)
+    """What opened chunks are chosen by beside the newest tokens, where a question was asked (`prompt_length`)."""
+    watched: list[Watched] = field(default_factory=list)
+    """Where chunks are opened: what each token paid from which the next one was decoded."""
     row_ids: list[int] = field(default_factory=list)
     """What rows that are up to date have read behind their chunk: dynamic prompt and generated tokens. The last one was
     the candidate; the next step makes it an ordinary token."""
@@ -101,7 +121,7 @@ class Request:
         """An independent request in the same state; the chunks are shared."""
         twin = copy.copy(self)
         twin.blocks, twin.local_ids = list(self.blocks), list(self.local_ids)
-        twin.row_ids = list(self.row_ids)
+        twin.row_ids, twin.watched = list(self.row_ids), list(self.watched)
         # Beside hot rows tails are read, never written.
         twin.tails = list(self.tails) if self.hot else [tail.copy() for tail in self.tails]
         twin.hot = [rows.copy() for rows in self.hot]

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from focusllm.documents.detokenizer import Detokenizer
 
 @dataclass(frozen=True)
 class Citation:
-    """A chunk, or a file's part of it, and its share of the attention while the answer was decoded.
+    """A passage and its share of the attention while the answer was decoded: a sentence where chunks are opened, a
+    chunk (or a file's part of it) where they are condensed.
 
-    Of a chunk of the far context that is the attention to its candidate (of one whose candidate was not seen, see
-    `FocusConfig.refresh_rows`, what it would have got); of one in the local context the attention to its tokens.
+    Of a condensed chunk that is the attention to its candidate (of one whose candidate was not seen, see
+    `FocusConfig.refresh_rows`, what it would have got); of one in the local context the attention to its tokens. Of a
+    sentence it is that to its tokens, in the layers of the look-up heads.
     """
 
     document: str
@@ -39,13 +41,26 @@ class Citation:
 
 
 @dataclass(frozen=True)
+class Sentence:
+    """A sentence of an answer (characters of `Answer.text`, half-open), and where the model looked as it wrote it."""
+
+    start: int
+    end: int
+    citations: list[Citation]
+    """As of the whole answer."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer with its origin and its cost."""
 
     text: str
     """What the tokens say, control tokens left out and white space at both ends kept: the stream's pieces, joined."""
     citations: list[Citation]
-    """All chunks that were seen, the most attended first; weights add up to 1. None if the base model alone read it."""
+    """All passages that were seen, the most attended first; weights add up to 1. None if the base model alone read it.
+    """
+    sentences: list[Sentence]
+    """The same for each sentence of the answer, where chunks are opened."""
     num_document_tokens: int
     num_prompt_tokens: int
     """Of the local context when decoding began: the question, and the end of the documents."""
@@ -59,8 +74,9 @@ class Answer:
     """Most bytes that the process has held so far."""
 
     def to_dict(self, num_citations: int = 5) -> dict[str, Any]:
-        """All fields, as JSON takes them, with the first citations."""
-        return {**asdict(self), "citations": [asdict(citation) for citation in self.citations[:num_citations]]}
+        """All fields, as JSON takes them, with the first citations of each kind."""
+        sentences = [replace(sentence, citations=sentence.citations[:num_citations]) for sentence in self.sentences]
+        return asdict(replace(self, citations=self.citations[:num_citations], sentences=sentences))
 
 
 class AnswerStream(Iterator[str]):
@@ -126,12 +142,15 @@ class AnswerStreamer(BaseStreamer):
         self._is_prompt = True  # it comes first
         self.token_times: list[float] = []
         self.text = ""
+        self.token_ends: list[int] = []
+        """Characters of the text that were final behind every token."""
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then the newest token."""
         if not self._is_prompt:
             self.token_times.append(time.perf_counter())
             self._hand_on(self._detokenizer.push(int(value)))
+            self.token_ends.append(len(self.text))
         self._is_prompt = False
 
     def end(self) -> None:

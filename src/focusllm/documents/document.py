@@ -1,17 +1,19 @@
-"""Documents that were read: what a question takes of them, and where in them an answer looked."""
+"""Documents that were read, and what a question takes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from focusllm.config import FocusConfig
-from focusllm.documents.answer import Citation
-from focusllm.documents.sources import File, pieces, short_names
+from focusllm.documents.sentences import sentence_starts
+from focusllm.documents.sources import File
+from focusllm.documents.words import WordIndex
 from focusllm.memory.chunking import num_local_chunks, steps
 from focusllm.memory.chunks import ChunkBlock, first_blocks
 
@@ -36,6 +38,8 @@ class Document:
     name: str
     text: str
     token_ids: list[int]
+    token_ends: np.ndarray
+    """Behind the last character of every token."""
     chunks: list[Chunk]
     blocks: list[ChunkBlock]
     chunk_length: int
@@ -43,6 +47,8 @@ class Document:
     reader: dict[str, Any]
     files: tuple[File, ...] = ()
     """What the text is made of: one file, or those of a folder."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Switches of the chat template behind whose head it was read."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,8 +71,37 @@ class Document:
         """Tokens from the start of each chunk to the start of the next, or to the end."""
         return steps([chunk.first_token for chunk in self.chunks], self.num_tokens)
 
+    @cached_property
+    def sentence_starts(self) -> np.ndarray:
+        """The first character of every sentence [n], ascending."""
+        return sentence_starts(self.text)
+
+    @cached_property
+    def words(self) -> WordIndex:
+        """What the chunks are found by where a question has their words; counted when it is asked for first."""
+        return WordIndex(self.chunk_texts)
+
+    @property
+    def chunk_texts(self) -> list[str]:
+        """What each chunk says."""
+        return [self.text[chunk.start : chunk.end] for chunk in self.chunks]
+
     def __repr__(self) -> str:
         return f"Document({self.name!r}, {self.num_tokens:,} tokens, {len(self.chunks)} chunks)"
+
+
+_together: WeakKeyDictionary[Document, tuple[list[ReferenceType[Document]], WordIndex]] = WeakKeyDictionary()
+
+
+def words_of(documents: Sequence[Document]) -> WordIndex:
+    """The words of all chunks of documents that are asked together; counted once, until others are asked."""
+    if len(documents) == 1:
+        return documents[0].words
+    others, index = _together.get(documents[0], ([], None))
+    if index is None or [other() for other in others] != list(documents[1:]):
+        index = WordIndex([text for document in documents for text in document.chunk_texts])
+        _together[documents[0]] = [ref(other) for other in documents[1:]], index
+    return index
 
 
 @dataclass(frozen=True)
@@ -119,34 +154,3 @@ def divide(documents: Sequence[Document], num_own: int, boundary: Sequence[int],
         if count < len(document.chunks):
             context.token_ids.extend(document.token_ids[document.chunks[count].first_token :])
     return context
-
-
-def citations(
-    context: Context, paid: Tensor | None, paid_near: Tensor | None, condensed: bool = True
-) -> list[Citation]:
-    """What each chunk that was seen got of the attention, the most first.
-
-    Args:
-        paid: attention that each chunk of the far context got [R]; None: there was none, and nothing was watched.
-        paid_near: attention that each of the context's tokens got in the local context [T].
-        condensed: whether a chunk of the far context is one token; then one token stands for a chunk in the local
-            context too, the one that got most.
-    """
-    if paid is None or paid_near is None or not context.far:
-        return []
-    places = [*context.far, *((near.document, near.chunk) for near in context.near)]
-    of_near = (paid_near[near.start : near.end] for near in context.near)
-    own = [got.max() if condensed else got.sum() for got in of_near]
-    weights = torch.stack([*paid[: len(context.far)], *own])  # chunks that generated text became come after
-    names = iter(short_names([file for document in context.documents for file in document.files]))
-    files = [[replace(file, name=next(names)) for file in document.files] for document in context.documents]
-    found = []
-    for (number, index), share in zip(places, (weights / weights.sum()).tolist(), strict=True):
-        document = context.documents[number]
-        chunk = document.chunks[index]
-        for piece in pieces(files[number], chunk.start, chunk.end):
-            name, first = piece.file.name, piece.file.text_start
-            text = document.text[first + piece.start : first + piece.end]
-            weight = share * piece.share
-            found.append(Citation(name, index, piece.start, piece.end, weight, text, number, piece.part))
-    return sorted(found, key=lambda citation: -citation.weight)

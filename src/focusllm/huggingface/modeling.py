@@ -54,10 +54,17 @@ class FocusState(Cache):
         blocks: chunks that are far context already (documents that were read); the input ids are then the local
             context. None: the far context is cut off the input ids.
         prompt_length: most tokens of the dynamic prompt; None: as configured.
+        word_scores: what the question's words are worth in each chunk [R] (see `Request`); None: no words are counted.
     """
 
-    def __init__(self, blocks: Sequence[ChunkBlock] | None = None, prompt_length: int | None = None):
+    def __init__(
+        self,
+        blocks: Sequence[ChunkBlock] | None = None,
+        prompt_length: int | None = None,
+        word_scores: Tensor | None = None,
+    ):
         super().__init__(layers=[])
+        self.word_scores = word_scores
         self.blocks = blocks
         self.prompt_length = prompt_length
         self.requests: list[Request] = []
@@ -233,7 +240,9 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
                 continue
             far, local = split(text, config) if state.blocks is None else ([], list(text))
             blocks = self._far_context(far) if state.blocks is None else state.blocks
-            first[text] = start_request(self.base, blocks, local, config, state.prompt_length, self.lookup_heads)
+            first[text] = start_request(
+                *(self.base, blocks, local, config, state.prompt_length, self.lookup_heads, state.word_scores)
+            )
             logits[text] = prefill(self.base, first[text], config, logits_to_keep if len(texts) == 1 else 1)
             requests.append(first[text])
         state.requests = requests

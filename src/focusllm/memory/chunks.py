@@ -74,6 +74,11 @@ class ChunkBlock:
         return self.start.token_ids if self.start is not None else ()
 
     @property
+    def lookup_layers(self) -> frozenset[int]:
+        """The layers of the heads by which they are chosen."""
+        return frozenset(self.lookup.heads.layers) if self.lookup is not None else frozenset()
+
+    @property
     def num_chunks(self) -> int:
         """R."""
         return len(self.token_ids)

@@ -38,7 +38,7 @@ D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,10 @@ class Over:
         watch: int = 0,
         own_mask: Tensor | None = None,
         last_layer: int | None = None,
+        watched_layers: Collection[int] | None = None,
     ):
         self.segments, self.watch, self.own_mask, self.last_layer = segments, watch, own_mask, last_layer
+        self.watched_layers = watched_layers
         self.kv = KV([], [])
         self.paid: list[Tensor] = []
 
@@ -77,8 +79,10 @@ class Over:
         if layer == self.last_layer:
             raise PassEnded
         past = [segment.layer(layer) for segment in self.segments]
-        out, paid = attend(query, key, value, past, self.own_mask, how, self.watch)
-        self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
+        is_watched = self.watched_layers is None or layer in self.watched_layers
+        out, paid = attend(query, key, value, past, self.own_mask, how, self.watch if is_watched else 0)
+        if is_watched:
+            self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
         return out
 
 
@@ -153,6 +157,7 @@ def local_pass(
     logits_to_keep: int = 1,
     sink: int | None = None,
     watch: int = 1,
+    watched_layers: Collection[int] | None = None,
 ) -> tuple[Tensor, KV, list[Tensor]]:
     """Decode from the candidates and the local context, by the base model (paper section 3.3).
 
@@ -163,7 +168,7 @@ def local_pass(
         logits_to_keep: how many of the last tokens get logits; 0: all.
         sink: a token to be read first, at position 0: it sees no candidates, the others see it. For whole local
             contexts; `start` counts it.
-        watch: how many of the newest tokens are watched.
+        watch: how many of the newest tokens are watched, and in which layers; None: in all.
 
     Returns:
         Logits [B, n, V]; keys and values of these tokens (the sink's first); and what the watched ones paid to the
@@ -175,7 +180,8 @@ def local_pass(
         logits_to_keep = logits_to_keep or tokens.shape[1]
         tokens, positions = F.pad(tokens, (1, 0), value=sink), F.pad(positions, (1, 0))
         segments = [hidden_from_first(segment, tokens.shape[1]) for segment in segments]
-    attention = Over(segments, watch=watch if segments and not torch.is_grad_enabled() else 0)
+    watch = watch if segments and not torch.is_grad_enabled() else 0
+    attention = Over(segments, watch, watched_layers=watched_layers)
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None
     return logits, attention.kv, attention.paid

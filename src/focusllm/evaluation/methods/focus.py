@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from focusllm.config import FocusConfig
 from focusllm.decoding import opened
 from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.documents.words import WordIndex
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Method, Prompt, Step, sum_of_losses
@@ -37,6 +38,7 @@ class Focus(Method):
     """The settings are those of `FocusConfig`, by name."""
 
     name = "focus"
+    version = 2
     defaults = {field.name: None for field in dataclasses.fields(FocusConfig)}  # noqa: RUF012
 
     def __init__(self, llm: FocusLLM, chunks: LastText | None = None, **options: Any):
@@ -73,9 +75,16 @@ class Focus(Method):
     def start(self, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, Step]:
         """Read what is not known of the far text, then the local context."""
         start, far, local, prompt_length = self.divide(prompt)
-        request = start_request(self.base, self._blocks(far, start), local, self.config, prompt_length, self.heads)
+        blocks = self._blocks(far, start)
+        words = self._word_scores(blocks, prompt.query) if self.config.is_opened and blocks else None
+        request = start_request(self.base, blocks, local, self.config, prompt_length, self.heads, words)
         logits = prefill(self.base, request, self.config)[-1]
         return logits, lambda token: decode(self.base, [request], [token], self.config)[0]
+
+    def _word_scores(self, blocks: list[ChunkBlock], query: str) -> Tensor:
+        """What the question's words are worth in each chunk [R]."""
+        texts = [self.decode(row) for block in blocks for row in block.token_ids.tolist()]
+        return torch.from_numpy(WordIndex(texts).scores(query))
 
     def divide(self, prompt: Prompt) -> tuple[list[int], list[int], list[int], int | None]:
         """What opened chunks are read behind, the far context, the local context, and the length of the dynamic prompt

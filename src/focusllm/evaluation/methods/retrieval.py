@@ -9,20 +9,14 @@ characters. Where no passage has any of them, the first are taken.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from focusllm.errors import ConfigError, missing_package
+from focusllm.documents.words import WordIndex
+from focusllm.errors import ConfigError
 from focusllm.evaluation.example import LossExample
 from focusllm.evaluation.method import Prompt, ShortenedMethod
-from focusllm.llm import FocusLLM
-
-ONE_BY_ONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-WORDS = rf"(?u)[{ONE_BY_ONE}]|(?:(?![{ONE_BY_ONE}])\w){{2,}}"
-"""bm25s's own pattern (two letters or more), but for scripts that put no spaces between words."""
 
 
 class Retrieval(ShortenedMethod):
@@ -32,15 +26,6 @@ class Retrieval(ShortenedMethod):
     version = 2
     defaults = {"passage": 128, **ShortenedMethod.defaults}  # noqa: RUF012
     least = {"passage": 2}  # noqa: RUF012
-
-    def __init__(self, llm: FocusLLM, **options: Any):
-        super().__init__(llm, **options)
-        # Where JAX is installed, bm25s imports it, and JAX would take three quarters of a GPU's memory for itself.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        try:
-            import bm25s  # noqa: F401
-        except ImportError as error:
-            raise missing_package("retrieval needs", "bm25s", "eval") from error
 
     @property
     def sees(self) -> str:
@@ -73,21 +58,11 @@ class Retrieval(ShortenedMethod):
         passages = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size // 2)]
         texts = [self.decode(ids[passage.start : passage.stop]) for passage in passages]
         chosen: set[int] = set()
-        for index in np.argsort(-self._scores(texts, query), kind="stable"):
+        for index in np.argsort(-WordIndex(texts).scores(query), kind="stable"):
             new = [place for place in passages[index] if place not in chosen]
             if len(chosen) + len(new) <= room:
                 chosen.update(new)
         return [ids[place] for place in sorted(chosen)]
-
-    def _scores(self, passages: list[str], query: str) -> np.ndarray:
-        import bm25s
-
-        words = bm25s.tokenize([*passages, query], token_pattern=WORDS, return_ids=False, show_progress=False)
-        index = bm25s.BM25()
-        index.index(words[:-1], show_progress=False)
-        known = {word for passage in words[:-1] for word in passage}
-        asked = [word for word in words[-1] if word in known]
-        return np.asarray(index.get_scores(asked)) if asked else np.zeros(len(passages))
 
 
 METHOD = Retrieval
