@@ -34,8 +34,8 @@ END = re.compile(
 )
 LINE = re.compile(r"\n\s*")
 WRAPPED, FULL_LINE = 0.3, 40
-"""A text is taken to be wrapped, its lines no units, if such a share of its lines go on with a small letter, unindented,
-behind a line of so many characters."""
+"""A text is taken to be wrapped, its lines no units, if such a share of its lines goes on with a small letter,
+unindented, behind a line of so many characters."""
 
 
 def sentence_starts(text: str) -> np.ndarray:

@@ -226,6 +226,7 @@ def _config(plan: Plan, llm: FocusLLM, folder: Path, methods: dict[str, Method])
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "settings": llm.config.resolved().to_dict(),
         "adapter": _digest(llm),
+        "lookup_heads": [list(pair) for pair in found.pairs] if (found := llm.model.found_heads) else "middle layers",
         "sees": {spec: method.sees for spec, method in methods.items()},
         "method_versions": {spec: method.version for spec, method in methods.items()},
         "versions": {"focusllm": __version__, **_versions()},
