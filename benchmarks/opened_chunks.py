@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ from common import earlier, finish
 from focusllm import FocusLLM
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.decoding.opened import fused, looked
+from focusllm.decoding.request import Request
+from focusllm.documents.answer import Citation
+from focusllm.documents.citing import cite_sentences
+from focusllm.documents.document import Context
 from focusllm.documents.text import encode_ids, frame_question
 from focusllm.documents.words import WordIndex
 from focusllm.memory.chunks import ChunkBlock
@@ -33,14 +38,16 @@ parser.add_argument("--model", default="qwen2.5-coder-0.5b")
 parser.add_argument("--lengths", type=int, nargs="*", default=[16, 64, 128], help="chunks that are chosen from")
 parser.add_argument("--answers", type=int, nargs="*", default=[4, 16, 32], help="those at which answers are asked for")
 parser.add_argument("--open", type=int, nargs="*", default=[1, 2, 4], help="how many chunks are opened")
+parser.add_argument("--condensed", action="store_true", help="answer by condensed chunks too (trained projections)")
 parser.add_argument("--new-tokens", type=int, default=24)
 parser.add_argument("--dtype", default="auto")
 parser.add_argument("--output", default="opened_chunks")
 arguments = parser.parse_args()
 FACTS = [json.loads(line) for line in (Path(__file__).parent / "facts.jsonl").read_text().splitlines()]
 
-llm = FocusLLM.from_pretrained(arguments.model, dtype=arguments.dtype, far_context="opened", adapter="none")
+llm = FocusLLM.from_pretrained(arguments.model, dtype=arguments.dtype, far_context="opened")
 base, tokenizer, config = llm.model.base, llm.tokenizer, llm.model.settings
+CONDENSED = config.replace(far_context="condensed")
 step = config.chunk_length - config.overlap
 NUM_CHUNKS = max(*arguments.lengths, *arguments.answers)
 
@@ -69,9 +76,11 @@ def part(block: ChunkBlock, chunk: int, count: int) -> tuple[ChunkBlock, int]:
     return block.part(first, min(first + count, block.num_chunks)), chunk - first
 
 
-def answer(block: ChunkBlock, question: list[int], words: torch.Tensor | None, open_chunks: int) -> str:
-    """Greedy, with so many chunks open."""
-    how = config.replace(open_tokens=open_chunks * config.chunk_length)
+def answer(
+    block: ChunkBlock, question: list[int], words: torch.Tensor | None, open_chunks: int | None
+) -> tuple[str, Request]:
+    """Greedy, with so many chunks open; None: all of them condensed. And what the request knows then."""
+    how = CONDENSED if open_chunks is None else config.replace(open_tokens=open_chunks * config.chunk_length)
     request = start_request(base, [block], question, how, len(question), word_scores=words)
     token, made = int(prefill(base, request, how)[-1].argmax()), []
     ends = base.generation_config.eos_token_id
@@ -79,7 +88,7 @@ def answer(block: ChunkBlock, question: list[int], words: torch.Tensor | None, o
     while token not in ends and len(made) < arguments.new_tokens:
         made.append(token)
         token = int(decode(base, [request], [token], how)[0].argmax())
-    return str(tokenizer.decode(made))
+    return str(tokenizer.decode(made)), request
 
 
 def rank(scores: torch.Tensor, right: int) -> int:
@@ -94,6 +103,10 @@ def case(number: int, chunk: int, block: ChunkBlock, texts: list[str]) -> dict[s
     question = frame_question(tokenizer, fact["question"])[1]
     found: dict[str, object] = {"number": number, "words": fact["words"], "chunk": chunk}
     kept = raw.setdefault(number, {})
+    passage, read = answer(block.part(chunk, chunk + 1), question, None, 1)
+    found |= {"passage": passage, "right with the passage": is_right(passage, fact)}
+    cited, _ = cite_sentences(Context([document], read.blocks, [(0, chunk)], [], []), read.watched, 0, "", [])
+    found["cited"] = next(i for i, citation in enumerate(cited) if is_of(citation, fact["statement"]))
     for count in sorted({*arguments.lengths, *arguments.answers}):
         own, right = part(block, chunk, count)
         first = chunk - right
@@ -101,21 +114,30 @@ def case(number: int, chunk: int, block: ChunkBlock, texts: list[str]) -> dict[s
         request = start_request(base, [own], question, config, len(question))
         heads = looked(base, request, config).chunks
         kept[count] = (heads, words, right)
+        ranks = {"heads": rank(heads, right), "words": rank(words, right), "both": rank(fused(heads, words), right)}
         if count in arguments.lengths:
-            by = {"heads": heads, "words": words, "both": fused(heads, words)}
-            found[f"rank in {count}"] = {name: rank(scores, right) for name, scores in by.items()}
+            found[f"rank in {count}"] = ranks
         if count in arguments.answers:
-            texts_of = {str(opened): answer(own, question, words, opened) for opened in arguments.open}
-            found[f"answers in {count}"] = texts_of
-            found[f"right in {count}"] = {name: is_right(text, fact) for name, text in texts_of.items()}
-    passage = answer(block.part(chunk, chunk + 1), question, None, 1)
-    found |= {"passage": passage, "right with the passage": is_right(passage, fact)}
+            # With the right chunk alone open, the model sees what it saw of the passage.
+            known = {1: passage} if not ranks["both"] else {}
+            ways: dict[str, str] = {
+                str(opened): known.get(opened) or answer(own, question, words, opened)[0] for opened in arguments.open
+            }
+            if condensed is not None:
+                ways["condensed"] = answer(part(condensed, chunk, count)[0], question, None, None)[0]
+            found[f"answers in {count}"] = ways
+            found[f"right in {count}"] = {name: is_right(text, fact) for name, text in ways.items()}
     return found
 
 
 def is_right(text: str, fact: dict[str, list[str]]) -> bool:
     """Whether one of the ways to say it is in the answer."""
-    return any(way in text.lower() for way in fact["answers"])
+    return any(re.search(rf"\b{re.escape(way)}", text.lower()) for way in fact["answers"])
+
+
+def is_of(citation: Citation, statement: str) -> bool:
+    """Whether a citation is a fact, or the sentence that has it."""
+    return statement in citation.text or citation.text in statement
 
 
 def summary(rows: list[dict[str, dict[str, int]]]) -> dict[str, object]:
@@ -129,16 +151,21 @@ def summary(rows: list[dict[str, dict[str, int]]]) -> dict[str, object]:
                 "among four": float((ranks < 4).mean()),
             }
     for count in arguments.answers:
-        right = {
-            opened: float(np.mean([row[f"right in {count}"][str(opened)] for row in rows])) for opened in arguments.open
-        }
+        ways = rows[0][f"right in {count}"]
+        right = {way: float(np.mean([row[f"right in {count}"][way] for row in rows])) for way in ways}
         told[f"right answers of {count}, by number opened"] = right
+    cited = np.array([row["cited"] for row in rows])
+    told["the fact cited with the passage"] = {
+        "first": float((cited == 0).mean()),
+        "among four": float((cited < 4).mean()),
+    }
     told["right answers with the passage"] = float(np.mean([row["right with the passage"] for row in rows]))
     return told
 
 
 ids, places = planted()
 document = llm.read(ids, name=arguments.book.name, store=arguments.store, progress=True)
+condensed = llm.model.encode(document.token_ids, config=CONDENSED)[0] if arguments.condensed else None
 texts = [document.text[chunk.start : chunk.end] for chunk in document.chunks]
 settings = {
     "model": arguments.model,

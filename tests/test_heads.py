@@ -14,6 +14,7 @@ from conftest import build, byte_tokenizer
 from focusllm import FocusForCausalLM, FocusLLM, ModelError
 from focusllm.checks import heads as module
 from focusllm.checks.needles import needles
+from focusllm.huggingface.embedded import MODELS, boxed_heads
 from focusllm.huggingface.head_files import HEADS_NAME, known_heads, load_heads, save_heads
 from focusllm.memory.lookup import Heads, middle_heads
 
@@ -111,3 +112,25 @@ def test_the_command(focusllm, model_folder: Path) -> None:
     assert len(said["heads"]) == 8
     loaded = FocusLLM.from_pretrained(model_folder)
     assert [list(pair) for pair in loaded.model.lookup_heads.pairs] == said["heads"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(
+    focusllm, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("focusllm.checks.heads.find_heads", lambda *_, **__: pytest.fail("minutes were spent"))
+    code, out, err = focusllm("heads", model_folder, "-o", tmp_path / "file" / "heads.json")
+    assert (code, out) == (1, "")
+    assert "cannot be written" in err
+    assert "--output" in err
+    assert "Traceback" not in err
+
+
+def test_heads_in_the_package_belong_to_its_models() -> None:
+    """Found by our aliases and by the hub's names; a folder of that name is somebody else's model."""
+    for model in MODELS.values():
+        path = boxed_heads(model.alias)
+        assert path is not None
+        assert boxed_heads(model.hub_id) == path
+        assert len(json.loads(path.read_text())["heads"]) == 8
+    assert boxed_heads("somebody/else") is None

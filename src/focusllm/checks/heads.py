@@ -24,9 +24,10 @@ from focusllm.documents.text import encode_ids, frame_ids, frame_question
 from focusllm.errors import ModelError
 from focusllm.memory.lookup import SURE_HEADS, Heads, choosing_layers
 from focusllm.method.base import layout
-from focusllm.method.kv import KV
 from focusllm.method.opened import Start, look_up, read_behind, read_start
 
+Keys = list[Tensor]
+"""A chunk's, [1, K, C, D] a layer."""
 NUM_HEADS = 8
 FACTS_A_CHUNK = 4
 
@@ -69,10 +70,10 @@ def find_heads(
     hidden = needles(np.random.default_rng(0), num_questions)
     rows, right = _hide(hidden, tokenizer, chunk_length)
     start_ids, steps = frame_ids(tokenizer)[0], len(rows) + len(hidden)
-    start, chunks = read_start(model, start_ids), list[KV]()
+    start, chunks = read_start(model, start_ids), list[Keys]()
     device = next(model.parameters()).device
     for i, row in enumerate(rows):
-        chunks.append(read_behind(model, start_ids, torch.tensor([row], device=device)))
+        chunks.append(read_behind(model, start_ids, torch.tensor([row], device=device)).keys)
         progress(i + 1, steps)
     paid = []
     for i, needle in enumerate(hidden):
@@ -110,14 +111,14 @@ def _hide(hidden: Sequence[Needle], tokenizer: Any, chunk_length: int) -> tuple[
     return rows, right
 
 
-def _paid(model: nn.Module, start: Start | None, chunks: Sequence[KV], question: Tensor) -> Tensor:
+def _paid(model: nn.Module, start: Start | None, chunks: Sequence[Keys], question: Tensor) -> Tensor:
     """What every head that may choose pays to every chunk, a mean over the question: [heads, R]."""
     able, num_start = choosing_layers(model), start.length if start is not None else 0
-    asked = look_up(model, start, question, num_start + chunks[0].length, able)
+    asked = look_up(model, start, question, num_start + chunks[0][0].shape[2], able)
     paid = []
     for layer in able:
         before = [start.kv.keys[layer][0]] if start is not None else []
-        keys = torch.cat([*before, *(chunk.keys[layer][0] for chunk in chunks)], 1).float()
+        keys = torch.cat([*before, *(keys[layer][0] for keys in chunks)], 1).float()
         queries = asked[layer].float().view(keys.shape[0], -1, *asked[layer].shape[1:])
         weights = (queries @ keys[:, None].transpose(2, 3)).softmax(-1).mean(2).flatten(0, 1)[:, num_start:]
         paid.append(weights.view(len(weights), len(chunks), -1).sum(-1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ import typer
 
 from focusllm.cli.options import Device, Dtype, Json
 from focusllm.cli.terminal import calm_libraries, console, notify, visible
+from focusllm.files import writing_to
 
 
 def heads(
@@ -32,6 +35,13 @@ def heads(
     from focusllm.huggingface.head_files import HEADS_NAME, cached_path, save_heads
 
     llm = FocusLLM.from_pretrained(model, adapter="none", dtype=dtype, device=device, notify=notify)
+    own = Path(model)
+    is_ours = own.is_dir() and os.access(own, os.W_OK)
+    path = output or (own / HEADS_NAME if is_ours else cached_path(llm.model.base, model))
+    with writing_to(path.parent, "name another file with --output"):  # before minutes are spent
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     with tqdm(desc="Looking", unit="step") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -39,8 +49,6 @@ def heads(
             bar.update(done - bar.n)
 
         found = find_heads(llm.model.base, llm.tokenizer, questions, progress=progress)
-    own = Path(model)
-    path = output or (own / HEADS_NAME if own.is_dir() else cached_path(llm.model.base, model))
     about = {name: value for name, value in asdict(found).items() if name != "heads"}
     save_heads(llm.model.base, found.heads, path, about)
     if as_json:

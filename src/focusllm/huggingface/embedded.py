@@ -90,6 +90,7 @@ DEFAULT = SMOLLM2.alias
 MANIFEST_NAME = "checksums.json"
 
 ADAPTERS = Path(__file__).parent.parent / "adapters"
+HEADS = Path(__file__).parent.parent / "heads"
 
 Notify = Callable[[str], None]
 
@@ -162,10 +163,20 @@ def public_name(path: str) -> str:
 
 def boxed_adapter(name: str | Path) -> Path | None:
     """The candidate projections that come with this package for a model, if any."""
+    return _boxed(name, ADAPTERS, "")
+
+
+def boxed_heads(name: str | Path) -> Path | None:
+    """The look-up heads that come with this package for a model, if any."""
+    return _boxed(name, HEADS, ".json")
+
+
+def _boxed(name: str | Path, folder: Path, suffix: str) -> Path | None:
+    """What a folder of this package has for a model of ours, called by its alias or its name on the hub."""
     for model in MODELS.values():
         if str(name).lower() in (model.alias, model.hub_id.lower()) and not os.path.isdir(name):
-            folder = ADAPTERS / model.alias
-            return folder if folder.is_dir() else None
+            path = folder / f"{model.alias}{suffix}"
+            return path if path.exists() else None
     return None
 
 

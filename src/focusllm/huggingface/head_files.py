@@ -1,4 +1,4 @@
-"""Files of look-up heads: beside a saved model, in the cache for any other."""
+"""Files of look-up heads: beside a saved model, in the cache for any other, in this package for ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from focusllm.errors import ModelError, first_line
 from focusllm.files import whole_file
 from focusllm.huggingface.adapter_files import fingerprint
-from focusllm.huggingface.embedded import cache_folder
+from focusllm.huggingface.embedded import boxed_heads, cache_folder
 from focusllm.json_text import parse_json
 from focusllm.memory.lookup import Heads, choosing_layers
 from focusllm.method.base import layout
@@ -65,14 +65,14 @@ def cached_path(model: nn.Module, name: str) -> Path:
 def known_heads(
     model: nn.Module, name: str, folder: Path, notify: Callable[[str], None] = lambda _: None
 ) -> Heads | None:
-    """The look-up heads of a model, from its folder or the cache; None: they were not looked for yet.
+    """The look-up heads of a model, from its folder, the cache or this package; None: they were not looked for yet.
 
     Args:
         name: the model, as it was asked for. folder: where it, or what was saved with it, lies.
         notify: told of a file that is damaged or of another model; it is not used.
     """
-    for path in (folder / HEADS_NAME, cached_path(model, name)):
-        if os.path.isfile(path):
+    for path in (folder / HEADS_NAME, cached_path(model, name), boxed_heads(name)):
+        if path is not None and os.path.isfile(path):
             try:
                 return load_heads(model, path)
             except ModelError as error:
