@@ -23,7 +23,7 @@ from focusllm.documents.answer import Answer, AnswerStream
 from focusllm.documents.document import Document
 from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, names_a_file, of_text, open_source
-from focusllm.documents.text import encode_ids, start_tokens
+from focusllm.documents.text import encode_ids, start_tokens, usual_ids
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.huggingface.pretrained import load, save
 from focusllm.memory.chunking import split, split_start
@@ -45,6 +45,9 @@ class FocusLLM:
     tokenizer: Any
     name: str = ""
     notify: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self.model.usual_questions = usual_ids(self.tokenizer)
 
     @classmethod
     def from_pretrained(

@@ -199,7 +199,7 @@ def encode(
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
         block: ChunkBlock | None = None
-        lookup, is_known = _lookup(model, heads, ids, store, place)
+        lookup, is_known = _lookup(model, heads, start, ids, store, place)
         if isinstance(store, RowFile) and store.replaced and not replaced:
             replaced = store.replaced
             notify(f"{store.path} was of {replaced}; the text is read again.")
@@ -227,12 +227,17 @@ def encode(
 
 
 def _lookup(
-    model: nn.Module, heads: Heads | None, ids: Tensor, store: KV | Packed | RowFile | None, place: Place
+    model: nn.Module,
+    heads: Heads | None,
+    start: Start | None,
+    ids: Tensor,
+    store: KV | Packed | RowFile | None,
+    place: Place,
 ) -> tuple[LookupKeys | None, bool]:
     """Look-up keys for some chunks, and whether they were kept beside the rows."""
     if heads is None:
         return None, False
-    empty, kept = LookupKeys.of(model, heads, *ids.shape), _lookup_path(store)
+    empty, kept = LookupKeys.of(model, heads, ids.shape[0], ids.shape[1], start), _lookup_path(store)
     found = LookupKeys.load(kept, place.name or "", empty) if kept is not None else None
     return found or empty, found is not None
 
@@ -295,10 +300,11 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
 
 def lookup_of(model: nn.Module, heads: Heads | None, block: ChunkBlock) -> LookupKeys | None:
     """The look-up keys of chunks that were read already; None: there are no heads to choose by."""
-    keys = LookupKeys.of(model, heads, *block.token_ids.shape) if heads is not None else None
-    if keys is not None:
-        for first, kv in block.batches(model, ROWS_AT_ONCE):
-            keys.write(first, kv)
+    if heads is None:
+        return None
+    keys = LookupKeys.of(model, heads, block.num_chunks, block.length, block.start)
+    for first, kv in block.batches(model, ROWS_AT_ONCE):
+        keys.write(first, kv)
     return keys
 
 
