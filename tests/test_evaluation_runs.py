@@ -59,23 +59,27 @@ cli.main()
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(model_folder: Path, setting: Setting, tmp_path: Path) -> None:
-    def run(folder: Path, at: int = 0, half: str = "") -> int:
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    model_folder: Path, setting: Setting, tmp_path: Path, focusllm: Any
+) -> None:
+    def command(folder: Path) -> list[str]:
         selection = ["passkey", "perplexity", "--lengths", "500,700", "--limit", "2", "--text", setting.text]
         methods = ["--method", "focus", "--method", "streaming", "--method", "full"]
-        arguments = ["eval", *selection, *methods, "--model", model_folder, "--output", folder]
-        command = [sys.executable, "-c", KILLED, str(at), half, *map(str, arguments)]
-        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True).returncode
+        return ["eval", *selection, *methods, "--model", str(model_folder), "--output", str(folder)]
+
+    def killed(folder: Path, at: int, half: str = "") -> bool:
+        program = [sys.executable, "-c", KILLED, str(at), half, *command(folder)]
+        return subprocess.run(program, capture_output=True).returncode == -signal.SIGKILL
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(whole) == 0
-    assert run(broken, 3) == -signal.SIGKILL
-    assert run(broken, 6, "half") == -signal.SIGKILL
+    assert focusllm(*command(whole))[0] == 0
+    assert killed(broken, 3)
+    assert killed(broken, 6, "half")
     assert not (broken / "results.json").exists()
     data = (broken / "examples.jsonl").read_bytes()
     assert len(data.splitlines()) == 2 + 5 + 1
     assert not data.endswith(b"\n")
-    assert run(broken) == 0
+    assert focusllm(*command(broken))[0] == 0
     assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     lines = [json.loads(line) for line in (broken / "examples.jsonl").read_text().splitlines()]
     keys = [(line["task"], line["length"], line["method"], line["id"]) for line in lines]
@@ -338,6 +342,16 @@ def test_bad_commands_are_one_line(
     assert left.value.code == 2
     assert message in capsys.readouterr().err
     assert not Path("unused-run").exists()
+
+
+def test_places_whose_names_are_too_long(small: FocusLLM, setting: Setting, tmp_path: Path) -> None:
+    long = "x" * 300
+    with pytest.raises(DocumentError, match="there is no file or folder xxx"):
+        evaluate(plan_for(setting, text=long), small, tmp_path / "run")
+    with pytest.raises(DocumentError, match=r"the data folder x* has no "):
+        evaluate(plan_for(setting, tasks=("longbench-musique",), lengths=(), data=long), small, tmp_path / "run")
+    plan = plan_for(setting, tasks=("key-value",), methods=("streaming",), lengths=(300,), limit=1, text=long)
+    assert evaluate(plan, small, tmp_path / "run")["inputs"]["text"] is None  # it needs no text
 
 
 def test_a_family_stands_for_its_tasks() -> None:
