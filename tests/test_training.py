@@ -158,7 +158,12 @@ def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("point", KILL_POINTS)
+KILLED_ALWAYS = ("between two checkpoints", "before a written checkpoint is put in its place")
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[] if point in KILLED_ALWAYS else [pytest.mark.slow]) for point in KILL_POINTS]
+)
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(
     point: str, base: Path, unbroken: Path, train_settings: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
