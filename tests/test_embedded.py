@@ -497,10 +497,10 @@ def test_cached_stays_close_to_exact_on_the_embedded_model(embedded: FocusLLM) -
             embedded.model.base, encode(embedded.model.base, ids[:512], config), ids[512:640], config
         )
         logits, total = prefill(embedded.model.base, request, config)[-1], 0.0
-        for token in ids[640:650]:
+        for token in ids[640:645]:
             total -= logits.float().log_softmax(-1)[token].item()
             logits = decode(base, [request], [token], config)[0]
-        losses[mode] = total / 10
+        losses[mode] = total / 5
     assert losses["cached"] == pytest.approx(losses["exact"], abs=0.5)
 
 
