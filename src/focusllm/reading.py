@@ -79,7 +79,7 @@ class Reader:
         start_ids: Sequence[int] = (),
     ) -> list[ChunkBlock]:
         """The chunks of a text, read behind a start if they are to be opened, with a progress bar if one is wanted."""
-        with _shown(progress, len(token_ids)) as report:
+        with shown_progress(progress, len(token_ids)) as report:
             return self.model.encode(token_ids, report, store, self.notify, config, start_ids)
 
     def mark(self) -> dict[str, Any]:
@@ -115,8 +115,8 @@ class Reader:
 
 
 @contextmanager
-def _shown(wanted: bool | Progress, total: int) -> Iterator[Progress | None]:
-    """A tqdm bar, the caller's own function, or nothing."""
+def shown_progress(wanted: bool | Progress, total: int) -> Iterator[Progress | None]:
+    """A tqdm bar, the caller's own function, or nothing, as was wanted."""
     if callable(wanted) or not wanted:
         yield wanted or None
         return

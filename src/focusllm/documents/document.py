@@ -43,6 +43,8 @@ class Document:
     reader: dict[str, Any]
     files: tuple[File, ...] = ()
     """What the text is made of: one file, or those of a folder."""
+    is_far: bool = False
+    """Whether nothing of it is to stand in the local context, so that no chunk is told apart by standing last."""
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +106,8 @@ def divide(documents: Sequence[Document], num_own: int, boundary: Sequence[int],
         chunk_steps += document.chunk_steps
         if number + 1 < len(documents):
             chunk_steps[-1] += len(boundary)
-    num_far = len(chunk_steps) - num_local_chunks(chunk_steps, num_own, config)
+    is_far = any(document.is_far for document in documents)
+    num_far = len(chunk_steps) - (0 if is_far else num_local_chunks(chunk_steps, num_own, config))
     context = Context(documents, [], [], [], [])
     for number, document in enumerate(documents):
         count = min(num_far - len(context.far), len(document.chunks))

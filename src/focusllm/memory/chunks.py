@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from focusllm.config import FocusConfig
 from focusllm.errors import DocumentError
 from focusllm.machine import computes_on_cpu
+from focusllm.memory.chunk_file import ChunkFile
 from focusllm.memory.chunking import cut
 from focusllm.memory.lookup import ROWS_AT_ONCE, Heads, LookupKeys
-from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
+from focusllm.memory.store import DamagedRow, MissingRow, Packed, Packing, RowFile, RowStore
 from focusllm.method.adapter import injected
 from focusllm.method.base import layout
 from focusllm.method.kv import KV, lasting
@@ -102,8 +103,9 @@ class ChunkBlock:
             if stop - start > 1:  # find out which
                 parts = [self.rows(model, i, i + 1) for i in range(start, stop)]
                 return _joined(parts)
-            assert isinstance(self.kv, RowFile)
-            self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
+            assert isinstance(self.kv, RowFile | ChunkFile)
+            if not isinstance(error, MissingRow):
+                self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
             encoded = read_behind(model, self.start_ids, self.token_ids[start:stop])
             try:
                 self.kv.write(self.first + start, encoded, self.token_ids[start:stop])

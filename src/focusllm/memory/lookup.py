@@ -107,11 +107,7 @@ class LookupKeys:
     @classmethod
     def load(cls, path: Path, key: str, empty: LookupKeys) -> LookupKeys | None:
         """Those in a file; None: it is not there, is damaged, or is of another text or of other heads than `empty`."""
-        try:
-            with safe_open(path, "pt") as file:
-                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return None
+        about, tensors = _content(path)
         wanted = {"document": key, "heads": repr(empty.heads), "sum": _sum(tensors)}
         if about != wanted or tensors["packed"].shape != empty.packed.shape:
             return None
@@ -146,6 +142,21 @@ class LookupKeys:
     def unpacked(self, place: int) -> Tensor:
         """The keys [R * C, D] of a key head, by its place among `heads.key_heads`."""
         return from_int8(self.packed[place], self.scales[place], torch.float32).flatten(0, 1)
+
+
+def is_whole(path: Path, key: str) -> bool:
+    """Whether a file holds what was written into it for a key, whichever heads it is of."""
+    about, tensors = _content(path)
+    return about.get("document") == key and about.get("sum") == _sum(tensors)
+
+
+def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a file says of itself, and its tensors; empty: it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}, {}
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> str:
