@@ -33,7 +33,17 @@ from focusllm.method.opened import read_behind
 CONFIG = SMALL.replace(chunk_length=96, local_length=96, far_context="opened")
 NAMES = ("Ahab", "Bildad", "Daggoo", "Elijah", "Fedallah", "Ishmael", "Peleg", "Pip", "Queequeg", "Starbuck", "Stubb")
 VERBS = ("sought", "saw", "feared", "forgot", "hailed", "followed", "painted", "named", "lost", "carried")
-THINGS = ("a whale", "the coffin", "a doubloon", "the harpoon", "an island", "the oil", "a ship", "the sea", "a compass")
+THINGS = (
+    "a whale",
+    "the coffin",
+    "a doubloon",
+    "the harpoon",
+    "an island",
+    "the oil",
+    "a ship",
+    "the sea",
+    "a compass",
+)
 
 
 def book(seed: int = 0, paragraphs: int = 20) -> str:
@@ -186,14 +196,14 @@ def test_adapters_do_not_matter_and_other_models_are_refused(tmp_path: Path, lib
     other = tiny()
     inject(other.model.base, AdapterConfig())
     Library(library.folder, other).document("text")
-    with pytest.raises(LibraryError, match="chunk_length 96, kv_dtype same, and this is .*kv_dtype int8; load that"):
+    with pytest.raises(LibraryError, match=r"chunk_length 96, kv_dtype same, and this is .*kv_dtype int8; load that"):
         Library(library.folder, tiny(kv_dtype="int8"))
     changed = tiny()
     with torch.no_grad():
         next(changed.model.base.parameters())[5] += 1
     with pytest.raises(LibraryError, match="with other weights"):
         Library(library.folder, changed)
-    with pytest.raises(ConfigError, match="opens chunks.*far_context='opened'"):
+    with pytest.raises(ConfigError, match=r"opens chunks.*far_context='opened'"):
         Library(tmp_path / "new", tiny(far_context="condensed"))
 
 
@@ -231,7 +241,9 @@ def test_least_recently_used_goes_first(library: Library) -> None:
                 os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
     Library(library.folder, library.llm, disk_budget=library.nbytes() - 1000).gc()
     gone = [
-        sum(not (library.folder / "chunks" / c.key[:2] / f"{c.key}.rows").exists() for c in library.content(name).chunks)
+        sum(
+            not (library.folder / "chunks" / c.key[:2] / f"{c.key}.rows").exists() for c in library.content(name).chunks
+        )
         for name in ("one", "two")
     ]
     assert gone == [1, 0]
@@ -319,7 +331,7 @@ def test_a_damaged_text_is_refused_or_read_anew(tmp_path: Path, library: Library
             kept = kept.replace(b"Ahab", b"Bhab", 1)
             database.execute("UPDATE documents SET content = ? WHERE name = ?", (kept, name))
     database.close()
-    with pytest.raises(LibraryError, match="keeps of book.txt is damaged; update it from .*book.txt"):
+    with pytest.raises(LibraryError, match=r"keeps of book.txt is damaged; update it from .*book.txt"):
         library.ask("book.txt", "Who?")
     found = library.verify()
     assert (found.damaged_documents, found.repaired_documents) == (["from nowhere"], ["book.txt"])
@@ -334,7 +346,7 @@ def test_a_damaged_catalogue_is_one_sentence(library: Library, llm: FocusLLM) ->
     whole = path.read_bytes()
     for content in (b"nonsense" * 2000, whole[: len(whole) // 2], whole[:100] + b"\xff" * 4000 + whole[4100:]):
         path.write_bytes(content)
-        with pytest.raises(LibraryError, match="damaged|cannot be used"):
+        with pytest.raises(LibraryError, match=r"damaged|cannot be used"):
             Library(library.folder, llm).verify()
     path.unlink()
     again = Library(library.folder, llm)  # the chunks are still there
@@ -419,7 +431,7 @@ def test_a_full_disk_keeps_what_was_read(library: Library, monkeypatch: pytest.M
         written.append(write(self, *arguments))
 
     monkeypatch.setattr(ChunkFile, "write", full)
-    with pytest.raises(DocumentError, match="still needed.*What is written is kept: make room and read again"):
+    with pytest.raises(DocumentError, match=r"still needed.*What is written is kept: make room and read again"):
         library.add(BOOK, name="book")
     monkeypatch.setattr(ChunkFile, "write", write)
     reads.clear()

@@ -31,7 +31,7 @@ ROOMS = {
         *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
     ],
     "front": ["reading", "asking", "llm"],  # lies in no folder
-    "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "folders"],
+    "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
     ],
@@ -46,7 +46,20 @@ ROOMS = {
         *("methods", "plan", "runner", "results", "report", "harness"),
     ],
     "bench": ["plan", "measure", "contenders", "run", "report"],
-    "cli": ["options", "terminal", "ask", "library", "heads", "train", "bench", "evaluate", "inspect", "app", "process", ""],
+    "cli": [
+        "options",
+        "terminal",
+        "ask",
+        "library",
+        "heads",
+        "train",
+        "bench",
+        "evaluate",
+        "inspect",
+        "app",
+        "process",
+        "",
+    ],
     "shell": ["__main__"],  # lies in no folder
 }
 OUTSIDE = ("", "front", "shell")

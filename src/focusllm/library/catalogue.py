@@ -184,6 +184,22 @@ class Catalogue:
         """
         return Entry(**parse_json(self._document(name)[0]))
 
+    def names(self, given: str | Sequence[str] | None = None) -> list[str]:
+        """The documents that are meant by names of documents and sets; None: all.
+
+        Raises:
+            LibraryError: there is nothing of such a name, or nothing at all.
+        """
+        if given is None:
+            found = [entry.name for entry in self.entries()]
+            if not found:
+                raise LibraryError(f"{self.path.parent} has no documents; add one.")
+            return found
+        sets = self.sets()
+        wanted = [given] if isinstance(given, str) else given
+        found = [name for one in wanted for name in sets.get(one) or [self.entry(one).name]]
+        return list(dict.fromkeys(found))
+
     def content(self, name: str) -> tuple[Entry, Content]:
         """A document with its text and chunks.
 
@@ -204,7 +220,10 @@ class Catalogue:
             query = "SELECT entry, content, keys FROM documents WHERE name = ?"
             row: tuple[str, bytes, str] | None = database.execute(query, (name,)).fetchone()
         if row is None:
-            raise LibraryError(unknown("document", name, [entry.name for entry in self.entries()] or ["none"]))
+            known = [*(entry.name for entry in self.entries()), *self.sets()]
+            if not known:
+                raise LibraryError(f"there is no document {name!r}, for {self.path.parent} is empty; add it.")
+            raise LibraryError(unknown("document", name, known))
         return row
 
     def remove(self, names: Sequence[str]) -> None:

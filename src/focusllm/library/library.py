@@ -93,14 +93,14 @@ class Library:
         self.read_only = (
             is_library(self.folder) and not os.access(self.folder, os.W_OK) if read_only is None else read_only
         )
-        self._catalogue = Catalogue(self.folder, self.read_only)
+        self.catalogue = Catalogue(self.folder, self.read_only)
         self._chunks = ChunkFolder(self.folder / "chunks")
         self._turn = threading.RLock()  # one thread reads at a time
         self._open: dict[str, tuple[str, Document]] = {}  # by name, with the version; the last asked at the end
         self._store = self._opened(llm) if llm is not None else None
         if disk_budget is not None:
-            self._catalogue.set_about("disk_budget", disk_budget)
-        self.about = self._catalogue.about()
+            self.catalogue.set_about("disk_budget", disk_budget)
+        self.about = self.catalogue.about()
         """What the library was made with."""
 
     def _opened(self, llm: FocusLLM) -> ChunkStore:
@@ -113,7 +113,7 @@ class Library:
         reader = reader_key(base, config, start_ids)
         made = {
             "reader": reader,
-            "model": llm.name,
+            "model": os.path.abspath(llm.name) if os.path.isdir(llm.name) else llm.name,
             "dtype": str(llm.model.dtype).removeprefix("torch."),
             "chunk_length": config.chunk_length,
             "kv_dtype": config.kv_dtype,
@@ -121,8 +121,8 @@ class Library:
         if not is_library(self.folder) and not self.read_only:
             with writing_to(self.folder, "choose another folder"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            self._catalogue.create(made)
-        about = self._catalogue.about()
+            self.catalogue.create(made)
+        about = self.catalogue.about()
         others = [name for name in made if name != "model" and about.get(name) != made[name]]
         if others:
             was, now = (
@@ -139,7 +139,7 @@ class Library:
 
     def entries(self) -> list[Entry]:
         """All documents, by name."""
-        return self._catalogue.entries()
+        return self.catalogue.entries()
 
     def entry(self, name: str) -> Entry:
         """What is known of a document.
@@ -147,7 +147,7 @@ class Library:
         Raises:
             LibraryError: there is none of that name.
         """
-        return self._catalogue.entry(name)
+        return self.catalogue.entry(name)
 
     def content(self, name: str) -> Content:
         """A document's text, and its chunks' places in it.
@@ -155,11 +155,11 @@ class Library:
         Raises:
             LibraryError: there is none of that name, or it is damaged.
         """
-        return self._catalogue.content(name)[1]
+        return self.catalogue.content(name)[1]
 
     def sets(self) -> dict[str, list[str]]:
         """All sets of documents."""
-        return self._catalogue.sets()
+        return self.catalogue.sets()
 
     def nbytes(self) -> int:
         """Bytes of chunks on disk."""
@@ -171,15 +171,7 @@ class Library:
         Raises:
             LibraryError: there is nothing of such a name, or nothing at all.
         """
-        if given is None:
-            found = [entry.name for entry in self.entries()]
-            if not found:
-                raise LibraryError(f"{self.folder} has no documents; add one.")
-            return found
-        sets = self.sets()
-        wanted = [given] if isinstance(given, str) else given
-        found = [name for one in wanted for name in sets.get(one) or [self.entry(one).name]]
-        return list(dict.fromkeys(found))
+        return self.catalogue.names(given)
 
     # Putting in and taking out
 
@@ -190,6 +182,7 @@ class Library:
         name: str | None = None,
         encoding: str | None = None,
         into: str | None = None,
+        digest: str | None = None,
         progress: bool | Progress = False,
     ) -> Change:
         """Put a document in and read what of it was not read yet. One that is there already, just so, stays.
@@ -199,6 +192,7 @@ class Library:
             name: what it is called from now on; None: the file's name, or "text".
             encoding: of text files; None: found out.
             into: a set that it belongs to.
+            digest: of its file's bytes, if it is not given as a file; kept with it.
             progress: True for a progress bar, or a function of (tokens done, tokens in all).
 
         Raises:
@@ -206,17 +200,17 @@ class Library:
             LibraryError: another text has that name, or nothing may be written.
             MemoryLimitError: it would not fit; nothing was changed.
         """
-        found, digest = _opened_source(source, encoding)
+        found, digest = _opened_source(source, encoding, digest)
         found = found.named(name)
         if found.name in {entry.name for entry in self.entries()}:
-            entry, content = self._catalogue.content(found.name)
+            entry, content = self.catalogue.content(found.name)
             if content.text != found.text:
                 raise LibraryError(
                     f"there is a document {found.name} already, with another text; update it, or give this one another "
                     f"name."
                 )
             if into is not None:
-                self._catalogue.put_into(into, [found.name])
+                self.catalogue.put_into(into, [found.name])
             return Change(entry, self._read(entry, content, progress)[1])
         return self._put(found, digest, into, progress)
 
@@ -226,6 +220,7 @@ class Library:
         source: str | Path | Source | None = None,
         *,
         encoding: str | None = None,
+        digest: str | None = None,
         progress: bool | Progress = False,
     ) -> Change:
         """Put another text in the place of a document's, and read what changed: where a sentence changed, a chunk or
@@ -240,7 +235,8 @@ class Library:
         entry = self.entry(name)
         if source is None and entry.source is None:
             raise LibraryError(f"{name} was not read from a file; give the new text or a file.")
-        found, digest = _opened_source(Path(entry.source or "") if source is None else source, encoding)
+        given = Path(entry.source or "") if source is None else source
+        found, digest = _opened_source(given, encoding, digest)
         return self._put(found.named(name), digest, None, progress)
 
     def remove(self, names: str | Sequence[str]) -> list[str]:
@@ -251,7 +247,7 @@ class Library:
         """
         self._check_writable()
         found = self.names(names)
-        self._catalogue.remove(found)
+        self.catalogue.remove(found)
         return found
 
     def put_into(self, name: str, documents: str | Sequence[str]) -> None:
@@ -261,12 +257,12 @@ class Library:
             LibraryError: there is no such document, or it is one that has that name.
         """
         self._check_writable()
-        self._catalogue.put_into(name, self.names(documents))
+        self.catalogue.put_into(name, self.names(documents))
 
     def take_out(self, name: str, documents: str | Sequence[str]) -> None:
         """Take documents out of a set; they stay in the library. A set without documents is none."""
         self._check_writable()
-        self._catalogue.take_out(name, self.names(documents))
+        self.catalogue.take_out(name, self.names(documents))
 
     # Asking
 
@@ -279,7 +275,7 @@ class Library:
         with self._turn:
             version, document = self._open.pop(name, ("", None))
             if document is None or self.entry(name).version != version:
-                entry, content = self._catalogue.content(name)
+                entry, content = self.catalogue.content(name)
                 version, document = entry.version, self._read(entry, content, progress)[0]
             self._open[name] = version, document
             self._forget_documents(name)
@@ -311,7 +307,7 @@ class Library:
         Raises:
             LibraryError: the catalogue itself is damaged.
         """
-        if not self._catalogue.is_sound():
+        if not self.catalogue.is_sound():
             raise LibraryError(f"the catalogue of {self.folder} is damaged; add its documents to a new folder.")
         files = self._chunks.files()
         damaged = []
@@ -338,7 +334,7 @@ class Library:
         """
         self._check_writable()
         listed = self._chunks.files()
-        return self._chunks.collect(listed, self._catalogue.keys()) + self._make_room()
+        return self._chunks.collect(listed, self.catalogue.keys()) + self._make_room()
 
     def _is_updated(self, entry: Entry) -> bool:
         if self.llm is None or self.read_only or entry.source is None:
@@ -359,7 +355,7 @@ class Library:
         config = llm.model.settings.replace(kv_place="disk")
         written = sum(file.nbytes for file in self._chunks.files())
         check_read(llm.model.base, config, content.num_tokens, self.folder, written)
-        entry = self._catalogue.put(source.name, content, source.path, digest, into)
+        entry = self.catalogue.put(source.name, content, source.path, digest, into)
         return Change(entry, self._read(entry, content, progress)[1])
 
     def _cut(self, source: Source) -> Content:
@@ -385,7 +381,7 @@ class Library:
     def _known_tokens(self, name: str) -> dict[str, list[int]]:
         """The tokens of a document's pieces as they are, if it is there."""
         try:
-            _, content = self._catalogue.content(name)
+            _, content = self.catalogue.content(name)
         except LibraryError:
             return {}
         return {content.text[chunk.start : chunk.end]: chunk.token_ids for chunk in content.chunks}
@@ -395,7 +391,7 @@ class Library:
         llm = self._reading_llm()
         assert self._store is not None
         blocks, chunks, ids, num_read = [], [], list[int](), 0
-        budget = self._catalogue.about().get("disk_budget")
+        budget = self.catalogue.about().get("disk_budget")
         with self._turn, shown_progress(progress, content.num_tokens) as report:
             for chunk in content.chunks:
                 block, is_new = self._store.block(chunk.token_ids, chunk.key)
@@ -412,7 +408,7 @@ class Library:
 
     def _make_room(self) -> int:
         """Keep to the budget of the disk."""
-        budget = self._catalogue.about().get("disk_budget")
+        budget = self.catalogue.about().get("disk_budget")
         return self._chunks.make_room(budget) if budget is not None and not self.read_only else 0
 
     def _forget_documents(self, asked: str) -> None:
@@ -440,10 +436,10 @@ def held_bytes(document: Document) -> int:
     return document.nbytes + len(document.text) + 16 * document.num_tokens
 
 
-def _opened_source(source: str | Path | Source, encoding: str | None) -> tuple[Source, str | None]:
+def _opened_source(source: str | Path | Source, encoding: str | None, digest: str | None) -> tuple[Source, str | None]:
     """A source, and the digest of its file's bytes, if it is one file."""
     if isinstance(source, Source):
-        return source, None
+        return source, digest
     if isinstance(source, Path) or names_a_file(source):
         digest = digest_of(Path(source)) if os.path.isfile(source) else None  # before it is read: it may change
         return open_source(source, encoding), digest
