@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
+from weakref import WeakValueDictionary
 
 import torch
 import xxhash
@@ -60,6 +61,7 @@ class ChunkStore:
         self.start = read_start(model, start_ids)
         self._start_ids, self._keeps = tuple(start_ids), keeps
         self._packing = Packing.of(model, config.kv_dtype)
+        self._in_use: WeakValueDictionary[str, ChunkBlock] = WeakValueDictionary()
 
     def key(self, token_ids: Sequence[int]) -> str:
         """What a chunk is known by."""
@@ -75,10 +77,13 @@ class ChunkStore:
         Raises:
             DocumentError: the disk is full, or cannot be written to.
         """
+        path, known = self.folder.path(key, KEYS), self._in_use.get(key)
+        if known is not None and (path.exists() or not self._keeps):  # documents in memory share it
+            return known, False
         device = next(self.model.parameters()).device
         ids = torch.tensor([list(token_ids)], device=device)
         rows = ChunkFile(self._packing, ids.shape[1], self.folder.path(key, ROWS), key)
-        path, empty = self.folder.path(key, KEYS), LookupKeys.of(self.model, self.heads, *ids.shape)
+        empty = LookupKeys.of(self.model, self.heads, *ids.shape)
         found, is_new = LookupKeys.load(path, key, empty), False
         if found is None:
             found, is_new = empty, not rows.path.is_file()
@@ -94,7 +99,9 @@ class ChunkStore:
             if self._keeps:
                 with suppress(OSError, SafetensorError):  # they are made of the rows the next time
                     found.save(path, key)
-        return ChunkBlock(ids, rows, notify=self.notify, start=self.start, lookup=found), is_new
+        block = ChunkBlock(ids, rows, notify=self.notify, start=self.start, lookup=found)
+        self._in_use[key] = block
+        return block, is_new
 
 
 def is_whole(file: KeptFile) -> bool:

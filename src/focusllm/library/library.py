@@ -1,6 +1,6 @@
 """The library's front: documents are put in once, and asked, edited and taken out ever after.
 
-library = Library("library", FocusLLM.from_pretrained("smollm2-135m", far_context="opened"))
+library = Library("library", FocusLLM.from_pretrained("smollm2-135m"))
 library.add(Path("book.txt"))
 answer = library.ask("book.txt", "Who is Ishmael?")
 library.update("book.txt")  # the file was edited: one chunk or two are read
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from focusllm.documents.document import Chunk, Document
 from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, names_a_file, of_text, open_source
 from focusllm.documents.text import encode_ids, frame_ids
-from focusllm.errors import ConfigError, DocumentError, LibraryError
+from focusllm.errors import DocumentError, LibraryError
 from focusllm.files import digest_of, writing_to
+from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.library.catalogue import Catalogue, Content, Entry, KeptChunk, check_folder, is_library
 from focusllm.library.chunk_folder import ChunkFolder
 from focusllm.library.chunk_store import ChunkStore, is_whole, reader_key
 from focusllm.library.cutting import cut
 from focusllm.llm import FocusLLM
-from focusllm.memory.chunks import Notify, Progress
+from focusllm.memory.chunks import ChunkBlock, Notify, Progress
 from focusllm.memory.cost import check_read
 from focusllm.method.base import layout
 from focusllm.reading import Reader, shown_progress
@@ -67,7 +69,8 @@ class Library:
 
     Args:
         folder: made when the first document comes. It belongs to one model: its weights, type and settings.
-        llm: opens chunks (`far_context="opened"`); None: documents can be listed, removed and checked only.
+        llm: reads and answers; chunks are opened, whatever its `far_context` is. None: documents can be listed, removed
+            and checked only.
         disk_budget: most bytes of chunks; kept for all who use the library from now on. None: as it is set.
         memory_budget: most bytes that documents hold in this process between questions; None: no limit.
         read_only: write nothing; None: if the folder cannot be written to.
@@ -75,7 +78,7 @@ class Library:
 
     Raises:
         LibraryError: no library, another model's, one of a newer format, or one that is damaged.
-        ConfigError: the model condenses chunks.
+        ConfigError: settings with which chunks cannot be opened.
     """
 
     def __init__(
@@ -88,27 +91,24 @@ class Library:
         read_only: bool | None = None,
         notify: Notify = lambda _: None,
     ):
-        self.folder, self.llm, self.memory_budget, self.notify = Path(folder), llm, memory_budget, notify
+        self.folder, self.memory_budget, self.notify = Path(folder), memory_budget, notify
+        self.llm = _opening(llm) if llm is not None else None
         check_folder(self.folder)
         self.read_only = (
             is_library(self.folder) and not os.access(self.folder, os.W_OK) if read_only is None else read_only
         )
         self.catalogue = Catalogue(self.folder, self.read_only)
-        self._chunks = ChunkFolder(self.folder / "chunks")
-        self._turn = threading.RLock()  # one thread reads at a time
+        self.chunks = ChunkFolder(self.folder / "chunks")
+        self._turn = threading.Lock()  # one thread reads a chunk at a time
         self._open: dict[str, tuple[str, Document]] = {}  # by name, with the version; the last asked at the end
-        self._store = self._opened(llm) if llm is not None else None
+        self._store = self._store_of(self.llm) if self.llm is not None else None
         if disk_budget is not None:
             self.catalogue.set_about("disk_budget", disk_budget)
         self.about = self.catalogue.about()
         """What the library was made with."""
 
-    def _opened(self, llm: FocusLLM) -> ChunkStore:
+    def _store_of(self, llm: FocusLLM) -> ChunkStore:
         base, config, start_ids = llm.model.base, llm.model.settings, frame_ids(llm.tokenizer)[0]
-        if not config.is_opened:
-            raise ConfigError(
-                "a library opens chunks, but this model condenses them; load it with far_context='opened'."
-            )
         check_positions(config, layout(base).max_positions, len(start_ids))
         reader = reader_key(base, config, start_ids)
         made = {
@@ -133,7 +133,7 @@ class Library:
                 f"load that, or use another folder."
             )
         notify, keeps = self.notify, not self.read_only
-        return ChunkStore(self._chunks, base, config, reader, start_ids, llm.model.lookup_heads, notify, keeps)
+        return ChunkStore(self.chunks, base, config, reader, start_ids, llm.model.lookup_heads, notify, keeps)
 
     # What there is
 
@@ -163,7 +163,7 @@ class Library:
 
     def nbytes(self) -> int:
         """Bytes of chunks on disk."""
-        return self._chunks.nbytes()
+        return self.chunks.nbytes()
 
     def names(self, given: str | Sequence[str] | None = None) -> list[str]:
         """The documents that are meant by names of documents and sets; None: all.
@@ -273,13 +273,11 @@ class Library:
             LibraryError: there is none of that name, or it is damaged.
         """
         with self._turn:
-            version, document = self._open.pop(name, ("", None))
-            if document is None or self.entry(name).version != version:
-                entry, content = self.catalogue.content(name)
-                version, document = entry.version, self._read(entry, content, progress)[0]
-            self._open[name] = version, document
-            self._forget_documents(name)
-            return document
+            version, document = self._open.get(name, ("", None))
+            if document is not None and self.entry(name).version == version:
+                self._remember(name, version, document)
+                return document
+        return self._read(*self.catalogue.content(name), progress)[0]
 
     def documents(self, names: str | Sequence[str] | None = None, progress: bool | Progress = False) -> list[Document]:
         """Documents and those of sets; None: all."""
@@ -309,7 +307,7 @@ class Library:
         """
         if not self.catalogue.is_sound():
             raise LibraryError(f"the catalogue of {self.folder} is damaged; add its documents to a new folder.")
-        files = self._chunks.files()
+        files = self.chunks.files()
         damaged = []
         for number, file in enumerate(files, 1):
             if not is_whole(file) and file.path.exists():
@@ -323,7 +321,7 @@ class Library:
                 is_repaired = self._is_updated(entry)
                 (repaired if is_repaired else broken).append(entry.name)
         for file in damaged if not self.read_only else []:
-            self._chunks.remove(file)
+            self.chunks.remove(file)
         return Verified(len(files), [str(file.path) for file in damaged], broken, repaired)
 
     def gc(self) -> int:
@@ -333,8 +331,8 @@ class Library:
             LibraryError: nothing may be written.
         """
         self._check_writable()
-        listed = self._chunks.files()
-        return self._chunks.collect(listed, self.catalogue.keys()) + self._make_room()
+        listed = self.chunks.files()
+        return self.chunks.collect(listed, self.catalogue.keys()) + self._make_room()
 
     def _is_updated(self, entry: Entry) -> bool:
         if self.llm is None or self.read_only or entry.source is None:
@@ -353,7 +351,7 @@ class Library:
             self.notify(remark)
         content = self._cut(source)
         config = llm.model.settings.replace(kv_place="disk")
-        written = sum(file.nbytes for file in self._chunks.files())
+        written = sum(file.nbytes for file in self.chunks.files())
         check_read(llm.model.base, config, content.num_tokens, self.folder, written)
         entry = self.catalogue.put(source.name, content, source.path, digest, into)
         return Change(entry, self._read(entry, content, progress)[1])
@@ -387,14 +385,15 @@ class Library:
         return {content.text[chunk.start : chunk.end]: chunk.token_ids for chunk in content.chunks}
 
     def _read(self, entry: Entry, content: Content, progress: bool | Progress) -> tuple[Document, int]:
-        """A document with all its chunks, and how many of them had to be read."""
+        """Open a document with all its chunks; and how many of them had to be read. Threads take turns by chunks."""
         llm = self._reading_llm()
         assert self._store is not None
-        blocks, chunks, ids, num_read = [], [], list[int](), 0
-        budget = self.catalogue.about().get("disk_budget")
-        with self._turn, shown_progress(progress, content.num_tokens) as report:
+        blocks, chunks, ids, num_read = list[ChunkBlock](), list[Chunk](), list[int](), 0
+        budget, start = self.catalogue.about().get("disk_budget"), time.perf_counter()
+        with shown_progress(progress, content.num_tokens) as report:
             for chunk in content.chunks:
-                block, is_new = self._store.block(chunk.token_ids, chunk.key)
+                with self._turn:
+                    block, is_new = self._store.block(chunk.token_ids, chunk.key)
                 blocks.append(block)
                 chunks.append(Chunk(chunk.start, chunk.end, len(ids), len(ids) + len(chunk.token_ids)))
                 ids += chunk.token_ids
@@ -404,22 +403,28 @@ class Library:
                 if report is not None:
                     report(len(ids), content.num_tokens)
         mark, length = Reader(llm.model, llm.tokenizer, llm.name, llm.notify).mark(), llm.config.chunk_length
-        return Document(entry.name, content.text, ids, chunks, blocks, length, 0.0, mark, content.files, True), num_read
+        parts = (entry.name, content.text, ids, chunks, blocks, length, time.perf_counter() - start, mark)
+        document = Document(*parts, content.files, is_far=True)
+        with self._turn:
+            self._remember(entry.name, entry.version, document)
+        return document, num_read
 
     def _make_room(self) -> int:
         """Keep to the budget of the disk."""
         budget = self.catalogue.about().get("disk_budget")
-        return self._chunks.make_room(budget) if budget is not None and not self.read_only else 0
+        return self.chunks.make_room(budget) if budget is not None and not self.read_only else 0
 
-    def _forget_documents(self, asked: str) -> None:
-        """Keep to the budget of memory: documents that were not asked for longest go, never the one that is."""
+    def _remember(self, name: str, version: str, document: Document) -> None:
+        """Keep a document for the next question; those that were not asked for longest go where there is a budget."""
+        self._open.pop(name, None)
+        self._open[name] = version, document
         if self.memory_budget is None:
             return
-        held = {name: held_bytes(document) for name, (_, document) in self._open.items()}
-        for name in list(self._open):
-            if sum(held.values()) <= self.memory_budget or name == asked:
+        held = {one: held_bytes(kept) for one, (_, kept) in self._open.items()}
+        for one in [*self._open][:-1]:
+            if sum(held.values()) <= self.memory_budget:
                 break
-            del self._open[name], held[name]
+            del self._open[one], held[one]
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -429,6 +434,13 @@ class Library:
         if self.llm is None:
             raise LibraryError("the library was opened without a model, which reading and asking take; give it one.")
         return self.llm
+
+
+def _opening(llm: FocusLLM) -> FocusLLM:
+    """The same base model, opening chunks."""
+    model = FocusForCausalLM(llm.model.base, llm.config.replace(far_context="opened"))
+    model.found_heads = llm.model.found_heads
+    return replace(llm, model=model)
 
 
 def held_bytes(document: Document) -> int:
