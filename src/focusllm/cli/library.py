@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -83,15 +83,13 @@ def add(
 
     if name is not None and len(documents) > 1:
         raise FocusError(f"--name is of one document, and there are {len(documents)}; add them one by one.")
-    for path in documents if "-" not in documents else []:
-        open_source(path, encoding)  # a bad one is refused before the model is loaded
+    sources = [open_source(path, encoding) for path in documents]  # bad ones are refused before the model is loaded
     opened = reader.open(folder, as_json, disk_budget)
     changes = []
     with if_stopped(GOES_ON):
-        for path in documents:
-            source: Any = open_source(path, encoding) if path == "-" else Path(path)
-            with reading_progress(name or path, quiet=as_json) as progress:
-                changes.append(opened.add(source, name=name, encoding=encoding, into=into, progress=progress))
+        for source in sources:
+            with reading_progress(name or source.name, quiet=as_json) as progress:
+                changes.append(opened.add(source, name=name, into=into, progress=progress))
     _show_changes(changes, as_json)
 
 
@@ -108,11 +106,15 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Read what changed in a document: where a sentence changed, a chunk or two."""
-    Catalogue(folder).entry(document)
+    from focusllm.documents.sources import open_source
+
+    place = source or Catalogue(folder).entry(document).source
+    if place is None:
+        raise FocusError(f"{document} was not read from a file; name one with its new text.")
+    given = open_source(place, encoding)
     opened = reader.open(folder, as_json, disk_budget)
-    given = Path(source) if source is not None else None
     with if_stopped(GOES_ON), reading_progress(document, quiet=as_json) as progress:
-        change = opened.update(document, given, encoding=encoding, progress=progress)
+        change = opened.update(document, given, progress=progress)
     _show_changes([change], as_json)
 
 

@@ -173,8 +173,8 @@ class Catalogue:
     def entries(self) -> list[Entry]:
         """All documents, by name."""
         with self._transaction() as database:
-            rows = database.execute("SELECT entry FROM documents ORDER BY name").fetchall()
-        return [Entry(**parse_json(row)) for (row,) in rows]
+            rows = database.execute("SELECT name, entry FROM documents ORDER BY name").fetchall()
+        return [_entry(name, kept) for name, kept in rows]
 
     def entry(self, name: str) -> Entry:
         """A document.
@@ -182,7 +182,7 @@ class Catalogue:
         Raises:
             LibraryError: there is none of that name; says what is near.
         """
-        return Entry(**parse_json(self._document(name)[0]))
+        return _entry(name, self._document(name)[0])
 
     def names(self, given: str | Sequence[str] | None = None) -> list[str]:
         """The documents that are meant by names of documents and sets; None: all.
@@ -207,7 +207,7 @@ class Catalogue:
             LibraryError: there is none of that name, or what is kept of it is damaged.
         """
         about, kept, keys = self._document(name)
-        entry = Entry(**parse_json(about))
+        entry = _entry(name, about)
         if blake2b(kept, digest_size=16).hexdigest() == entry.version:
             content = Content.from_bytes(kept)
             if keys == " ".join(chunk.key for chunk in content.chunks):
@@ -280,7 +280,7 @@ class Catalogue:
     @contextmanager
     def _transaction(self, writes: bool = False) -> Iterator[sqlite3.Connection]:
         """A connection for one transaction; written is all that was said, or nothing."""
-        with self._sentences(), closing(self._connect()) as database:
+        with self._sentences(), self._connected() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version != FORMAT:
                 raise LibraryError(
@@ -292,16 +292,27 @@ class Catalogue:
             yield database
             database.commit()
 
-    def _connect(self) -> sqlite3.Connection:
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
         if not self.path.is_file():
             raise LibraryError(f"there is no library in {self.path.parent}; add a document to make one.")
         place = self.path.absolute().as_uri()
-        if not self.read_only:
-            return _opened(f"{place}?mode=rw")
         try:  # what others have written a moment ago lies beside the file
-            return _opened(f"{place}?mode=ro")
-        except sqlite3.OperationalError:  # nobody writes: nothing lies there, and nothing can be put there
-            return _opened(f"{place}?immutable=1")
+            database = _opened(f"{place}?mode={'ro' if self.read_only else 'rw'}")
+        except sqlite3.OperationalError:
+            if not self.read_only:
+                raise
+        else:
+            with closing(database):
+                yield database
+            return
+        # Nobody writes: nothing lies there, and on this mount nothing can be put there, a lock neither.
+        before = self.path.stat()
+        with closing(_opened(f"{place}?immutable=1")) as database:
+            yield database
+        after = self.path.stat()
+        if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+            raise LibraryError(f"{self.path.parent} was changed while it was read; try again.")
 
     @contextmanager
     def _sentences(self) -> Iterator[None]:
@@ -326,6 +337,14 @@ class Catalogue:
             ) from error
         except (OSError, TimeoutError) as error:
             raise LibraryError(f"{folder} cannot be used ({error}); check its permissions, or use another.") from error
+
+
+def _entry(name: str, kept: str) -> Entry:
+    """An entry as it was written; of a damaged one its name, and a version that fits no content."""
+    try:
+        return Entry(**parse_json(kept))
+    except (ValueError, TypeError):
+        return Entry(name, 0, 0, 0, 0.0, "")
 
 
 def _opened(uri: str) -> sqlite3.Connection:

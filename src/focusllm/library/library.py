@@ -27,7 +27,7 @@ from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, names_a_file, of_text, open_source
 from focusllm.documents.text import encode_ids, frame_ids
 from focusllm.errors import DocumentError, LibraryError
-from focusllm.files import digest_of, writing_to
+from focusllm.files import writing_to
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.library.catalogue import Catalogue, Content, Entry, KeptChunk, check_folder, is_library
 from focusllm.library.chunk_folder import ChunkFolder
@@ -182,7 +182,6 @@ class Library:
         name: str | None = None,
         encoding: str | None = None,
         into: str | None = None,
-        digest: str | None = None,
         progress: bool | Progress = False,
     ) -> Change:
         """Put a document in and read what of it was not read yet. One that is there already, just so, stays.
@@ -192,7 +191,6 @@ class Library:
             name: what it is called from now on; None: the file's name, or "text".
             encoding: of text files; None: found out.
             into: a set that it belongs to.
-            digest: of its file's bytes, if it is not given as a file; kept with it.
             progress: True for a progress bar, or a function of (tokens done, tokens in all).
 
         Raises:
@@ -200,8 +198,7 @@ class Library:
             LibraryError: another text has that name, or nothing may be written.
             MemoryLimitError: it would not fit; nothing was changed.
         """
-        found, digest = _opened_source(source, encoding, digest)
-        found = found.named(name)
+        found = _opened_source(source, encoding).named(name)
         if found.name in {entry.name for entry in self.entries()}:
             entry, content = self.catalogue.content(found.name)
             if content.text != found.text:
@@ -212,7 +209,7 @@ class Library:
             if into is not None:
                 self.catalogue.put_into(into, [found.name])
             return Change(entry, self._read(entry, content, progress)[1])
-        return self._put(found, digest, into, progress)
+        return self._put(found, into, progress)
 
     def update(
         self,
@@ -220,7 +217,6 @@ class Library:
         source: str | Path | Source | None = None,
         *,
         encoding: str | None = None,
-        digest: str | None = None,
         progress: bool | Progress = False,
     ) -> Change:
         """Put another text in the place of a document's, and read what changed: where a sentence changed, a chunk or
@@ -236,8 +232,7 @@ class Library:
         if source is None and entry.source is None:
             raise LibraryError(f"{name} was not read from a file; give the new text or a file.")
         given = Path(entry.source or "") if source is None else source
-        found, digest = _opened_source(given, encoding, digest)
-        return self._put(found.named(name), digest, None, progress)
+        return self._put(_opened_source(given, encoding).named(name), None, progress)
 
     def remove(self, names: str | Sequence[str]) -> list[str]:
         """Take documents out, or all of a set; which. Chunks that no other has are removed by `gc`.
@@ -344,7 +339,7 @@ class Library:
             return False
         return True
 
-    def _put(self, source: Source, digest: str | None, into: str | None, progress: bool | Progress) -> Change:
+    def _put(self, source: Source, into: str | None, progress: bool | Progress) -> Change:
         self._check_writable()
         llm = self._reading_llm()
         for remark in source.remarks:
@@ -353,7 +348,7 @@ class Library:
         config = llm.model.settings.replace(kv_place="disk")
         written = sum(file.nbytes for file in self.chunks.files())
         check_read(llm.model.base, config, content.num_tokens, self.folder, written)
-        entry = self.catalogue.put(source.name, content, source.path, digest, into)
+        entry = self.catalogue.put(source.name, content, source.path, source.digest, into)
         return Change(entry, self._read(entry, content, progress)[1])
 
     def _cut(self, source: Source) -> Content:
@@ -448,11 +443,9 @@ def held_bytes(document: Document) -> int:
     return document.nbytes + len(document.text) + 16 * document.num_tokens
 
 
-def _opened_source(source: str | Path | Source, encoding: str | None, digest: str | None) -> tuple[Source, str | None]:
-    """A source, and the digest of its file's bytes, if it is one file."""
+def _opened_source(source: str | Path | Source, encoding: str | None) -> Source:
     if isinstance(source, Source):
-        return source, digest
+        return source
     if isinstance(source, Path) or names_a_file(source):
-        digest = digest_of(Path(source)) if os.path.isfile(source) else None  # before it is read: it may change
-        return open_source(source, encoding), digest
-    return of_text(check_text(source, "the text")), None
+        return open_source(source, encoding)
+    return of_text(check_text(source, "the text"))

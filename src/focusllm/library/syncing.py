@@ -70,8 +70,8 @@ def sync(
             if not path.is_file() or not path.stat().st_size:
                 continue
             gone.discard(name)
-            known, digest = entries.get(name), digest_of(path)
-            if known is not None and known.digest == digest:
+            known = entries.get(name)
+            if known is not None and known.digest == digest_of(path):
                 found.num_unchanged += 1
                 continue
             source = open_source(path)
@@ -80,14 +80,15 @@ def sync(
             continue
         with progress(name) as report:
             if known is None:
-                change = library.add(source, name=name, into=found.name, digest=digest, progress=report or False)
+                change = library.add(source, name=name, into=found.name, progress=report or False)
             else:
-                change = library.update(name, source, digest=digest, progress=report or False)
+                change = library.update(name, source, progress=report or False)
         (found.added if known is None else found.updated).append(name)
         found.num_read += change.num_read
     found.removed = sorted(gone)
-    library.catalogue.remove(found.removed)
-    if found.name in library.sets():
+    if gone:
+        library.remove(found.removed)
+    if earlier is None and found.name in library.sets():
         library.catalogue.set_folder(found.name, str(root))
     return found
 
