@@ -34,6 +34,7 @@ parser.add_argument("--dtype", default="auto")
 parser.add_argument("--characters", type=int, default=700_000, help="of the book")
 parser.add_argument("--new-reads", type=int, default=1, help="how many edited texts are read anew, too")
 parser.add_argument("--random-edits", type=int, default=60, help="that are counted")
+parser.add_argument("--count-only", action="store_true", help="read nothing: only what edits change")
 parser.add_argument("--folder", type=Path, default=None, help="where the libraries are made")
 parser.add_argument("--output", default="library_edits")
 arguments = parser.parse_args()
@@ -76,19 +77,18 @@ def changed_chunks(library: Library, count: int) -> Counter[int]:
     return found
 
 
-with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-    library = Library(Path(folder) / "library", llm)
+def measured(folder: Path) -> dict[str, object]:
+    """What edits cost beside new reads."""
+    library = Library(folder / "library", llm)
     first_read, num_chunks = timed(library, text, is_new=True)
-    entry = library.entry("book")
-    print(f"{entry.num_tokens:,} tokens in {num_chunks} chunks read in {first_read:.1f} s", flush=True)
-    counted = changed_chunks(library, arguments.random_edits)
+    print(f"{num_chunks} chunks read in {first_read:.1f} s", flush=True)
     edits = []
     for place, at in {"start": ends[0], "middle": ends[len(ends) // 2], "end": ends[-2]}.items():
         edited = text[:at] + SENTENCE + text[at:]
         seconds, num_read = timed(library, edited, is_new=False)
         edit = {"place": place, "chunks_read": num_read, "seconds": seconds}
         if len(edits) < arguments.new_reads:
-            fresh = Library(Path(folder) / place, llm)
+            fresh = Library(folder / place, llm)
             edit["new_read_seconds"], _ = timed(fresh, edited, is_new=True)
             edit["times_sooner"] = edit["new_read_seconds"] / seconds
             edit["same_numbers"] = is_same(library.document("book"), fresh.document("book"))
@@ -97,20 +97,23 @@ with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         library.update("book", text)
     start = time.perf_counter()
     Library(library.folder, llm).document("book")
-    reopened = time.perf_counter() - start
+    return {"first_read_seconds": first_read, "reopened_seconds": time.perf_counter() - start, "edits": edits}
 
-finish(
-    arguments.output,
-    {
+
+with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    counting = Library(Path(folder) / "counting", llm)
+    entry = counting.catalogue.put("book", counting._cut(of_text(text, "book")))
+    print(f"{entry.num_tokens:,} tokens in {entry.num_chunks} chunks", flush=True)
+    counted = changed_chunks(counting, arguments.random_edits)
+    result = {
         "model": arguments.model,
         "dtype": str(llm.model.dtype),
         "book": arguments.book.name,
         "characters": len(text),
         "tokens": entry.num_tokens,
-        "chunks": num_chunks,
-        "first_read_seconds": first_read,
-        "reopened_seconds": reopened,
-        "edits": edits,
+        "chunks": entry.num_chunks,
         "random_edits_by_chunks_changed": {str(count): times for count, times in sorted(counted.items())},
-    },
-)
+        **({} if arguments.count_only else measured(Path(folder))),
+    }
+
+finish(arguments.output, result)

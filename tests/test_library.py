@@ -27,6 +27,7 @@ from focusllm.documents.document import Document
 from focusllm.documents.text import encode_ids, frame_ids
 from focusllm.library import chunk_store
 from focusllm.library.catalogue import CATALOGUE_NAME
+from focusllm.library.cutting import cut
 from focusllm.method.kv import KV
 from focusllm.method.opened import read_behind
 
@@ -147,6 +148,48 @@ def test_an_edit_reads_a_chunk_or_two_and_answers_as_a_new_read(
     answers = [one.ask("book", "Who sought the white door?", max_new_tokens=12) for one in (library, fresh)]
     assert answers[0].text == answers[1].text
     assert answers[0].citations == answers[1].citations
+
+
+def pieces(text: str, longest: int = 1000) -> list[str]:
+    ends = cut(text, lambda piece: len(piece) <= longest, longest // 4, 5 * longest)
+    return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+ODD = {
+    "one word": "x" * 5000,
+    "one line": book(1, 100).replace("\n", " "),
+    "one line many times": "The same line.\n" * 500,
+    "no spaces": "".join(random.Random(0).choices("abcdefghij", k=8000)),
+    "Chinese": "".join(random.Random(0).choices("\u6d77\u9cb8\u8239\u9577\u3002", k=6000)),
+    "white space": "\n \t" * 2000,
+    "short": "A word.",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_any_text_is_cut(kind: str) -> None:
+    found = pieces(ODD[kind])
+    assert "".join(found) == ODD[kind]
+    assert max(map(len, found)) <= 1000
+    assert min(map(len, found)) >= 250 or len(found) == 1
+    assert pieces("") == []
+
+
+def test_cuts_are_at_ends_of_paragraphs_and_stay_there() -> None:
+    text, draw, changed = book(3, 600), random.Random(1), list[int]()
+    before = pieces(text)
+    assert all(piece.endswith("\n\n") for piece in before[:-1])
+    ends = [match.end() for match in re.finditer(r"\. ", text)]
+    for _ in range(60):
+        number = draw.randrange(len(ends) - 1)
+        at, behind = ends[number], ends[number + 1]
+        edited = draw.choice((text[:at] + NEW + text[at:], text[:at] + text[behind:], text[:at] + NEW + text[behind:]))
+        changed.append(len(set(pieces(edited)) - set(before)))
+    assert len(before) > 50
+    assert max(changed) <= 3
+    assert sum(changed) <= 1.3 * len(changed)
+    assert len(set(pieces(NEW + text)) - set(before)) <= 2
+    assert len(set(pieces(text + text)) - set(before)) <= 3  # where both meet
 
 
 def test_chunks_are_the_text_read_behind_the_start(library: Library, llm: FocusLLM) -> None:

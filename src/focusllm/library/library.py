@@ -94,9 +94,8 @@ class Library:
         self.folder, self.memory_budget, self.notify = Path(folder), memory_budget, notify
         self.llm = _opening(llm) if llm is not None else None
         check_folder(self.folder)
-        self.read_only = (
-            is_library(self.folder) and not os.access(self.folder, os.W_OK) if read_only is None else read_only
-        )
+        unwritable = is_library(self.folder) and not os.access(self.folder, os.W_OK)
+        self.read_only = unwritable if read_only is None else read_only
         self.catalogue = Catalogue(self.folder, self.read_only)
         self.chunks = ChunkFolder(self.folder / "chunks")
         self._turn = threading.Lock()  # one thread reads a chunk at a time
@@ -125,12 +124,11 @@ class Library:
         about = self.catalogue.about()
         others = [name for name in made if name != "model" and about.get(name) != made[name]]
         if others:
-            was, now = (
-                ", ".join(f"{name} {of.get(name)}" for name in made if name != "reader") for of in (about, made)
-            )
+            shown = [name for name in made if name != "reader"]
+            was, now = (", ".join(f"{name} {of.get(name)}" for name in shown) for of in (about, made))
+            other = " with other weights or another chat template" if others == ["reader"] else ""
             raise LibraryError(
-                f"{self.folder} was made with {was}, and this is {now}{' of other weights' * (others == ['reader'])}; "
-                f"load that, or use another folder."
+                f"{self.folder} was made with {was}, and this is {now}{other}; load that, or use another folder."
             )
         notify, keeps = self.notify, not self.read_only
         return ChunkStore(self.chunks, base, config, reader, start_ids, llm.model.lookup_heads, notify, keeps)
