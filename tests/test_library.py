@@ -376,7 +376,7 @@ def test_a_damaged_text_is_refused_or_read_anew(tmp_path: Path, library: Library
             database.execute("UPDATE documents SET content = ? WHERE name = ?", (kept, name))
     database.close()
     with pytest.raises(LibraryError, match=r"keeps of book.txt is damaged; update it from .*book.txt"):
-        library.ask("book.txt", "Who?")
+        Library(library.folder, library.llm).ask("book.txt", "Who?")
     found = library.verify()
     assert (found.damaged_documents, found.repaired_documents) == (["from nowhere"], ["book.txt"])
     assert library.content("book.txt").text == BOOK

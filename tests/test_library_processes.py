@@ -27,9 +27,8 @@ def python(*arguments: object, within: Sequence[object] = ()) -> subprocess.Pope
     path = os.pathsep.join([str(TESTS), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [*map(str, within), sys.executable, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=TESTS
-    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=TESTS)
 
 
 def said_by(process: subprocess.Popen[str]) -> str:
@@ -110,9 +109,11 @@ torch.set_num_threads(1)
 from test_library import tiny
 from focusllm import Library
 assert not os.access(sys.argv[1], os.W_OK)
-library = Library(sys.argv[1], tiny())
-assert library.read_only
-print(library.ask("book", "Who?", max_new_tokens=6).text, end="")
+for _ in range(2):
+    library = Library(sys.argv[1], tiny())
+    assert library.read_only
+    print(repr(library.ask("book", "Who?", max_new_tokens=6).text), flush=True)
+    sys.stdin.readline()
 """
 
 
@@ -127,10 +128,14 @@ def test_a_mount_that_may_only_be_read(tmp_path: Path) -> None:
     library = Library(folder, tiny())
     library.add(book(0, 6), name="book")
     answer = library.ask("book", "Who?", max_new_tokens=6)
+    process = python("-c", READS, mount, within=[*unshared, f'{mounting} && exec "$@"', "sh"])
+    assert process.stdin is not None
+    assert process.stdout is not None
     with library.catalogue._transaction():  # another process has it open
-        for _ in range(2):
-            process = python("-c", READS, mount, within=[*unshared, f'{mounting} && exec "$@"', "sh"])
-            assert said_by(process) == answer.text
+        assert process.stdout.readline() == f"{answer.text!r}\n"
+    process.stdin.write("\n")  # and now none has
+    process.stdin.flush()
+    assert said_by(process) == f"{answer.text!r}\n"
 
 
 @pytest.fixture
