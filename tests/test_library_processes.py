@@ -263,4 +263,4 @@ def test_the_command_line_lists_without_torch(tmp_path: Path) -> None:
     Library(tmp_path / "library", tiny()).add("A text.")
     code = "import sys; sys.argv[1:] = ['library', 'list', '-l', sys.argv[1]]\n"
     code += "try:\n    from focusllm.cli import main; main()\nfinally:\n    assert 'torch' not in sys.modules"
-    assert "1 documents" in said_by(python("-c", code, tmp_path / "library"))
+    assert "1 document, " in said_by(python("-c", code, tmp_path / "library"))

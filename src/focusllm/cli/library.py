@@ -170,7 +170,8 @@ def list_documents(folder: Folder = HERE, as_json: Json = False) -> None:
     out.print(table)
     budget = about.get("disk_budget")
     limit = f" of at most {readable_bytes(budget)}" if budget is not None else ""
-    out.print(visible(f"{len(entries)} documents, {readable_bytes(nbytes)}{limit} of chunks, read by {about['model']}"))
+    count = f"{len(entries):,} document{'s' * (len(entries) != 1)}"
+    out.print(visible(f"{count}, {readable_bytes(nbytes)}{limit} of chunks, read by {about['model']}"))
 
 
 @library.command()
