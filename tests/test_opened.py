@@ -311,7 +311,7 @@ def test_what_auto_is() -> None:
 
 
 def test_lookup_keys_are_small(llama: nn.Module) -> None:
-    keys = LookupKeys.of(llama, Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24)
+    keys = LookupKeys.of(llama, Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24, 24, None)
     assert keys.nbytes == 2 * 3 * 24 * (16 + 2)
 
 

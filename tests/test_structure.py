@@ -21,7 +21,7 @@ ROOMS = {
         *("kv", "rope", "scoring", "differentiable", "attention", "passes", "base", "packed", "adapter", "focus"),
         "opened",
     ],
-    "memory": ["chunking", "store", "lookup", "chunks", "chunk_cache", "cost"],
+    "memory": ["chunking", "store", "chunk_file", "lookup", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "request", "opened", "engine"],
     "documents": [
         *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers", "folders", "sources"),  # files
@@ -31,6 +31,7 @@ ROOMS = {
         *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
     ],
     "front": ["reading", "asking", "llm"],  # lies in no folder
+    "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
     ],
@@ -45,7 +46,20 @@ ROOMS = {
         *("methods", "plan", "runner", "results", "report", "harness"),
     ],
     "bench": ["plan", "measure", "contenders", "run", "report"],
-    "cli": ["options", "terminal", "ask", "heads", "train", "bench", "evaluate", "inspect", "app", "process", ""],
+    "cli": [
+        "options",
+        "terminal",
+        "ask",
+        "library",
+        "heads",
+        "train",
+        "bench",
+        "evaluate",
+        "inspect",
+        "app",
+        "process",
+        "",
+    ],
     "shell": ["__main__"],  # lies in no folder
 }
 OUTSIDE = ("", "front", "shell")
@@ -56,7 +70,7 @@ WITHOUT_TORCH = [
     *("errors", "json_text", "options", "files", "machine", "config", "plots", "memory.chunking"),
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
     *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text", "words", "sentences")),
-    "huggingface.embedded",
+    *("huggingface.embedded", "library.cutting", "library.catalogue", "library.chunk_folder"),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),

@@ -141,7 +141,7 @@ class LastText:
         start = read_start(self.model, start_ids)
         found = _blocks(self.model, pieces, config, encoded)
         found = [replace(block, start=start) for block in found]
-        return [replace(block, lookup=lookup_of(self.model, heads, block)) for block in found]
+        return [replace(block, lookup=lookup_of(self.model, heads, block, config.chunk_length)) for block in found]
 
 
 @dataclass

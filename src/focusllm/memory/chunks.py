@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from focusllm.config import FocusConfig
 from focusllm.errors import DocumentError
 from focusllm.machine import computes_on_cpu
+from focusllm.memory.chunk_file import ChunkFile
 from focusllm.memory.chunking import cut
 from focusllm.memory.lookup import ROWS_AT_ONCE, Heads, LookupKeys
-from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
+from focusllm.memory.store import DamagedRow, MissingRow, Packed, Packing, RowFile, RowStore
 from focusllm.method.adapter import injected
 from focusllm.method.base import layout
 from focusllm.method.kv import KV, lasting
@@ -107,8 +108,9 @@ class ChunkBlock:
             if stop - start > 1:  # find out which
                 parts = [self.rows(model, i, i + 1) for i in range(start, stop)]
                 return _joined(parts)
-            assert isinstance(self.kv, RowFile)
-            self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
+            assert isinstance(self.kv, RowFile | ChunkFile)
+            if not isinstance(error, MissingRow):
+                self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
             encoded = read_behind(model, self.start_ids, self.token_ids[start:stop])
             try:
                 self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
@@ -199,7 +201,7 @@ def encode(
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
         block: ChunkBlock | None = None
-        lookup, is_known = _lookup(model, heads, start, ids, store, place)
+        lookup, is_known = _lookup(model, heads, start, config.chunk_length, ids, store, place)
         if isinstance(store, RowFile) and store.replaced and not replaced:
             replaced = store.replaced
             notify(f"{store.path} was of {replaced}; the text is read again.")
@@ -230,6 +232,7 @@ def _lookup(
     model: nn.Module,
     heads: Heads | None,
     start: Start | None,
+    longest: int,
     ids: Tensor,
     store: KV | Packed | RowFile | None,
     place: Place,
@@ -237,7 +240,7 @@ def _lookup(
     """Look-up keys for some chunks, and whether they were kept beside the rows."""
     if heads is None:
         return None, False
-    empty, kept = LookupKeys.of(model, heads, ids.shape[0], ids.shape[1], start), _lookup_path(store)
+    empty, kept = LookupKeys.of(model, heads, ids.shape[0], ids.shape[1], longest, start), _lookup_path(store)
     found = LookupKeys.load(kept, place.name or "", empty) if kept is not None else None
     return found or empty, found is not None
 
@@ -298,11 +301,11 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
         digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
 
 
-def lookup_of(model: nn.Module, heads: Heads | None, block: ChunkBlock) -> LookupKeys | None:
+def lookup_of(model: nn.Module, heads: Heads | None, block: ChunkBlock, longest: int) -> LookupKeys | None:
     """The look-up keys of chunks that were read already; None: there are no heads to choose by."""
     if heads is None:
         return None
-    keys = LookupKeys.of(model, heads, block.num_chunks, block.length, block.start)
+    keys = LookupKeys.of(model, heads, block.num_chunks, block.length, longest, block.start)
     for first, kv in block.batches(model, ROWS_AT_ONCE):
         keys.write(first, kv)
     return keys

@@ -109,7 +109,7 @@ def estimate(
     lookup = looking = 0
     if config.is_opened:  # what chunks are chosen by lies in memory, and is unpacked and scored a head at a time
         middle = middle_heads(model)
-        a_token = LookupKeys.of(model, Heads.of(model, middle.pairs[:1]), 1, 1).nbytes
+        a_token = LookupKeys.of(model, Heads.of(model, middle.pairs[:1]), 1, 1, 1, None).nbytes
         lookup = num_tokens * len(middle.key_heads) * a_token
         looking = num_tokens * 4 * (layout(model).layers[0].key_dim + 3 * prompt)
     return Cost(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,19 +89,19 @@ def choosing_layers(model: nn.Module) -> list[int]:
 _usual: WeakKeyDictionary[nn.Module, dict[tuple[Heads, tuple[int, ...], int], dict[int, Tensor]]] = WeakKeyDictionary()
 
 
-def _usual_queries(model: nn.Module, heads: Heads, start: Start | None, length: int) -> dict[int, Tensor]:
+def _usual_queries(model: nn.Module, heads: Heads, start: Start | None, longest: int) -> dict[int, Tensor]:
     """Of each layer what the usual questions' tokens ask for [H, U, D], behind chunks of so many tokens; kept with the
     model, for they take as long as reading their tokens does.
     """
     ids, known = start.token_ids if start is not None else (), _usual.setdefault(model, {})
-    if (heads, ids, length) not in known:
+    if (heads, ids, longest) not in known:
         device, asked = next(model.parameters()).device, list[dict[int, Tensor]]()
         for question in heads.usual:
             tokens = torch.tensor(question, device=device)
-            asked.append(look_up(model, start, tokens, len(ids) + length, heads.layers))
+            asked.append(look_up(model, start, tokens, len(ids) + longest, heads.layers))
         joined = {layer: torch.cat([one[layer] for one in asked], 1).float().cpu() for layer in heads.layers}
-        known[heads, ids, length] = joined
-    return known[heads, ids, length]
+        known[heads, ids, longest] = joined
+    return known[heads, ids, longest]
 
 
 @dataclass(eq=False)
@@ -120,13 +121,19 @@ class LookupKeys:
     """Of each layer what the usual questions ask for [H, U, D]."""
 
     @classmethod
-    def of(cls, model: nn.Module, heads: Heads, num_rows: int, length: int, start: Start | None = None) -> LookupKeys:
-        """Room for so many chunks of a model, read behind a start."""
+    def of(
+        cls, model: nn.Module, heads: Heads, num_rows: int, length: int, longest: int, start: Start | None
+    ) -> LookupKeys:
+        """Room for so many chunks of a model, read behind a start.
+
+        Args:
+            longest: tokens of the longest chunk that there may be; all questions are asked from behind that.
+        """
         shape, width = (len(heads.key_heads), num_rows, length), layout(model).layers[heads.pairs[0][0]].key_dim
         packed, scales = torch.zeros(*shape, width, dtype=torch.int8), torch.zeros(*shape, 1, dtype=torch.float16)
         num_usual = sum(map(len, heads.usual))
         usual = torch.zeros(len(heads.pairs), num_rows, num_usual)
-        queries = partial(_usual_queries, model, heads, start, length)
+        queries = partial(_usual_queries, model, heads, start, longest)
         return cls(heads, packed, scales, usual, torch.zeros(len(heads.pairs), num_usual), start, queries)
 
     def save(self, path: Path, key: str) -> None:
@@ -145,15 +152,12 @@ class LookupKeys:
     @classmethod
     def load(cls, path: Path, key: str, empty: LookupKeys) -> LookupKeys | None:
         """Those in a file; None: it is not there, is damaged, or is of another text or of other heads than `empty`."""
-        try:
-            with safe_open(path, "pt") as file:
-                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return None
+        about, tensors = _content(path)
         wanted = {"document": key, "heads": repr(empty.heads), "sum": _sum(tensors)}
         if about != wanted or any(tensors[name].shape != getattr(empty, name).shape for name in KEPT):
             return None
-        return replace(empty, **{name: tensors[name] for name in KEPT})
+        kept: Any = {name: tensors[name] for name in KEPT}
+        return replace(empty, **kept)
 
     @property
     def num_rows(self) -> int:
@@ -203,6 +207,21 @@ class LookupKeys:
 
 KEPT = ("packed", "scales", "usual", "usual_start")
 """The tensors that a file has."""
+
+
+def is_whole(path: Path, key: str) -> bool:
+    """Whether a file holds what was written into it for a key, whichever heads it is of."""
+    about, tensors = _content(path)
+    return about.get("document") == key and about.get("sum") == _sum(tensors)
+
+
+def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a file says of itself, and its tensors; empty: it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}, {}
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> str:
