@@ -26,6 +26,7 @@ from focusllm.method.adapter import injected
 from focusllm.method.base import layout
 from focusllm.method.kv import KV, lasting
 from focusllm.method.opened import Start, read_behind
+from focusllm.method.packed import kept_as
 
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
@@ -266,6 +267,8 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     apart.
     """
     how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype)
+    if kept_as(model) == "int8":
+        how = (*how, "int8 weights")
     digest = xxhash.xxh3_128("".join(f"{part} " for part in how).encode())
     if start_ids:
         digest.update(f"behind {','.join(map(str, start_ids))} ".encode())
