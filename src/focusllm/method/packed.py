@@ -58,7 +58,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(input, weight, bias)
     if isinstance(copy, Int8Weight):
         first = first_tokens(input)
-        if not copy.takes(input.shape[:-1].numel()) or (first and first == input.shape[1]):
+        if not copy.takes(input.shape[:-1].numel()) or (first and first == input.shape[-2]):
             return F.linear(input, weight, bias)
         if first:
             return torch.cat([F.linear(input[:, :first], weight, bias), copy.linear(input[:, first:], bias)], 1)

@@ -72,12 +72,13 @@ def first_tokens(input: Tensor) -> int:
     """How many tokens, from the left of each row of a layer's input, stand at the first positions of a text.
 
     Args:
-        input: [B, T, ...]; of other tokens than the pass under way has (what the head is given, say) none do.
+        input: [B, T, ...]; of other tokens than the pass under way has (what the head is given, say) none do. Where
+            rows are not told apart, [B * T, ...] in any order, all may.
     """
     current = _pass.get()
-    if current is None or input.dim() != 3 or input.shape[1] != current.positions.shape[1]:
+    if current is None or (input.dim() == 3 and input.shape[1] != current.positions.shape[1]):
         return 0
-    return current.num_first
+    return current.num_first if input.dim() == 3 or not current.num_first else input.shape[-2]
 
 
 @contextmanager
