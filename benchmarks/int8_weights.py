@@ -68,7 +68,7 @@ def seconds(function: Callable[[], object]) -> float:
 def speed() -> dict[str, dict[str, float]]:
     """Best seconds of a chunk, a token, and eight tokens at once, with each kind of weights."""
     chunk = torch.tensor([tokens_of[0][: arguments.chunk]])
-    blocks = encode(base, tokens_of[0][: config.local_length], config, heads=llm.model.lookup_heads)
+    blocks = encode(base, tokens_of[0][:64], config, heads=llm.model.lookup_heads)
     requests = [start_request(base, blocks, tokens_of[0][:64], config, 64) for _ in range(8)]
     for request in requests:
         prefill(base, request, config)

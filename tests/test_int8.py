@@ -102,6 +102,17 @@ def test_a_token_of_zeros_stays_what_it_is() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_what_is_no_number_stays_none_and_is_its_token_s_alone(bad: float, tokens: int) -> None:
+    input = normal(tokens, 16)
+    input[0, 3] = bad
+    got = Int8Weight(normal(8, 16, seed=1)).linear(input, None).isfinite()
+    assert not got[0].any()
+    assert got[1:].all()
+
+
+@needs_kernels
 def test_many_tokens_are_multiplied_as_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel that is used where there are dot products; of two neighbours one is zero, so that sums fit."""
     monkeypatch.setattr(int8, "has_dot_products", lambda: True)

@@ -266,9 +266,8 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     start or token give another. Whatever chunks' keys and values depend on has to be in here: nothing else tells files
     apart.
     """
-    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype)
-    if kept_as(model) == "int8":
-        how = (*how, "int8 weights")
+    rounded = ["int8 weights"] if kept_as(model) == "int8" else []
+    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype, *rounded)
     digest = xxhash.xxh3_128("".join(f"{part} " for part in how).encode())
     if start_ids:
         digest.update(f"behind {','.join(map(str, start_ids))} ".encode())

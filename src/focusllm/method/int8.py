@@ -65,17 +65,32 @@ class Int8Weight:
     def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """[..., in] -> [..., out], in the type of the input."""
         flat = input.reshape(-1, input.shape[-1]).float()
-        largest = torch.linalg.vector_norm(flat, math.inf, 1, keepdim=True).clamp_min_(torch.finfo(flat.dtype).tiny)
-        if self.many is None or len(flat) <= FEW_TOKENS:
-            out = torch.ops.quantized.linear_dynamic(flat / largest, self.few).mul_(largest)
-        else:
-            scale = largest.div_(HALF - 1)
-            rounded = (flat / scale).round_().add_(HALF).to(torch.uint8)
-            zeros = torch.zeros(len(self.scales), dtype=torch.int32)
-            out = _to_float(rounded, self.many, self.scales, zeros).mul_(scale)
+        out = self._few(flat) if self.many is None or len(flat) <= FEW_TOKENS else self._many(flat, self.many)
         if bias is not None:
             out.add_(bias)
         return out.to(input.dtype).view(*input.shape[:-1], -1)
+
+    def _few(self, flat: Tensor) -> Tensor:
+        """By a kernel that rounds by itself, with one scale for all that it is given, and knows no NaN."""
+        largest = _largest(flat)
+        even = (flat / largest).nan_to_num_(0.0)  # a token that has none of sense gets none, by its largest number
+        out: Tensor = torch.ops.quantized.linear_dynamic(even, self.few)
+        return out.mul_(largest)
+
+    def _many(self, flat: Tensor, weight: Tensor) -> Tensor:
+        """By a kernel that takes whole numbers."""
+        scale = _largest(flat).div_(HALF - 1)
+        rounded = (flat / scale).round_().add_(HALF).to(torch.uint8)
+        zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            *(rounded, 1.0, HALF, weight, self.scales, zeros, None), *(1.0, 0, torch.float32), *("none", [], "")
+        )
+        return out.mul_(scale)
+
+
+def _largest(flat: Tensor) -> Tensor:
+    """The largest number of each token, without its sign, and never 0: [T, in] -> [T, 1]."""
+    return torch.linalg.vector_norm(flat, math.inf, 1, keepdim=True).clamp_min_(torch.finfo(flat.dtype).tiny)
 
 
 def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +112,3 @@ def _for_few(rounded: Tensor, scales: Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(whole, None)
     finally:
         torch.backends.quantized.engine = before
-
-
-def _to_float(rounded: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    out: Tensor = torch.ops.onednn.qlinear_pointwise(
-        *(rounded, 1.0, HALF, weight, scales, zeros, None), *(1.0, 0, torch.float32), *("none", [], "")
-    )
-    return out
