@@ -90,7 +90,8 @@ class Int8Weight:
 
 def _largest(flat: Tensor) -> Tensor:
     """The largest number of each token, without its sign, and never 0: [T, in] -> [T, 1]."""
-    return torch.linalg.vector_norm(flat, math.inf, 1, keepdim=True).clamp_min_(torch.finfo(flat.dtype).tiny)
+    largest: Tensor = torch.linalg.vector_norm(flat, math.inf, 1, keepdim=True)
+    return largest.clamp_min_(torch.finfo(flat.dtype).tiny)
 
 
 def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
