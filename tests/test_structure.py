@@ -18,7 +18,19 @@ SOURCE = ROOT / "src" / "focusllm"
 ROOMS = {
     "": ["errors", "json_text", "options", "files", "machine", "config", "plots"],  # what every room may use
     "method": [
-        *("kv", "rope", "scoring", "differentiable", "attention", "passes", "base", "packed", "adapter", "focus"),
+        *(
+            "kv",
+            "rope",
+            "scoring",
+            "differentiable",
+            "attention",
+            "passes",
+            "base",
+            "int8",
+            "packed",
+            "adapter",
+            "focus",
+        ),
         "opened",
     ],
     "memory": ["chunking", "store", "chunk_file", "lookup", "chunks", "chunk_cache", "cost"],

@@ -27,6 +27,7 @@ from focusllm.method.adapter import injected
 from focusllm.method.base import layout
 from focusllm.method.kv import KV, lasting
 from focusllm.method.opened import Start, read_behind
+from focusllm.method.packed import kept_as
 
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
@@ -278,7 +279,8 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     start or token give another. Whatever chunks' keys and values depend on has to be in here: nothing else tells files
     apart.
     """
-    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype)
+    rounded = ["int8 weights"] if kept_as(model) == "int8" else []
+    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype, *rounded)
     digest = xxhash.xxh3_128("".join(f"{part} " for part in how).encode())
     if start_ids:
         digest.update(f"behind {','.join(map(str, start_ids))} ".encode())
