@@ -212,7 +212,7 @@ def test_info(focusllm, model_folder: Path) -> None:
     assert facts["chunk_overlap"] == 1  # of 24 tokens: 44 chunks
     assert facts["costs"][0]["chunks"] == (1000 + 43) * facts["kv_bytes_per_token"]
     assert facts["adapter"] == str(model_folder / "candidate_projections")
-    assert json.loads(focusllm("info", "--json")[1])["adapter"] == "in the package"
+    assert json.loads(focusllm("info", "-m", "smollm2-135m", "--json")[1])["adapter"] == "in the package"
 
 
 def test_train_and_go_on(focusllm, model_folder: Path, story: Path, tmp_path: Path, monkeypatch) -> None:
