@@ -179,12 +179,12 @@ def test_verify_a_model(focusllm, model_folder: Path) -> None:
 
 
 def test_verify_cases(focusllm, tmp_path: Path) -> None:
-    for name in ("i7_short_memory", "t1_continuation"):  # test_conformance.py replays all
+    for name in ("i1_mha_1chunk_exact", "t1_continuation"):  # test_conformance.py replays all
         shutil.copytree(GOLDEN / name, tmp_path / name)
     code, out, _ = focusllm("verify", "--cases", tmp_path)
     assert code == 0
     assert out.count("pass  ") == 2
-    assert "i7_short_memory: logits f32" in out
+    assert "i1_mha_1chunk_exact: logits f32" in out
 
 
 def test_verify_reports_failures(focusllm, tmp_path: Path) -> None:
