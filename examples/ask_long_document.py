@@ -12,7 +12,9 @@ from pydoc_data.topics import topics
 
 from focusllm import FocusLLM
 
-CHAPTERS = "assert break calls class context-managers continue del else exceptions for function global if lambda nonlocal"
+CHAPTERS = (
+    "assert break calls class context-managers continue del else exceptions for function global if lambda nonlocal"
+)
 CHAPTERS += " raise return try while with yield"
 QUESTIONS = {
     "Which exception is raised when an assertion fails?": ("AssertionError",),
@@ -23,7 +25,7 @@ QUESTIONS = {
 
 def main() -> int:
     """How many of the answers that are known were wrong."""
-    chapters = sorted(topics) if os.environ.get("SIZE") == "large" else CHAPTERS.split()
+    chapters = sorted(topics) if os.environ.get("SIZE") == "large" else CHAPTERS
     llm = FocusLLM.from_pretrained(notify=print)
     text = "\n\n".join(topics[name] for name in chapters)
     document = llm.read(text, name="Python language reference", progress=True)
@@ -38,7 +40,9 @@ def main() -> int:
         if known := QUESTIONS.get(question):
             is_right = any(word in answer.text for word in known)
             wrong += not is_right
-            print(f"Right: it says {' or '.join(known)}." if is_right else f"Wrong: the text says {' or '.join(known)}.")
+            print(
+                f"Right: it says {' or '.join(known)}." if is_right else f"Wrong: the text says {' or '.join(known)}."
+            )
         print(
             f"First token after {answer.time_to_first_token:.1f} s, then {answer.tokens_per_second:.1f} tokens/s; peak "
             f"memory {answer.peak_memory / 2**30:.2f} GiB"

@@ -174,8 +174,8 @@ def test_generate(focusllm, model_folder: Path, story: Path) -> None:
 def test_verify_a_model(focusllm, model_folder: Path) -> None:
     code, out, _ = focusllm("verify", model_folder)
     assert code == 0
-    assert out.count("pass  ") == 12
-    assert "12 of 12 passed" in out
+    assert out.count("pass  ") == 13
+    assert "13 of 13 passed" in out
 
 
 def test_verify_cases(focusllm, tmp_path: Path) -> None:

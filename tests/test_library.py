@@ -404,7 +404,7 @@ def test_sets(library: Library) -> None:
     answer = library.ask("sea", "Who?", max_new_tokens=4)
     assert {citation.document for citation in answer.citations} <= {"1.txt", "2.txt"}
     assert [document.name for document in library.documents("sea")] == ["1.txt", "2.txt"]
-    assert len(library.ask(None, "Who?", max_new_tokens=4).citations) > len(answer.citations)
+    assert library.ask(None, "Who?", max_new_tokens=4).num_document_tokens > answer.num_document_tokens
     library.put_into("sea", "0.txt")
     library.take_out("sea", ["1.txt", "2.txt"])
     assert library.sets() == {"sea": ["0.txt"]}

@@ -117,7 +117,7 @@ class FocusLLM:
             name: how citations call it; None: the file's name, or "text".
             encoding: of text files; None: found out.
             progress: True for a progress bar, or a function of (tokens done, tokens in all).
-            store: a folder that keeps what was read, in files (about 23 KiB a token for the embedded model in
+            store: a folder that keeps what was read, in files (about 12 KiB a token for the default model in
                 bfloat16). The same text is not read again from there, and a read that was broken off goes on. None:
                 as `kv_place` says, gone with the document.
             kv_dtype, kv_place: for this document other than in the settings (see `FocusConfig`).
