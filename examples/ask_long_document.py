@@ -17,9 +17,9 @@ CHAPTERS = (
 )
 CHAPTERS += " raise return try while with yield"
 QUESTIONS = {
-    "Which exception is raised when an assertion fails?": ("AssertionError",),
     "When are default parameter values evaluated?": ("definition", "defined"),
-    "Which exceptions does a while loop's else clause ... ": ("",),
+    "Which exception does the raise statement raise when there is no active exception?": ("RuntimeError",),
+    "Where may a yield expression be used?": ("generator",),
 }
 
 
