@@ -45,7 +45,25 @@ ROOMS = {
         *("methods", "plan", "runner", "results", "report", "harness"),
     ],
     "bench": ["plan", "measure", "contenders", "run", "report"],
-    "cli": ["options", "terminal", "ask", "heads", "train", "bench", "evaluate", "inspect", "app", "process", ""],
+    "serving": [
+        *("refusals", "sampling", "stops", "job", "scheduler", "worker"),
+        *("settings", "keys", "api_errors", "openai_schema", "prompts", "listening", "metrics", "gate", "service"),
+        *("openai_routes", "app"),
+    ],
+    "cli": [
+        "options",
+        "terminal",
+        "ask",
+        "heads",
+        "train",
+        "bench",
+        "evaluate",
+        "inspect",
+        "serve",
+        "app",
+        "process",
+        "",
+    ],
     "shell": ["__main__"],  # lies in no folder
 }
 OUTSIDE = ("", "front", "shell")
@@ -57,6 +75,7 @@ WITHOUT_TORCH = [
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
     *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text", "words", "sentences")),
     "huggingface.embedded",
+    *(f"serving.{name}" for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema")),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),

@@ -1,0 +1,68 @@
+"""What clients send, as the model is to read it. The HTTP side's own tokenizer: the worker's thread has another."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from focusllm.config import FocusConfig
+from focusllm.documents.text import encode_chat, encode_ids, start_tokens
+from focusllm.serving.api_errors import ApiError
+from focusllm.serving.job import Prompt
+
+
+class Prompts:
+    """Texts to prompts.
+
+    Args:
+        tokenizer: as loaded; it is copied, for one that several threads use may fail.
+        config: settled settings of the model. vocabulary: how many tokens it has. most_tokens: of a prompt.
+    """
+
+    def __init__(self, tokenizer: Any, config: FocusConfig, vocabulary: int, most_tokens: int):
+        self._tokenizer, self._config = copy.deepcopy(tokenizer), config
+        self._vocabulary, self._most = vocabulary, most_tokens
+        self._turn = threading.Lock()
+
+    def of_chat(self, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any]) -> Prompt:
+        """A conversation that is to be answered.
+
+        Raises:
+            ConfigError, DocumentError: no chat template, or one that refuses it; text that is no Unicode.
+            ApiError: too long.
+        """
+        with self._turn:
+            ids, num_last = encode_chat(self._tokenizer, messages, template_kwargs)
+        return self._checked(ids, num_last)
+
+    def of_text(self, text: str) -> Prompt:
+        """A text that is to be gone on with.
+
+        Raises:
+            DocumentError: text that is no Unicode. ApiError: it is empty, or too long.
+        """
+        with self._turn:
+            return self._checked([*start_tokens(self._tokenizer), *encode_ids(self._tokenizer, text)])
+
+    def of_ids(self, token_ids: Sequence[int]) -> Prompt:
+        """Token ids that are to be gone on with.
+
+        Raises:
+            ApiError: there are none, too many, or some that are no tokens.
+        """
+        odd = [token for token in token_ids if not 0 <= token < self._vocabulary]
+        if odd:
+            raise ApiError(400, f"{odd[0]} is no token of this model, which has {self._vocabulary}.", "prompt")
+        return self._checked(list(token_ids))
+
+    def _checked(self, ids: list[int], prompt_length: int | None = None) -> Prompt:
+        if not ids:
+            raise ApiError(400, "The prompt is empty; give at least one token.", "prompt")
+        if len(ids) > self._most:
+            raise ApiError(
+                *(400, f"The prompt has {len(ids)} tokens, but this server takes {self._most}; give a shorter one."),
+                *("messages" if prompt_length is not None else "prompt", "context_length_exceeded"),
+            )
+        return Prompt.of(ids, self._config, prompt_length)
