@@ -23,10 +23,11 @@ from typing import Any
 import pytest
 
 from conftest import SMALL, build, byte_tokenizer, with_candidates
-from focusllm import ConfigError, FocusForCausalLM, FocusLLM
+from focusllm import ConfigError, FocusForCausalLM, FocusLLM, FocusState
 from focusllm.documents.text import encode_chat
 from focusllm.serving.job import Prompt
 from focusllm.serving.keys import Keys
+from focusllm.serving.prompts import Prompts
 from focusllm.serving.sampling import Sampling
 from focusllm.serving.settings import ServerSettings
 from focusllm.serving.worker import Worker
@@ -104,11 +105,16 @@ def served() -> Iterator[Running]:
 def expected() -> Callable[..., str]:
     """What a conversation, or a text, is answered alone, by transformers' own loop."""
     llm = tiny()
+    prompts = Prompts(llm.tokenizer, llm.model.settings, 260, 10**6)
 
     def of(content: str, count: int, is_chat: bool = True) -> str:
         text = f"<s>{content}</s><s>" if is_chat else content
         ids = llm.tokenizer(text, return_tensors="pt").input_ids
-        made = llm.model.generate(ids, max_new_tokens=count, do_sample=False)
+        state = FocusState()
+        if is_chat:
+            prompt = prompts.of_chat(user(content), {})
+            state = FocusState(None, prompt.prompt_length, prompt.word_scores)
+        made = llm.model.generate(ids, max_new_tokens=count, do_sample=False, cache=state)
         return str(llm.tokenizer.decode(made[0, ids.shape[1] :]))
 
     return of
@@ -469,6 +475,21 @@ def test_messages_stay_text() -> None:
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ConfigError, match="no place for this message of the role system"):
         encode_chat(tokenizer, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_words_choose_too() -> None:
+    """Those of the last message; of one that is itself a long text, those of its end."""
+    text = "".join(f"Sentence {n} of a long text. " for n in range(40))
+    text = text.replace("Sentence 20", "A zanzibar.")
+    llm = tiny()
+    prompts = Prompts(llm.tokenizer, llm.model.settings, 260, 10**6)
+    for messages in (user(text) + user("Where is zanzibar?"), user(f"{text}\n\nOf a zanzibar?")):
+        prompt = prompts.of_chat(messages, {})
+        assert prompt.word_scores is not None
+        assert len(prompt.word_scores) == len(prompt.pieces)
+        best = llm.tokenizer.decode(prompt.pieces[int(prompt.word_scores.argmax())])
+        assert "zanzibar" in best
+    assert prompts.of_chat(user("Hi"), {}).word_scores is None
 
 
 def test_addresses() -> None:

@@ -84,18 +84,20 @@ def test_every_job_gets_what_it_would_get_alone(worker: Worker) -> None:
 
 
 def test_a_long_read_lets_others_decode_between_chunks(worker: Worker) -> None:
-    quick = Asked(random_ids(30), worker.config, max_tokens=40, ignore_eos=True)
+    quick = Asked(random_ids(30), worker.config, max_tokens=200, ignore_eos=True)
     worker.submit(quick.job)
     worker.step()
     long = Asked(random_ids(400, seed=1), worker.config, max_tokens=4, ignore_eos=True)
     worker.submit(long.job)
     num_chunks = len(long.job.prompt.pieces)
     assert num_chunks > 10
+    steps = long.job.prompt.steps
     for number in range(num_chunks):
         before = quick.job.num_generated
-        worker.step()
-        assert worker.totals.read_tokens == sum(long.job.prompt.steps[: number + 1])
-        assert quick.job.num_generated == before + 1
+        while worker.totals.read_tokens < sum(steps[: number + 1]):
+            worker.step()
+        assert worker.totals.read_tokens == sum(steps[: number + 1])
+        assert quick.job.num_generated > before or not quick.job.choices
     run(worker)
     assert len(long.tokens()) == 4
     progress = [event for event in long.events if isinstance(event, Progress)]
@@ -163,6 +165,26 @@ def test_owners_take_turns() -> None:
     assert order.admit() == []
     order.remove(jobs[0])
     assert order.admit() == [jobs[2]]
+
+
+def test_reading_takes_half_of_the_time() -> None:
+    order = Scheduler()
+    reads, decodes = (Asked(random_ids(100), SMALL).job for _ in range(2))
+    for job in (decodes, reads):
+        order.submit(job)
+    order.admit()
+    assert [order.next_to_read(), order.next_to_read()] == [reads, decodes]
+    decodes.choices.append(object())  # type: ignore[arg-type] - not looked into
+    order.begin_decoding(decodes)
+    assert order.next_to_read() is reads
+    order.spent(reading=1.0, decoding=0.3)
+    for _ in range(3):  # of which a second is made of 0.3 each
+        assert order.next_to_read() is None
+        order.spent(reading=0.0, decoding=0.3)
+    assert order.next_to_read() is reads
+    order.spent(reading=1.0, decoding=0.3)
+    order.drop(order.decoding[0])
+    assert order.next_to_read() is reads  # nobody waits
 
 
 def test_a_full_queue_refuses(opened: Worker) -> None:
@@ -245,6 +267,7 @@ def test_sampling_is_transformers_own(opened: Worker) -> None:
     wanted = torch.where(wanted.cumsum(0) - wanted < 0.8, wanted, 0)
     torch.testing.assert_close(drawn[:4], wanted / wanted.sum(), atol=0.06, rtol=0)
     assert drawn[4] == 0
+    assert Sampler(Sampling(temperature=1e-300), defaults, 0, device).choose(logits, [1]).token == 0
     chosen = Sampler(Sampling(top_logprobs=2), defaults, 0, device).choose(logits, [1])
     assert chosen.token == 0
     assert chosen.logprob == pytest.approx(float(logits.log_softmax(-1)[0]))
@@ -289,6 +312,21 @@ def test_what_goes_wrong_is_one_jobs_own(opened: Worker, monkeypatch: pytest.Mon
     assert len(good.tokens()) == 5
     assert isinstance(bad.events[-1], Failed)
     assert isinstance(bad.events[-1].error, MemoryLimitError)
+
+
+def test_a_choice_that_fails_takes_its_job_with_it(opened: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    good = Asked(random_ids(90), opened.config, max_tokens=9, ignore_eos=True)
+    bad = Asked(random_ids(95), opened.config, max_tokens=9, ignore_eos=True, num_choices=3)
+    for one in (bad, good):
+        opened.submit(one.job)
+    while not (bad.job.num_generated and good.job.num_generated):
+        opened.step()
+    bad.job.choices[1].sampler = None  # type: ignore[assignment]
+    run(opened)
+    assert good.tokens() == alone(opened, random_ids(90), 9)
+    assert isinstance(bad.events[-1], Failed)
+    assert not any(isinstance(event, Done) for event in bad.events)
+    assert "a step failed" in caplog.text
 
 
 def test_a_choice_ends_where_the_positions_do() -> None:

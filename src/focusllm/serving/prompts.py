@@ -5,12 +5,19 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from focusllm.config import FocusConfig
 from focusllm.documents.text import encode_chat, encode_ids, start_tokens
+from focusllm.documents.words import WordIndex
 from focusllm.serving.api_errors import ApiError
 from focusllm.serving.job import Prompt
+
+LETTERS = 4
+"""Of a token, about."""
 
 
 class Prompts:
@@ -27,7 +34,7 @@ class Prompts:
         self._turn = threading.Lock()
 
     def of_chat(self, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any]) -> Prompt:
-        """A conversation that is to be answered.
+        """A conversation that is to be answered. Chunks of it are chosen by the last message's words, too.
 
         Raises:
             ConfigError, DocumentError: no chat template, or one that refuses it; text that is no Unicode.
@@ -35,7 +42,15 @@ class Prompts:
         """
         with self._turn:
             ids, num_last = encode_chat(self._tokenizer, messages, template_kwargs)
-        return self._checked(ids, num_last)
+        prompt = self._checked(ids, num_last)
+        if not (prompt.pieces and self._config.is_opened):
+            return prompt
+        with self._turn:
+            texts = [self._tokenizer.decode(piece) for piece in prompt.pieces]
+        question = messages[-1]["content"]
+        if num_last > self._config.local_length:  # a text with a question at its end
+            question = question[-LETTERS * self._config.most_prompt_tokens :]
+        return replace(prompt, word_scores=torch.from_numpy(WordIndex(texts).scores(question)))
 
     def of_text(self, text: str) -> Prompt:
         """A text that is to be gone on with.

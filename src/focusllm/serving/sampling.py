@@ -18,6 +18,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+COLDEST = 1e-4
+"""Temperatures below take the likeliest token: scores divided by them leave the numbers' range."""
+LEAST_LOGPROB = -9999.0
+"""JSON has no infinity."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -67,7 +72,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, defaults: GenerationConfig, number: int, device: torch.device):
         self._top = sampling.top_logprobs
-        self._is_greedy = sampling.temperature == 0
+        self._is_greedy = sampling.temperature < COLDEST
         self._processors = LogitsProcessorList(_processors(sampling, defaults, device))
         self._generator = torch.Generator(device)
         if sampling.seed is None:
@@ -90,7 +95,7 @@ class Sampler:
             token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
         if self._top is None:
             return Chosen(token)
-        logprobs = logits.float().log_softmax(-1)  # the model's own, before any of the above
+        logprobs = logits.float().log_softmax(-1).clamp(min=LEAST_LOGPROB)  # the model's own, before any of the above
         best = logprobs.topk(self._top)
         top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return Chosen(token, float(logprobs[token]), tuple(Logprob(*pair) for pair in top))
@@ -103,7 +108,7 @@ def _processors(sampling: Sampling, defaults: GenerationConfig, device: torch.de
         found.append(RepetitionPenaltyLogitsProcessor(defaults.repetition_penalty))
     if defaults.suppress_tokens:
         found.append(SuppressTokensLogitsProcessor(defaults.suppress_tokens, device=str(device)))
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return found
     if sampling.temperature != 1:
         found.append(TemperatureLogitsWarper(sampling.temperature))

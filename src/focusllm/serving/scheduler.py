@@ -26,6 +26,7 @@ class Scheduler:
         self.waiting: list[Job] = []
         self.reading: deque[Job] = deque()
         self.decoding: list[Choice] = []
+        self._owed = 0.0  # seconds that were read, while others decoded, more than they have had since
 
     @property
     def running(self) -> list[Job]:
@@ -60,11 +61,17 @@ class Scheduler:
         return admitted
 
     def next_to_read(self) -> Job | None:
-        """The job whose turn it is to read a chunk; the others come first the next time."""
-        if not self.reading:
+        """The job whose turn it is to read a chunk; the others come first the next time. None: it is nobody's."""
+        if not self.decoding:
+            self._owed = 0.0
+        if not self.reading or self._owed > 0:
             return None
         self.reading.rotate(-1)
         return self.reading[-1]
+
+    def spent(self, reading: float, decoding: float) -> None:
+        """Seconds of a step: a chunk takes as long as many tokens, which are made up for before the next one."""
+        self._owed = max(0.0, self._owed + reading - decoding)
 
     def begin_decoding(self, job: Job) -> None:
         """A job has read all that there is."""

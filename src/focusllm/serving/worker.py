@@ -1,9 +1,10 @@
 """The one thread that has the model: jobs are read a chunk at a time, and decoded together, a token at a time.
 
-    step:  one chunk of one job that reads   ->   one token of every choice that is decoded
+    step:  one chunk of one job that reads, if it is reading's turn   ->   one token of every choice that is decoded
 
-So a long text keeps nobody waiting for longer than a chunk, jobs join between steps, and one that is cancelled is gone
-with the step under way. It knows prompts and jobs, and nothing of HTTP.
+So a long text keeps nobody waiting for longer than a chunk, and takes no more than half of the time from those who
+decode; jobs join between steps, and one that is cancelled is gone with the step under way. It knows prompts and jobs,
+and nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -140,10 +141,14 @@ class Worker:
             reading, decoding = self.scheduler.next_to_read(), list(self.scheduler.decoding)
         for job in admitted:
             self._preparing[job] = self._prepare(job)
+        times = [time.perf_counter()]
         if reading is not None:
             self._go_on(reading)
+        times.append(time.perf_counter())
         if decoding:
             self._decode(decoding)
+            times.append(time.perf_counter())
+            self.scheduler.spent(times[1] - times[0], times[2] - times[1])
         self.totals.steps += reading is not None or bool(decoding)
         return reading is not None or bool(decoding)
 
@@ -237,10 +242,15 @@ class Worker:
             self._fail(list(dict.fromkeys(choice.job for choice in choices)), error)
             return
         for choice, logits in zip(choices, rows, strict=True):
-            if logits is None:
-                self._finish(choice, "", "length")
-            else:
-                self._take(choice, logits)
+            if choice not in choice.job.choices:  # another one of its job has just failed
+                continue
+            try:
+                if logits is None:
+                    self._finish(choice, choice.detokenizer.finish(), "length")
+                else:
+                    self._take(choice, logits)
+            except Exception as error:
+                self._fail([choice.job], error)
 
     def _logits(self, choices: Sequence[Choice]) -> list[Tensor | None]:
         """Next-token logits [V] of each; None: the base model has no position left for it."""
