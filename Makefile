@@ -11,6 +11,10 @@ TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyprojec
 TESTS := $(addsuffix .py,$(addprefix tests/test_,adapter cli conformance dense engine evaluation focus generate harness \
 	heads llm models opened packed serving training windows))
 
+# So many processes run the tests, a thread each; one that has none left takes over some of another's.
+PROCESSES ?= 2
+PYTEST := python -m pytest --numprocesses $(PROCESSES) --dist worksteal
+
 .PHONY: help demo test test-slow test-oldest lint check format clean
 .DEFAULT_GOAL := help
 
@@ -35,13 +39,13 @@ demo: $(READY)  ## Ask a question about a document of 110K tokens with the embed
 	$(BIN)/python examples/ask_long_document.py
 
 test: $(READY)  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 
 test-slow: $(READY)  ## Run the longer checks too
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/$(PYTEST) -m 'slow or not slow'
 
 test-oldest: $(OLDEST)/ready  ## Run the tests of what meets transformers with its oldest version
-	$(OLDEST)/bin/python -m pytest -m 'slow or not slow' $(TESTS)
+	$(OLDEST)/bin/$(PYTEST) -m 'slow or not slow' $(TESTS)
 
 lint: $(READY)  ## Formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ parser.add_argument("--new-tokens", type=int, default=24, help="forced tokens of
 parser.add_argument("--rounds", type=int, default=4)
 arguments = parser.parse_args()
 
-llm = FocusLLM.from_pretrained("smollm2-135m", dtype=arguments.dtype, packed=False)
+llm = FocusLLM.from_pretrained("smollm2-135m", dtype=arguments.dtype, weights="plain")
 base, config = llm.model.base, llm.config
 ids = encode_text(llm.tokenizer, sample_text()).token_ids
 far, local = split(ids[: arguments.tokens], config)

@@ -27,7 +27,7 @@ parser.add_argument("--prompt", type=int, help="read a prompt of so many tokens 
 parser.add_argument("--rounds", type=int, default=5)
 arguments = parser.parse_args()
 
-llm = FocusLLM.from_pretrained("smollm2-135m", dtype="bfloat16", packed=False)
+llm = FocusLLM.from_pretrained("smollm2-135m", dtype="bfloat16", weights="plain")
 base, count = llm.model.base, arguments.chunks * arguments.chunk_length
 ids = torch.tensor(encode_text(llm.tokenizer, sample_text()).token_ids[: count + (arguments.prompt or 0)])
 chunks, prompt = ids[:count].view(arguments.chunks, -1), ids[count:]

@@ -26,7 +26,7 @@ parser.add_argument("--dtype", default="bfloat16")
 parser.add_argument("--rounds", type=int, default=5)
 arguments = parser.parse_args()
 
-llm = FocusLLM.from_pretrained("smollm2-135m", dtype=arguments.dtype, packed=False)
+llm = FocusLLM.from_pretrained("smollm2-135m", dtype=arguments.dtype, weights="plain")
 base, count = llm.model.base, arguments.chunks * arguments.chunk_length
 ids = torch.tensor(encode_text(llm.tokenizer, sample_text()).token_ids[:count]).view(arguments.chunks, -1)
 rounds = []

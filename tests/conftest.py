@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from focusllm.evaluation.example import Setting
 from focusllm.method.adapter import injected
 from training import TEXT, tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests themselves are what runs in parallel
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

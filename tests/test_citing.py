@@ -82,14 +82,14 @@ def test_attention_to_tokens_becomes_attention_to_sentences(opening_llm: FocusLL
         for span in spans[:2]:
             number, index = asked.context.far[span.chunk]
             for token in range(span.first, span.stop):
-                end = documents[number].token_ends[documents[number].chunks[index].first_token + token]
+                end = documents[number].token_ends(index)[token]
                 got[number, int((sentence_starts(documents[number].text) < end).sum())] += float(step.opened[place])
                 place += 1
         for near in asked.context.near:
             first = documents[near.document].chunks[near.chunk].first_token
             for token in range(near.start, near.end):
                 if first + token - near.start < documents[near.document].num_tokens:  # else it is the boundary
-                    end = documents[near.document].token_ends[first + token - near.start]
+                    end = documents[near.document].token_ends(near.chunk)[token - near.start]
                     sentence = int((sentence_starts(documents[near.document].text) < end).sum())
                     got[near.document, sentence] += float(step.local[first_near + token])
         seen.append(got)

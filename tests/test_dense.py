@@ -23,7 +23,7 @@ SAMPLES = [
     Sample(random_ids(9, 2), 3, 50),
     Sample(random_ids(30, 3), 1, 1),
     Sample(random_ids(2, 4), 1, 4),
-    Sample(random_ids(26, 5), 25, 1),
+    Sample(random_ids(11, 5), 10, 1),
 ]
 
 

@@ -192,6 +192,7 @@ def rows(**given):
 """
 
 
+@pytest.mark.slow
 def test_the_real_command(task: dict[str, Any], lm: FocusHarness, tmp_path: Path) -> None:
     """As on a machine without a GPU: the alias, tasks on a local file, and one that asks for a tokenizer like RULER."""
     model = tmp_path / "models" / embedded.DEFAULT

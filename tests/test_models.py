@@ -22,7 +22,7 @@ from focusllm.method.adapter import injected
 from focusllm.method.base import Rotary, layout
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str, attention: str) -> None:
     checks = list(verify(build(family, attention)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,7 @@ def test_what_auto_is() -> None:
 
 
 def test_lookup_keys_are_small(llama: nn.Module) -> None:
-    keys = LookupKeys.of(llama, Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24)
+    keys = LookupKeys.of(llama, Heads.of(llama, [(1, 0), (1, 1), (2, 3)]), 3, 24, 24, None)
     assert keys.nbytes == 2 * 3 * 24 * (16 + 2)
 
 
@@ -415,3 +416,40 @@ def test_the_question_goes_on_choosing(llama: nn.Module, monkeypatch: pytest.Mon
             assert 0 < len(newest) <= most
             assert any(new[i : i + len(newest)] == newest for i in range(len(new))) or not question
         assert len(asked[-1]) == len(question) + most
+
+
+@pytest.mark.parametrize("with_start", [True, False])
+def test_what_usual_questions_pay_is_subtracted(llama: nn.Module, with_start: bool) -> None:
+    """Against a softmax of every question over the start and all chunks at once, which were read in two goes."""
+    heads = Heads.of(llama, [(0, 0), (1, 3), (2, 1), (2, 2), (1, 0)]).asking([random_ids(5, 1), random_ids(7, 2)])
+    start = read_start(llama, START) if with_start else None
+    num_start = len(START) if with_start else 0
+    blocks = [
+        block for seed in (3, 4) for block in encode(llama, random_ids(44, seed), OPENED, start=start, heads=heads)
+    ]
+    lookups = [block.lookup for block in blocks if block.lookup is not None]
+
+    def paid(question: list[int], length: int) -> Tensor:
+        """Of each of the question's tokens to each chunk [N, T, R], as it stands behind chunks of so many tokens."""
+        asked = look_up(llama, start, torch.tensor(question), num_start + length, heads.layers)
+        found = []
+        for (layer, head), shared in zip(heads.pairs, heads.shared, strict=True):
+            place = heads.key_heads.index((layer, shared))
+            before = [start.kv.keys[layer][0, shared]] if start is not None else []
+            keys = torch.cat([*before, *(keys.unpacked(place) for keys in lookups)])
+            weights = (asked[layer][head] @ keys.T).softmax(-1)[:, num_start:]
+            parts = torch.split(weights, [keys.num_rows * keys.length for keys in lookups], -1)
+            rows = [part.unflatten(-1, (-1, keys.length)).sum(-1) for part, keys in zip(parts, lookups, strict=True)]
+            found.append(torch.cat(rows, -1))
+        return torch.stack(found)
+
+    question = random_ids(6, 5)
+    asked = look_up(llama, start, torch.tensor(question), num_start + 24, heads.layers)
+    got = look(lookups, asked, start).chunks
+    usual = torch.cat([paid(list(ids), 24) for ids in heads.usual], 1).mean(1)
+    plain = paid(question, 24).mean(1)
+    want = (plain - usual).topk(SURE_HEADS, 0).values.sum(0).clamp(min=0)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    without = look([replace(keys, heads=replace(heads, usual=())) for keys in lookups], asked, start).chunks
+    torch.testing.assert_close(without, plain.topk(SURE_HEADS, 0).values.sum(0), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(got, without)

@@ -120,13 +120,13 @@ def test_gradients_are_those_of_the_weights(llama: nn.Module, ids: torch.Tensor)
 
 
 def test_small_models_are_packed_when_loaded(model_folder) -> None:
-    found = {packed: FocusLLM.from_pretrained(model_folder, packed=packed) for packed in (None, True, False)}
-    sizes = {packed: packed_bytes(llm.model) for packed, llm in found.items()}
-    assert sizes[False] == 0
-    assert sizes[None] == sizes[True] == packable_bytes(found[True].model)
-    assert (sizes[True] > 0) == supported(torch.float32)
-    costs = {packed: estimate(llm.model.base, llm.config, 4096).weights for packed, llm in found.items()}
-    assert costs[True] - costs[False] == packed_bytes(found[True].model.base)
+    found = {w: FocusLLM.from_pretrained(model_folder, weights=w) for w in ("auto", "packed", "plain", "int8")}
+    sizes = {weights: packed_bytes(llm.model) for weights, llm in found.items()}
+    assert sizes["plain"] == 0
+    assert sizes["auto"] == sizes["packed"] == packable_bytes(found["packed"].model)
+    assert (sizes["packed"] > 0) == supported(torch.float32)
+    costs = {weights: estimate(llm.model.base, llm.config, 4096).weights for weights, llm in found.items()}
     _, skeleton, config = describe(model_folder, None, "float32", {})  # before it is loaded
-    for packed, cost in costs.items():
-        assert estimate(skeleton, config, 4096, packed=packed).weights == cost
+    for weights, cost in costs.items():
+        assert cost - costs["plain"] == packed_bytes(found[weights].model.base)
+        assert estimate(skeleton, config, 4096, weights=weights).weights == cost

@@ -71,7 +71,9 @@ def in_one_process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return output
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] if "settings" in way else []) for way in WAYS]
+)
 def test_two_processes_train_as_one(way: str, base: Path, in_one_process: Path, tmp_path: Path) -> None:
     """The same global batch shared out between two gloo processes, interrupted: the same losses, the same weights."""
     changes, launched_sharded, wrapped = WAYS[way]

@@ -38,7 +38,7 @@ def begin(model: nn.Module, ids: list[int], config: FocusConfig) -> tuple[Reques
 @pytest.mark.parametrize(("length", "sink"), [(LENGTH, None), (LENGTH + 7, None), (LENGTH + 7, 9)])
 def test_equals_its_definition_from_scratch(length: int, sink: int | None) -> None:
     llama = with_candidates(build(), AdapterConfig(sink_token=sink))
-    ids, generated = random_ids(length), random_ids(14, seed=1)
+    ids, generated = random_ids(length), random_ids(9, seed=1)
     far, local = split(ids, FOCUSED)
     chunks = [far[first:stop] for first, stop in cut(len(far), FOCUSED)]
     request, _ = begin(llama, ids, FOCUSED)

@@ -350,15 +350,19 @@ def test_forked_processes_use_a_file_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mask", [0o077, 0o002])
 def test_files_have_the_modes_that_the_user_wants(llama: nn.Module, tmp_path: Path, mask: int) -> None:
+    def modes() -> set[int]:
+        return {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").iterdir()}
+
     before = os.umask(mask)
     try:
         place, _ = files_of(llama, tmp_path / "kept")
+        assert modes() == {0o666 & ~mask}
         for path in (tmp_path / "kept").iterdir():
             path.write_bytes(b"replaced")
         encode(llama, IDS, SMALL, place=place)
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").iterdir()} == {0o666 & ~mask}
+    assert modes() == {0o666 & ~mask}
     assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o777 & ~mask
 
 

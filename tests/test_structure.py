@@ -18,10 +18,22 @@ SOURCE = ROOT / "src" / "focusllm"
 ROOMS = {
     "": ["errors", "json_text", "options", "files", "machine", "config", "plots"],  # what every room may use
     "method": [
-        *("kv", "rope", "scoring", "differentiable", "attention", "passes", "base", "packed", "adapter", "focus"),
+        *(
+            "kv",
+            "rope",
+            "scoring",
+            "differentiable",
+            "attention",
+            "passes",
+            "base",
+            "int8",
+            "packed",
+            "adapter",
+            "focus",
+        ),
         "opened",
     ],
-    "memory": ["chunking", "store", "lookup", "chunks", "chunk_cache", "cost"],
+    "memory": ["chunking", "store", "chunk_file", "lookup", "chunks", "chunk_cache", "cost"],
     "decoding": ["refresh", "request", "opened", "engine"],
     "documents": [
         *("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers", "folders", "sources"),  # files
@@ -31,6 +43,7 @@ ROOMS = {
         *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
     ],
     "front": ["reading", "asking", "llm"],  # lies in no folder
+    "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
     ],
@@ -54,6 +67,7 @@ ROOMS = {
         "options",
         "terminal",
         "ask",
+        "library",
         "heads",
         "train",
         "bench",
@@ -74,7 +88,7 @@ WITHOUT_TORCH = [
     *("errors", "json_text", "options", "files", "machine", "config", "plots", "memory.chunking"),
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
     *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text", "words", "sentences")),
-    "huggingface.embedded",
+    *("huggingface.embedded", "library.cutting", "library.catalogue", "library.chunk_folder"),
     *(f"serving.{name}" for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema")),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),

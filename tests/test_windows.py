@@ -44,7 +44,12 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 Kept = list[tuple[Tensor, Tensor]]
 
 
-@pytest.mark.parametrize("family", WINDOWED)
+LIKE_OTHERS = ("vaultgemma", "flint", "mellum")  # nothing in them that none of the others has
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in WINDOWED]
+)
 def test_family(family: str) -> None:
     if not hasattr(transformers, WINDOWED[family][0]):
         pytest.skip(f"transformers {transformers.__version__} has no {family} yet")

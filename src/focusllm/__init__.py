@@ -14,12 +14,14 @@ if TYPE_CHECKING:
         ConfigError,
         DocumentError,
         FocusError,
+        LibraryError,
         MemoryLimitError,
         ModelError,
         TrainingError,
     )
     from focusllm.huggingface.adapter_files import load_adapter, push_adapter, save_adapter
     from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
+    from focusllm.library.library import Library
     from focusllm.llm import FocusLLM
     from focusllm.method.adapter import AdapterConfig, inject, remove
     from focusllm.training.config import TrainConfig
@@ -39,6 +41,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DocumentError": "errors",
     "FocusError": "errors",
+    "LibraryError": "errors",
     "MemoryLimitError": "errors",
     "ModelError": "errors",
     "TrainingError": "errors",
@@ -47,6 +50,7 @@ _HOMES = {
     "Citation": "documents.answer",
     "Document": "documents.document",
     "FocusLLM": "llm",
+    "Library": "library.library",
     "FocusForCausalLM": "huggingface.modeling",
     "FocusState": "huggingface.modeling",
     "TrainConfig": "training.config",
@@ -67,6 +71,8 @@ __all__ = [
     "FocusForCausalLM",
     "FocusLLM",
     "FocusState",
+    "Library",
+    "LibraryError",
     "MemoryLimitError",
     "ModelError",
     "TrainConfig",

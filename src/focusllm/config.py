@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from focusllm.errors import ConfigError
 
@@ -13,6 +13,7 @@ FarContext = Literal["auto", "condensed", "opened"]
 Decoding = Literal["cached", "exact"]
 KvDtype = Literal["same", "int8", "int4"]
 KvPlace = Literal["auto", "device", "host", "disk"]
+Weights = Literal["auto", "plain", "packed", "int8"]
 CHOICES = {"far_context": FarContext, "decoding": Decoding, "kv_dtype": KvDtype, "kv_place": KvPlace}
 
 
@@ -97,10 +98,7 @@ class FocusConfig:
         if self.far_context == "opened" and self.decoding == "exact":
             raise ConfigError("decoding is 'exact', which condenses, but far_context is 'opened'; use 'cached'.")
         for name, choices in CHOICES.items():
-            known, value = get_args(choices), getattr(self, name)
-            if value not in known:
-                listed = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
-                raise ConfigError(f"{name} is {value!r}; it must be {listed}.")
+            check_choice(name, getattr(self, name), choices)
 
     @classmethod
     def paper(
@@ -256,6 +254,27 @@ class FocusConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
         return dataclasses.asdict(self)
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Check that a setting is one of the values of a `Literal`.
+
+    Raises:
+        ConfigError: it is not; names those there are.
+    """
+    known = get_args(choices)
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; it must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}.")
+
+
+def parse_weights(weights: str) -> Weights:
+    """Which second copies of the weights are asked for.
+
+    Raises:
+        ConfigError: there are no such ones.
+    """
+    check_choice("weights", weights, Weights)
+    return cast(Weights, weights)
 
 
 def is_whole(value: object, least: int) -> bool:

@@ -5,6 +5,7 @@
     ├── ModelError             a base model that cannot work, or that cannot be loaded
     ├── AdapterError           candidate projections of another model, or a damaged file
     ├── DocumentError          a document or a question that cannot be read
+    ├── LibraryError           a library that cannot be opened or used as asked, or a document that is not in it
     ├── MemoryLimitError       more memory is needed than there is (announced before it is spent)
     └── TrainingError          a training that cannot go on; says what is saved and how to go on
 
@@ -38,6 +39,10 @@ class AdapterError(FocusError):
 
 class DocumentError(FocusError):
     """A document or a question that cannot be read."""
+
+
+class LibraryError(FocusError):
+    """A library that cannot be opened or used as asked, or a document that is not in it."""
 
 
 class MemoryLimitError(FocusError):

@@ -23,7 +23,7 @@ from focusllm.documents.answer import Answer, AnswerStream
 from focusllm.documents.document import Document
 from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, names_a_file, of_text, open_source
-from focusllm.documents.text import encode_ids, start_tokens
+from focusllm.documents.text import encode_ids, start_tokens, usual_ids
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.huggingface.pretrained import load, save
 from focusllm.memory.chunking import split, split_start
@@ -46,6 +46,9 @@ class FocusLLM:
     name: str = ""
     notify: Callable[[str], None] = lambda _: None
 
+    def __post_init__(self) -> None:
+        self.model.usual_questions = usual_ids(self.tokenizer)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -55,7 +58,7 @@ class FocusLLM:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         config: FocusConfig | None = None,
-        packed: bool | None = None,
+        weights: str = "auto",
         notify: Callable[[str], None] = lambda _: None,
         **settings: Any,
     ) -> FocusLLM:
@@ -70,15 +73,15 @@ class FocusLLM:
                 instructions for a 16-bit one.
             device: where to compute; None: a GPU if there is one, else the CPU.
             config: lengths and options; None: those saved with the model, else the defaults.
-            packed: on a CPU, keep a second copy of the weights in the layout that decoding is fastest with; None: if it
-                takes less than a gibibyte.
+            weights: on a CPU, a second copy of them to compute with: `int8`, in 8 bits; `packed`, exact, in the layout
+                that decoding is fastest with; `plain`: none; `auto`: packed if that takes less than a gibibyte.
             notify: called with a sentence when something takes long (a download), or went otherwise than expected.
             settings: single fields of the config, by name.
 
         Raises:
             ConfigError, ModelError, AdapterError: with the value, the limit and the remedy.
         """
-        loaded, tokenizer = load(model, adapter, dtype, device, config, packed, notify, settings)
+        loaded, tokenizer = load(model, adapter, dtype, device, config, weights, notify, settings)
         return cls(loaded, tokenizer, str(model), notify)
 
     @property

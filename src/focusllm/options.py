@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -10,6 +11,7 @@ from focusllm.errors import ConfigError
 from focusllm.json_text import parse_json
 
 FACTORS = {"K": 2**10, "M": 2**20}
+BYTES = {**FACTORS, "G": 2**30, "T": 2**40}
 WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 
 
@@ -30,6 +32,18 @@ def parse_lengths(text: str) -> list[int]:
             )
         lengths.add(int(digits) * factor)
     return sorted(lengths)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes like `500M`, `20G` or `1.5T` (powers of 1024).
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"{text!r} is not a number of bytes; write it as 500M or 20G.")
+    return int(float(found[1]) * BYTES.get(found[2].upper(), 1))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -68,7 +68,11 @@ class Reader:
         blocks = self.encode(encoded.token_ids, progress, changed, folder, start_ids)
         spans, bounds = encoded.spans, cut(len(encoded.token_ids), config)
         chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in bounds]
-        token_ends = np.array([end for _, end in spans], np.int64)
+        ends = np.array([end for _, end in spans], np.int64)
+
+        def token_ends(index: int) -> np.ndarray:
+            return ends[chunks[index].first_token : chunks[index].last_token]
+
         seconds = time.perf_counter() - start
         return Document(
             *(source.name, source.text, encoded.token_ids, token_ends, chunks, blocks, config.chunk_length, seconds),
@@ -86,7 +90,7 @@ class Reader:
         start_ids: Sequence[int] = (),
     ) -> list[ChunkBlock]:
         """The chunks of a text, read behind a start if they are to be opened, with a progress bar if one is wanted."""
-        with _shown(progress, len(token_ids)) as report:
+        with shown_progress(progress, len(token_ids)) as report:
             return self.model.encode(token_ids, report, store, self.notify, config, start_ids)
 
     def mark(self) -> dict[str, Any]:
@@ -122,8 +126,8 @@ class Reader:
 
 
 @contextmanager
-def _shown(wanted: bool | Progress, total: int) -> Iterator[Progress | None]:
-    """A tqdm bar, the caller's own function, or nothing."""
+def shown_progress(wanted: bool | Progress, total: int) -> Iterator[Progress | None]:
+    """A tqdm bar, the caller's own function, or nothing, as was wanted."""
     if callable(wanted) or not wanted:
         yield wanted or None
         return

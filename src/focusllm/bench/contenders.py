@@ -70,7 +70,7 @@ class Focus:
     """FocusLLM, by `read` and `ask`."""
 
     def __init__(self, job: Job):
-        self.llm = _load(job, job.plan.adapter, packed=job.plan.packed, **job.spec.settings)
+        self.llm = _load(job, job.plan.adapter, weights=job.plan.weights, **job.spec.settings)
 
     def turn(self, document: Sequence[int], new_tokens: int) -> Turn:
         """Read, ask, ask again."""
@@ -126,7 +126,7 @@ class Full(Focus):
     """
 
     def __init__(self, job: Job):
-        self.llm = _load(job, "none", packed=False)  # it would have no use for them
+        self.llm = _load(job, "none", weights="plain")  # it would have no use for them
         self.frames = job.frames
 
     def turn(self, document: Sequence[int], new_tokens: int) -> Turn:
@@ -290,7 +290,7 @@ def serve(connection: Connection, job: Job) -> None:
         connection.send(("refused", first_line(error)))
 
 
-def _load(job: Job, adapter: str | None, packed: bool | None, **settings: Any) -> Any:
+def _load(job: Job, adapter: str | None, weights: str, **settings: Any) -> Any:
     import torch
     import transformers
 
@@ -301,5 +301,5 @@ def _load(job: Job, adapter: str | None, packed: bool | None, **settings: Any) -
     torch.set_num_threads(job.threads)
     plan = job.plan
     return FocusLLM.from_pretrained(
-        plan.model, adapter=adapter, dtype=plan.dtype, device=plan.device, packed=packed, **settings
+        plan.model, adapter=adapter, dtype=plan.dtype, device=plan.device, weights=weights, **settings
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from focusllm.config import Weights, parse_weights
 from focusllm.errors import ConfigError
 from focusllm.options import parse_setting, unknown
 
@@ -55,7 +56,7 @@ class Plan:
     model: str = "smollm2-135m"
     adapter: str | None = None
     dtype: str = "auto"
-    packed: bool | None = None
+    weights: Weights = "auto"
     device: str | None = None
     new_tokens: int = 32
     """Tokens that are decoded after each first question."""
@@ -69,6 +70,7 @@ class Plan:
     """Of every contender; None: torch's own number."""
 
     def __post_init__(self) -> None:
+        parse_weights(self.weights)
         for name, lowest in {"new_tokens": 2, "repeats": 1, "threads": 1}.items():
             value = getattr(self, name)
             if value is not None and value < lowest:

@@ -215,13 +215,13 @@ class _Bench:
             return f"a turn would take about {expected / 60:.1f} minutes (--limit-minutes {self.plan.limit_minutes:g})"
         if spec.name in self.configs:
             try:
-                check_read(self.skeleton, self.configs[spec.name], length, cache_folder(), packed=self.plan.packed)
+                check_read(self.skeleton, self.configs[spec.name], length, cache_folder(), weights=self.plan.weights)
             except MemoryLimitError as error:
                 return str(error).rstrip(".")
             return None
         # Full attention reads the text as one chunk.
         whole = FocusConfig(chunk_length=length, chunks_per_batch=1)
-        cost = estimate(self.skeleton, whole, length, packed=False)
+        cost = estimate(self.skeleton, whole, length, weights="plain")
         if cost.needed > cost.free:
             return f"it needs about {readable_bytes(cost.needed)}, and {readable_bytes(cost.free)} are free"
         return None
@@ -240,9 +240,9 @@ class _Bench:
         row["peak_memory"] = last["peak_memory"]
         if spec.name in self.configs:
             config = self.configs[spec.name]
-            place = find_place(self.skeleton, config, length, cache_folder(), packed=self.plan.packed) or "device"
+            place = find_place(self.skeleton, config, length, cache_folder(), weights=self.plan.weights) or "device"
             row["estimated_memory"] = estimate(
-                self.skeleton, config, length, self.plan.new_tokens, place, self.plan.packed
+                self.skeleton, config, length, self.plan.new_tokens, place, self.plan.weights
             ).total
         flops = last["linear_tokens"] and last["linear_tokens"] * flops_per_token(self.shapes)
         rate = limits["flops_per_second"]["median"]

@@ -1,7 +1,8 @@
 """Finding a model's look-up heads: which few heads, asked a question, attend to the chunk that answers it.
 
     made-up facts hidden in a text  ->  chunks, each read behind the start
-    each question                   ->  queries of all layers  ->  what every head pays to every chunk
+    each question                   ->  queries of all layers  ->  what every head pays to every chunk, beyond what it
+                                                                   pays when the usual questions are asked
     heads                           ->  by how often, and how clearly, the right chunk comes first
 
 Half of the questions find the heads, the other half tell how good these are together. The text is the Python language
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from focusllm.checks.needles import Needle, needles
-from focusllm.documents.text import encode_ids, frame_ids, frame_question
+from focusllm.documents.text import encode_ids, frame_ids, frame_question, usual_ids
 from focusllm.errors import ModelError
 from focusllm.memory.lookup import SURE_HEADS, Heads, choosing_layers
 from focusllm.method.base import layout
@@ -69,18 +70,20 @@ def find_heads(
         raise ModelError(f"num_heads is {num_heads}, but the model has {len(able)} heads to choose by; ask for fewer.")
     hidden = needles(np.random.default_rng(0), num_questions)
     rows, right = _hide(hidden, tokenizer, chunk_length)
-    start_ids, steps = frame_ids(tokenizer)[0], len(rows) + len(hidden)
+    usual = usual_ids(tokenizer)
+    start_ids, steps = frame_ids(tokenizer)[0], len(rows) + len(hidden) + len(usual)
     start, chunks = read_start(model, start_ids), list[Keys]()
     device = next(model.parameters()).device
     for i, row in enumerate(rows):
         chunks.append(read_behind(model, start_ids, torch.tensor([row], device=device)).keys)
         progress(i + 1, steps)
     paid = []
-    for i, needle in enumerate(hidden):
-        question = torch.tensor(frame_question(tokenizer, needle.question)[1], device=device)
-        paid.append(_paid(model, start, chunks, question))
+    for i, question in enumerate([*(frame_question(tokenizer, needle.question)[1] for needle in hidden), *usual]):
+        paid.append(_paid(model, start, chunks, torch.tensor(question, device=device)))
         progress(len(rows) + i + 1, steps)
-    best, first, among_four, by_all = _best(torch.stack(paid), torch.tensor(right), num_heads)
+    asked, anyway = torch.stack(paid[: len(hidden)]), torch.stack(paid[len(hidden) :]).mean(0)
+    best, first, among_four = _best(asked - anyway, torch.tensor(right), num_heads)
+    by_all = _recall(asked[1::2].mean(1), torch.tensor(right)[1::2], 1)
     heads = Heads.of(model, [able[i] for i in best])
     return Found(heads, first, among_four, by_all, num_questions=len(hidden) // 2, num_chunks=len(chunks))
 
@@ -125,9 +128,9 @@ def _paid(model: nn.Module, start: Start | None, chunks: Sequence[Keys], questio
     return torch.cat(paid)
 
 
-def _best(paid: Tensor, right: Tensor, num_heads: int) -> tuple[list[int], float, float, float]:
+def _best(paid: Tensor, right: Tensor, num_heads: int) -> tuple[list[int], float, float]:
     """The best heads by every other question [Q, heads, R]; tried on the others, how often the right chunk comes first
-    and among four, and how often it does by the mean of all heads.
+    and among four.
     """
     learn, held_out = slice(0, None, 2), slice(1, None, 2)
     each = torch.arange(len(right[learn]))
@@ -135,10 +138,11 @@ def _best(paid: Tensor, right: Tensor, num_heads: int) -> tuple[list[int], float
     first = (paid[learn].argmax(-1) == right[learn][:, None]).float().mean(0)
     best = (first + to_right.mean(0) / 1000).topk(num_heads).indices  # of equals, the one that is surer
 
-    def recall(of: Tensor, count: int) -> float:
-        sure = of.topk(min(SURE_HEADS, of.shape[1]), 1).values.sum(1)
-        chosen = sure.topk(min(count, of.shape[-1])).indices
-        return float((chosen == right[held_out][:, None]).any(-1).float().mean())
+    sure = paid[held_out][:, best].topk(min(SURE_HEADS, num_heads), 1).values.sum(1)
+    return sorted(best.tolist()), _recall(sure, right[held_out], 1), _recall(sure, right[held_out], 4)
 
-    few = paid[held_out][:, best]
-    return sorted(best.tolist()), recall(few, 1), recall(few, 4), recall(paid[held_out].mean(1, keepdim=True), 1)
+
+def _recall(weights: Tensor, right: Tensor, count: int) -> float:
+    """How often the right chunk is among so many of the heaviest [Q, R]."""
+    chosen = weights.topk(min(count, weights.shape[-1])).indices
+    return float((chosen == right[:, None]).any(-1).float().mean())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +49,7 @@ def ask(
 
     if question is None and "-" in documents:
         raise FocusError("standard input is the document, so questions cannot be typed; give them with -q.")
-    switches = _switches(template_arg or [])
+    switches = switches_of(template_arg or [])
     sources = [open_source(path, encoding) for path in documents]
     names = short_names([source.whole for source in sources])
     llm = load(model, focus.given(), quiet=as_json)
@@ -60,23 +61,7 @@ def ask(
         for name, source in zip(names, sources, strict=True):
             with reading_progress(name, quiet=as_json) as progress:
                 read.append(llm.read(source, name=name, progress=progress, store=store, template_kwargs=switches))
-    answers = []
-    for number, text in enumerate(question if question is not None else _typed_questions()):
-        if number and not as_json:
-            print()
-        try:
-            arguments = sampling.arguments()  # seeds anew: an answer does not depend on what was asked before
-            answer = llm.ask(read, text, on_text=_printer(as_json), template_kwargs=switches, **arguments)
-        except FocusError as error:
-            if question is not None:
-                raise
-            notify(f"focusllm: {error}")  # typed: the next one may be better, and the documents are read
-            continue
-        if as_json:
-            answers.append({"question": text, **answer.to_dict(num_citations)})
-        else:
-            say("")
-            _show_origin(answer, num_citations)
+    answers = answered(partial(llm.ask, read), question, sampling, switches, num_citations, as_json)
     if as_json:
         described = [
             {
@@ -116,7 +101,40 @@ def generate(
         _show_speed(answer)
 
 
-def _switches(given: list[str]) -> dict[str, Any]:
+def answered(
+    ask: Callable[..., Answer],
+    questions: list[str] | None,
+    sampling: SamplingOptions,
+    switches: dict[str, Any],
+    num_citations: int,
+    as_json: bool,
+) -> list[dict[str, Any]]:
+    """Answer questions, those given or those typed, and show the answers or return them.
+
+    Args:
+        ask: a function of a question and the keyword arguments of `FocusLLM.ask`.
+    """
+    answers = []
+    for number, text in enumerate(questions if questions is not None else _typed_questions()):
+        if number and not as_json:
+            print()
+        try:
+            arguments = sampling.arguments()  # seeds anew: an answer does not depend on what was asked before
+            answer = ask(text, on_text=_printer(as_json), template_kwargs=switches, **arguments)
+        except FocusError as error:
+            if questions is not None:
+                raise
+            notify(f"focusllm: {error}")  # typed: the next one may be better, and the documents are read
+            continue
+        if as_json:
+            answers.append({"question": text, **answer.to_dict(num_citations)})
+        else:
+            say("")
+            _show_origin(answer, num_citations)
+    return answers
+
+
+def switches_of(given: list[str]) -> dict[str, Any]:
     """`NAME=VALUE` each; a value is what JSON makes of it, else a string."""
     found = {}
     for argument in given:

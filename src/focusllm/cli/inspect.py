@@ -8,9 +8,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, Packed, grouped
+from focusllm.cli.options import Adapter, Device, Dtype, FocusOptions, Json, Model, WeightsOption, grouped
 from focusllm.cli.terminal import calm_libraries, console, notify, status, visible
-from focusllm.config import KvPlace
+from focusllm.config import KvPlace, parse_weights
 from focusllm.errors import ConfigError, FocusError
 from focusllm.machine import readable_bytes
 from focusllm.memory.chunking import count_chunks
@@ -22,7 +22,7 @@ def info(
     model: Model = "smollm2-135m",
     adapter: Adapter = None,
     dtype: Dtype = "auto",
-    packed: Packed = None,
+    weights: WeightsOption = "auto",
     focus: FocusOptions,
     tokens: Annotated[
         list[int] | None, typer.Option("--tokens", "-n", min=1, help="Lengths to estimate; may be repeated.")
@@ -35,12 +35,13 @@ def info(
     from focusllm.memory.cost import estimate, find_place
     from focusllm.method.base import layout
 
+    kept = parse_weights(weights)
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
     found, skeleton, config = describe(model, adapter, dtype, focus.given(), notify)
     costs = []
     for length in lengths:
-        place = find_place(skeleton, config, length, cache_folder(), packed=packed)
-        cost = estimate(skeleton, config, length, place=place or "device", packed=packed)
+        place = find_place(skeleton, config, length, cache_folder(), weights=kept)
+        cost = estimate(skeleton, config, length, place=place or "device", weights=kept)
         try:
             if not config.is_opened:
                 config.check_num_chunks(count_chunks(length, config), layout(skeleton).max_positions)

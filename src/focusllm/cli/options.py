@@ -15,9 +15,11 @@ Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a folde
 Adapter = Annotated[str | None, typer.Option(help="Candidate projections: folder, hub id, smollm2-135m (ours), none.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
-Packed = Annotated[
-    bool | None,
-    typer.Option("--packed/--no-packed", help="On a CPU: weights twice, for faster decoding. Default: small models."),
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights", help="On a CPU, a second copy for speed: int8 (8 bits), packed (exact), plain (none), or auto."
+    ),
 ]
 Encoding = Annotated[str | None, typer.Option(help="Encoding of text files; by default found out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -31,7 +33,7 @@ class ModelOptions:
     adapter: Adapter = None
     dtype: Dtype = "auto"
     device: Device = None
-    packed: Packed = None
+    weights: WeightsOption = "auto"
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def looked(model: nn.Module, request: Request, config: FocusConfig) -> Looked:
     num_newest = min(request.num_generated, most) if request.question_ids else most
     newest = request.local_ids[-num_newest:] if num_newest > 0 else []
     question = [*request.question_ids, *newest]
-    behind = max(block.length for block in request.blocks) + len(request.blocks[0].start_ids)
+    behind = config.chunk_length + len(request.blocks[0].start_ids)
     asked = look_up(model, start, torch.tensor(question, device=device), behind, keys[0].heads.layers)
     return look(keys, asked, start)
 

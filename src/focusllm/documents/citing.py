@@ -79,19 +79,18 @@ def _by_sentence(context: Context, step: Watched, first_near: int) -> Places:
     for span in step.spans:
         if span.chunk < len(context.far):  # chunks that generated text became come after
             number, index = context.far[span.chunk]
-            first = context.documents[number].chunks[index].first_token + span.first
-            _add(found, context, number, first, step.opened[place : place + span.length])
+            _add(found, context, (number, index), span.first, step.opened[place : place + span.length])
         place += span.length
     for near in context.near:
-        first = context.documents[near.document].chunks[near.chunk].first_token
-        _add(found, context, near.document, first, step.local[first_near + near.start : first_near + near.end])
+        paid = step.local[first_near + near.start : first_near + near.end]
+        _add(found, context, (near.document, near.chunk), 0, paid)
     return found
 
 
-def _add(found: Places, context: Context, number: int, first: int, paid: Tensor) -> None:
-    """Add what so many tokens of a document got, from its token `first` on; a boundary behind it is nobody's."""
-    document = context.documents[number]
-    last_characters = document.token_ends[first : first + len(paid)] - 1
+def _add(found: Places, context: Context, chunk: tuple[int, int], first: int, paid: Tensor) -> None:
+    """Add what so many tokens of a chunk got, from its token `first` on; a boundary behind it is nobody's."""
+    (number, index), document = chunk, context.documents[chunk[0]]
+    last_characters = document.token_ends(index)[first : first + len(paid)] - 1
     sentences = np.searchsorted(document.sentence_starts, last_characters, side="right") - 1
     own, place = np.unique(sentences, return_inverse=True)
     for sentence, weight in zip(own.tolist(), np.bincount(place, paid[: len(sentences)].numpy()).tolist(), strict=True):

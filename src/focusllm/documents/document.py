@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -38,8 +38,8 @@ class Document:
     name: str
     text: str
     token_ids: list[int]
-    token_ends: np.ndarray
-    """Behind the last character of every token."""
+    token_ends: Callable[[int], np.ndarray]
+    """Of a chunk, by its index: behind the last character of each of its tokens."""
     chunks: list[Chunk]
     blocks: list[ChunkBlock]
     chunk_length: int
@@ -49,6 +49,8 @@ class Document:
     """What the text is made of: one file, or those of a folder."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Switches of the chat template behind whose head it was read."""
+    is_far: bool = False
+    """Whether nothing of it is to stand in the local context, so that no chunk is told apart by standing last."""
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +141,8 @@ def divide(documents: Sequence[Document], num_own: int, boundary: Sequence[int],
         chunk_steps += document.chunk_steps
         if number + 1 < len(documents):
             chunk_steps[-1] += len(boundary)
-    num_far = len(chunk_steps) - num_local_chunks(chunk_steps, num_own, config)
+    is_far = any(document.is_far for document in documents)
+    num_far = len(chunk_steps) - (0 if is_far else num_local_chunks(chunk_steps, num_own, config))
     context = Context(documents, [], [], [], [])
     for number, document in enumerate(documents):
         count = min(num_far - len(context.far), len(document.chunks))

@@ -17,6 +17,7 @@ from focusllm.documents.extracted import part_at
 from focusllm.documents.folders import find_files, is_pattern
 from focusllm.documents.readers import DOCUMENT_SUFFIXES, read_file
 from focusllm.errors import DocumentError
+from focusllm.files import digest_of
 
 STDIN = "-"
 SHOWN_REMARKS = 5
@@ -68,6 +69,8 @@ class Source:
     path: str | None = None
     is_set: bool = False
     """Whether it is of a folder or a pattern: its files have names of their own then."""
+    digest: str | None = None
+    """Of the file's bytes as they were before it was read; None: it is not of one file."""
 
     @property
     def whole(self) -> File:
@@ -98,11 +101,13 @@ def open_source(path: str | Path, encoding: str | None = None) -> Source:
     """
     if str(path) != STDIN and (os.path.isdir(path) or is_pattern(path)):
         return _open_set(path, encoding)
+    digest = digest_of(Path(path)) if os.path.isfile(path) and os.access(path, os.R_OK) else None
     found = read_file(path, encoding)
     name = "stdin" if str(path) == STDIN else _printable(Path(path).name)
     place = None if str(path) == STDIN else os.path.abspath(path)
     file = File(name, 0, 0, len(found.text), found.parts, place)
-    return Source(name, found.text, (file,), tuple(f"{name}: {remark}." for remark in found.remarks), place)
+    remarks = tuple(f"{name}: {remark}." for remark in found.remarks)
+    return Source(name, found.text, (file,), remarks, place, digest=digest)
 
 
 def _open_set(path: str | Path, encoding: str | None) -> Source:

@@ -19,6 +19,17 @@ BETWEEN_DOCUMENTS = "\n\n"
 """Stands in the local context where one document ends and the next begins, and before the question."""
 TOKENS_OF_A_CHARACTER = 4
 """At most, in UTF-8."""
+USUAL_QUESTIONS = (
+    "Where does Mr. Alder keep the ring?",
+    "Who wrote the letter to the mayor?",
+    "What is the name of the ship?",
+    "How many people were in the room?",
+    "When did the war begin?",
+    "Why did she leave the house?",
+    "Which city did they visit first?",
+    "What does the function return?",
+)
+"""Of many kinds, about no text in particular: what attention pays to a text when these are asked, it pays anyway."""
 SET_BY_US = {"conversation", "messages", "tokenize", "add_generation_prompt", "return_tensors", "return_dict"}
 """Arguments of a chat template that are no switches of its own."""
 _plain_twins: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
@@ -109,6 +120,11 @@ def frame_question(
     if chat_frame(tokenizer, template_kwargs)[0] is None:
         return before, encode_ids(tokenizer, f"{BETWEEN_DOCUMENTS}Question: {question.strip()}\nAnswer:")
     return before, [*encode_ids(tokenizer, f"{BETWEEN_DOCUMENTS}{question.strip()}"), *after]
+
+
+def usual_ids(tokenizer: Any) -> list[list[int]]:
+    """The tokens of the usual questions, as behind a document."""
+    return [frame_question(tokenizer, question)[1] for question in USUAL_QUESTIONS]
 
 
 def frame_ids(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> tuple[list[int], list[int]]:

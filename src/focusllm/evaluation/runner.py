@@ -41,7 +41,7 @@ from focusllm.memory.chunk_cache import LastText
 from focusllm.memory.chunks import add_model
 from focusllm.memory.cost import forget_peak_memory, peak_memory
 from focusllm.method.adapter import injected, sink_token
-from focusllm.method.packed import packed_bytes
+from focusllm.method.packed import kept_as
 
 OWN_LENGTH = 8192
 """What an example of a task with own lengths counts for in the progress."""
@@ -222,7 +222,7 @@ def _config(plan: Plan, llm: FocusLLM, folder: Path, methods: dict[str, Method])
         "model": llm.name,
         "weights": _base_digest(llm),
         "device": llm.model.device.type,
-        "packed": packed_bytes(llm.model) > 0,
+        "copies": kept_as(llm.model),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "settings": llm.config.resolved().to_dict(),
         "adapter": _digest(llm),

@@ -147,6 +147,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base
         self.focus_config = focus_config or FocusConfig()
         self.found_heads: Heads | None = None
+        self.usual_questions: Sequence[Sequence[int]] = ()
         self.generation_config: GenerationConfig = base.generation_config
         self.eval()
 
@@ -166,8 +167,10 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def lookup_heads(self) -> Heads:
-        """The heads by which chunks are chosen: those that were found for the model, else some of its middle layers."""
-        return self.found_heads or middle_heads(self.base)
+        """What chooses chunks: the heads that were found for the model, else those of some middle layers, and the usual
+        questions, where a tokenizer has said what these are (`FocusLLM`).
+        """
+        return (self.found_heads or middle_heads(self.base)).asking(self.usual_questions)
 
     def load_candidates(self, source: str | Path) -> AdapterConfig:
         """Load candidate projections from a folder or the hub (see `load_adapter`)."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from focusllm.config import FocusConfig
+from focusllm.config import FocusConfig, parse_weights
 from focusllm.decoding.opened import check_settings
 from focusllm.errors import ModelError, first_line
 from focusllm.huggingface.embedded import resolve_model
@@ -26,7 +26,7 @@ from focusllm.huggingface.loading import (
 )
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.method.base import layout
-from focusllm.method.packed import is_packed_by_default, pack
+from focusllm.method.packed import chosen, pack
 
 
 def load(
@@ -35,12 +35,13 @@ def load(
     dtype: str | torch.dtype,
     device: str | torch.device | None,
     config: FocusConfig | None,
-    packed: bool | None,
+    weights: str,
     notify: Callable[[str], None],
     settings: dict[str, Any],
 ) -> tuple[FocusForCausalLM, Any]:
     """Model and tokenizer, ready to compute; for the arguments see `FocusLLM.from_pretrained`."""
     dtype, device = parse_dtype(dtype), parse_device(device)  # refused before anything is fetched
+    asked = parse_weights(weights)
     path = resolve_model(model, notify)
     folder = saved_folder(path, None)
     found, config = find_saved(model, folder, adapter, config)
@@ -55,8 +56,7 @@ def load(
     loaded = on_device(loaded, device)
     if dtype == "auto" and not getattr(loaded.base, "is_quantized", False):
         loaded = in_type(loaded, computing_dtype(loaded.dtype, loaded.device))
-    if is_packed_by_default(loaded) if packed is None else packed:
-        pack(loaded)
+    pack(loaded, chosen(loaded, asked, notify))
     return loaded, tokenizer
 
 

@@ -187,7 +187,8 @@ class LastText:
 
         start = read_start(self.model, start_ids)
         found = _blocks(self.model, pieces, config, encoded)
-        return [replace(block, start=start, lookup=lookup_of(self.model, heads, block)) for block in found]
+        found = [replace(block, start=start) for block in found]
+        return [replace(block, lookup=lookup_of(self.model, heads, block, config.chunk_length)) for block in found]
 
 
 @dataclass

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from focusllm.config import FocusConfig
 from focusllm.errors import DocumentError
 from focusllm.machine import computes_on_cpu
+from focusllm.memory.chunk_file import ChunkFile
 from focusllm.memory.chunking import cut
 from focusllm.memory.lookup import ROWS_AT_ONCE, Heads, LookupKeys
-from focusllm.memory.store import DamagedRow, Packed, Packing, RowFile, RowStore
+from focusllm.memory.store import DamagedRow, MissingRow, Packed, Packing, RowFile, RowStore
 from focusllm.method.adapter import injected
 from focusllm.method.base import layout
 from focusllm.method.kv import KV, lasting
 from focusllm.method.opened import Start, read_behind
+from focusllm.method.packed import kept_as
 
 CPU_TOKENS_AT_ONCE = 2048
 """Most tokens of a pass on a CPU: what lies between the products then stays in its caches. In bfloat16 two chunks of
@@ -107,8 +109,9 @@ class ChunkBlock:
             if stop - start > 1:  # find out which
                 parts = [self.rows(model, i, i + 1) for i in range(start, stop)]
                 return _joined(parts)
-            assert isinstance(self.kv, RowFile)
-            self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
+            assert isinstance(self.kv, RowFile | ChunkFile)
+            if not isinstance(error, MissingRow):
+                self.notify(f"Chunk {self.first + start} was damaged on disk ({error}); it is read again.")
             encoded = read_behind(model, self.start_ids, self.token_ids[start:stop])
             try:
                 self.kv.write(self.first + start, encoded, self.token_ids[start:stop])
@@ -199,7 +202,7 @@ def encode(
         ids = torch.tensor([list(token_ids[start:stop]) for start, stop in group], device=device)
         store: KV | Packed | RowFile | None = _store(model, ids, config, place)
         block: ChunkBlock | None = None
-        lookup, is_known = _lookup(model, heads, ids, store, place)
+        lookup, is_known = _lookup(model, heads, start, config.chunk_length, ids, store, place)
         if isinstance(store, RowFile) and store.replaced and not replaced:
             replaced = store.replaced
             notify(f"{store.path} was of {replaced}; the text is read again.")
@@ -227,12 +230,18 @@ def encode(
 
 
 def _lookup(
-    model: nn.Module, heads: Heads | None, ids: Tensor, store: KV | Packed | RowFile | None, place: Place
+    model: nn.Module,
+    heads: Heads | None,
+    start: Start | None,
+    longest: int,
+    ids: Tensor,
+    store: KV | Packed | RowFile | None,
+    place: Place,
 ) -> tuple[LookupKeys | None, bool]:
     """Look-up keys for some chunks, and whether they were kept beside the rows."""
     if heads is None:
         return None, False
-    empty, kept = LookupKeys.of(model, heads, *ids.shape), _lookup_path(store)
+    empty, kept = LookupKeys.of(model, heads, ids.shape[0], ids.shape[1], longest, start), _lookup_path(store)
     found = LookupKeys.load(kept, place.name or "", empty) if kept is not None else None
     return found or empty, found is not None
 
@@ -270,7 +279,8 @@ def document_key(model: nn.Module, token_ids: Sequence[int], config: FocusConfig
     start or token give another. Whatever chunks' keys and values depend on has to be in here: nothing else tells files
     apart.
     """
-    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype)
+    rounded = ["int8 weights"] if kept_as(model) == "int8" else []
+    how = (model.dtype, config.chunk_length, config.overlap, config.kv_dtype, *rounded)
     digest = xxhash.xxh3_128("".join(f"{part} " for part in how).encode())
     if start_ids:
         digest.update(f"behind {','.join(map(str, start_ids))} ".encode())
@@ -293,12 +303,13 @@ def add_model(digest: xxhash.xxh3_128, model: nn.Module) -> None:
         digest.update(tensor.detach().flatten().cpu().view(torch.uint8).numpy().data)
 
 
-def lookup_of(model: nn.Module, heads: Heads | None, block: ChunkBlock) -> LookupKeys | None:
+def lookup_of(model: nn.Module, heads: Heads | None, block: ChunkBlock, longest: int) -> LookupKeys | None:
     """The look-up keys of chunks that were read already; None: there are no heads to choose by."""
-    keys = LookupKeys.of(model, heads, *block.token_ids.shape) if heads is not None else None
-    if keys is not None:
-        for first, kv in block.batches(model, ROWS_AT_ONCE):
-            keys.write(first, kv)
+    if heads is None:
+        return None
+    keys = LookupKeys.of(model, heads, block.num_chunks, block.length, longest, block.start)
+    for first, kv in block.batches(model, ROWS_AT_ONCE):
+        keys.write(first, kv)
     return keys
 
 

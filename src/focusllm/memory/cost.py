@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from focusllm.config import FocusConfig
+from focusllm.config import FocusConfig, Weights
 from focusllm.errors import MemoryLimitError
 from focusllm.machine import computes_on_cpu, forget_peak_resident, memory_limits, peak_resident, readable_bytes
 from focusllm.memory.chunking import count_by_length, count_chunks
@@ -23,7 +23,7 @@ from focusllm.memory.store import Packing
 from focusllm.method.attention import SCORES_BY_FORMULA
 from focusllm.method.base import layout
 from focusllm.method.kv import GrowingKV
-from focusllm.method.packed import is_packed_by_default, packable_bytes, packed_bytes
+from focusllm.method.packed import chosen, packable_bytes, packed_bytes
 
 REMEDIES: dict[str, Any] = {"kv_place": "disk", "kv_dtype": "int8", "chunks_per_batch": 1}
 """Settings that take less memory."""
@@ -74,7 +74,7 @@ def estimate(
     num_tokens: int,
     num_new_tokens: int = 256,
     place: str = "device",
-    packed: bool | None = None,
+    weights: Weights = "auto",
 ) -> Cost:
     """The memory that reading `num_tokens` tokens and answering one question takes.
 
@@ -82,7 +82,7 @@ def estimate(
 
     Args:
         place: where the chunks' keys and values are kept; on the device they count as memory, elsewhere they do not.
-        packed: for a model on the meta device, whether loading it is to pack its weights (None: as by default).
+        weights: for a model on the meta device, what copies of its weights loading it is to make.
     """
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
@@ -109,11 +109,11 @@ def estimate(
     lookup = looking = 0
     if config.is_opened:  # what chunks are chosen by lies in memory, and is unpacked and scored a head at a time
         middle = middle_heads(model)
-        a_token = LookupKeys.of(model, Heads.of(model, middle.pairs[:1]), 1, 1).nbytes
+        a_token = LookupKeys.of(model, Heads.of(model, middle.pairs[:1]), 1, 1, 1, None).nbytes
         lookup = num_tokens * len(middle.key_heads) * a_token
         looking = num_tokens * 4 * (layout(model).layers[0].key_dim + 3 * prompt)
     return Cost(
-        weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, packed),
+        weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, weights),
         chunks=(chunks if place == "device" else 0) + lookup,
         rows=_tokens_of_a_request(config, alike, in_place, num_new_tokens) * per_token,
         scratch=max(in_flight * (widths * dtype.itemsize + per_token) + bringing + scores, looking),
@@ -154,11 +154,11 @@ def stored_bytes(model: nn.Module, config: FocusConfig, num_tokens: int) -> int:
     return Packing.of(model, config.kv_dtype).row_bytes(num_tokens + common)
 
 
-def _copies(model: nn.Module, packed: bool | None) -> int:
-    """Bytes of packed weights: those there are, or those that loading the model will make."""
+def _copies(model: nn.Module, weights: Weights) -> int:
+    """Bytes of second copies of weights: those there are, or those that loading the model will make."""
     if next(model.parameters()).device.type != "meta":
         return packed_bytes(model)
-    return packable_bytes(model) if packed or (packed is None and is_packed_by_default(model)) else 0
+    return packable_bytes(model, chosen(model, weights))
 
 
 def _runtime(device: torch.device) -> int:
@@ -195,7 +195,7 @@ def check_read(
     num_tokens: int,
     folder: Path,
     written: int = 0,
-    packed: bool | None = None,
+    weights: Weights = "auto",
 ) -> str:
     """Where the chunks of a text go (see `find_place`); refuses what fits nowhere, before anything is computed.
 
@@ -205,14 +205,14 @@ def check_read(
     """
     if not config.is_opened:  # what is not open takes no position
         config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
-    place = find_place(model, config, num_tokens, folder, written, packed)
+    place = find_place(model, config, num_tokens, folder, written, weights)
     if place is not None:
         return place
-    cost = estimate(model, config, num_tokens, place=_places(model, config)[0], packed=packed)
+    cost = estimate(model, config, num_tokens, place=_places(model, config)[0], weights=weights)
     stored = stored_bytes(model, config, num_tokens)
     memory = f"needs about {readable_bytes(cost.needed)} of memory, but {readable_bytes(cost.free)} are free"
     disk = f"needs about {readable_bytes(stored)} on disk, but {readable_bytes(free_disk(folder))} are free in {folder}"
-    remedies = _remedies(model, config, num_tokens, folder, packed)
+    remedies = _remedies(model, config, num_tokens, folder, weights)
     raise MemoryLimitError(
         f"reading {num_tokens:,} tokens {disk if config.kv_place == 'disk' and cost.needed <= cost.free else memory}; "
         f"use {' or '.join(remedies)}."
@@ -248,17 +248,17 @@ def find_place(
     num_tokens: int,
     folder: Path,
     written: int = 0,
-    packed: bool | None = None,
+    weights: Weights = "auto",
 ) -> str | None:
     """The first of device, host and disk (or the one that is set) that has room for a text's chunks; None: none has.
 
     Args:
         folder: where files would go.
         written: bytes of them that are there already.
-        packed: as `estimate` takes it.
+        weights: as `estimate` takes it.
     """
     places = _places(model, config)
-    return next((place for place in places if _fits(model, config, num_tokens, place, folder, written, packed)), None)
+    return next((place for place in places if _fits(model, config, num_tokens, place, folder, written, weights)), None)
 
 
 def _places(model: nn.Module, config: FocusConfig) -> list[str]:
@@ -274,9 +274,9 @@ def _fits(
     place: str,
     folder: Path,
     written: int,
-    packed: bool | None,
+    weights: Weights,
 ) -> bool:
-    cost = estimate(model, config, num_tokens, place=place, packed=packed)
+    cost = estimate(model, config, num_tokens, place=place, weights=weights)
     if cost.needed > cost.free:
         return False
     stored = stored_bytes(model, config, num_tokens)
@@ -285,12 +285,12 @@ def _fits(
     return place == "device" or stored <= free_disk(folder) + written
 
 
-def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, packed: bool | None) -> list[str]:
+def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, weights: Weights) -> list[str]:
     def fits(tokens: int, **changes: Any) -> bool:
-        return find_place(model, config.replace(**changes), tokens, folder, packed=packed) is not None
+        return find_place(model, config.replace(**changes), tokens, folder, weights=weights) is not None
 
     remedies = [f"{name}={value!r}" for name, value in REMEDIES.items() if fits(num_tokens, **{name: value})]
-    cost = estimate(model, config, num_tokens, packed=packed)
+    cost = estimate(model, config, num_tokens, weights=weights)
     if next(model.parameters()).dtype == torch.float32 and config.kv_place != "disk" and cost.new / 2 <= cost.free:
         remedies.append("dtype='bfloat16'")
     fitting = num_tokens

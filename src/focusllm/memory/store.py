@@ -3,6 +3,7 @@
     KV        as computed, on the device: rows are views
     Packed    int8 or int4, or in host memory beside a GPU: rows are unpacked (and moved) when they are asked for
     RowFile   a record a chunk in a file, as computed or packed, each with a checksum and its tokens' digest
+    ChunkFile the record of one chunk, whichever texts it is of, in a file of its own (`chunk_file`)
 
 int8: a scale for every token of every key-value head. int4: two values a byte, a scale and a least value for every
 `GROUP` dimensions. (Per-token scales of keys and values: KVQuant, arXiv 2401.18079; KIVI, arXiv 2402.02750.)
@@ -68,6 +69,10 @@ class DamagedRow(Exception):
     """A record of a file is not what was written for these tokens."""
 
 
+class MissingRow(DamagedRow):
+    """There is no such record any more; nothing is wrong, it was taken away to make room."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a model's keys and values are laid out when they are not as computed."""
@@ -121,8 +126,21 @@ class Packing:
         packing = {"same": lambda x: (x,), "int8": to_int8, "int4": _to_int4}[self.kv_dtype]
         return [part for tensor in (*kv.keys, *kv.values) for part in packing(tensor)]
 
+    def to_bytes(self, kv: KV) -> Tensor:
+        """The packed tensors of every row, one behind the other: [n, bytes] on the CPU."""
+        return torch.cat([part.reshape(kv.num_rows, -1).view(torch.uint8).cpu() for part in self.pack(kv)], 1)
+
+    def from_bytes(self, raw: Tensor, length: int) -> KV:
+        """The way back, from [n, bytes or more]."""
+        parts, offset = [], 0
+        for shape, dtype in self.parts(length):
+            size = torch.Size(shape).numel() * dtype.itemsize
+            parts.append(raw[:, offset : offset + size].contiguous().view(dtype).view(-1, *shape))
+            offset += size
+        return self.unpack(parts)
+
     def unpack(self, parts: Sequence[Tensor]) -> KV:
-        """The way back, onto the device."""
+        """Packed tensors to keys and values, on the device."""
         each = len(parts) // (2 * len(self.devices))
         unpacking: Any = {"same": lambda x, _: x.contiguous(), "int8": from_int8, "int4": _from_int4}[self.kv_dtype]
         tensors = []
@@ -226,7 +244,7 @@ class RowFile:
         self._folder = folder
         self._refused: OSError | None = None
         self._digests: dict[int, bytes] = {}
-        header = _header(packing, length, key)
+        header = row_header(packing, length, key)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file, self._refused = _opened(path, folder)
@@ -274,17 +292,11 @@ class RowFile:
 
     def unpack(self, raw: Tensor) -> KV:
         """Records to keys and values [n, K, C, D] a layer."""
-        parts, offset = [], 0
-        for shape, dtype in self.packing.parts(self.length):
-            size = torch.Size(shape).numel() * dtype.itemsize
-            parts.append(raw[:, offset : offset + size].contiguous().view(dtype).view(-1, *shape))
-            offset += size
-        return self.packing.unpack(parts)
+        return self.packing.from_bytes(raw, self.length)
 
     def write(self, row: int, kv: KV, token_ids: Tensor) -> None:
         """Write rows with their checksums and their tokens' digests."""
-        parts = self.packing.pack(kv)
-        raw = torch.cat([part.reshape(kv.num_rows, -1).view(torch.uint8).cpu() for part in parts], 1).numpy()
+        raw = self.packing.to_bytes(kv).numpy()
         try:
             for i, (record, tokens) in enumerate(zip(raw, token_ids.tolist(), strict=True)):
                 self._digests[row + i] = _digest(tokens)
@@ -317,10 +329,10 @@ class RowFile:
         _write_at(self._file, place, memoryview(content))
 
     def _cannot_write(self, error: OSError, num_rows: int) -> DocumentError:
-        return _cannot_write(self.path, self._folder, error, num_rows * self.row_bytes)
+        return cannot_write(self.path, self._folder, error, num_rows * self.row_bytes)
 
 
-def _header(packing: Packing, length: int, key: str) -> bytes:
+def row_header(packing: Packing, length: int, key: str) -> bytes:
     """What a file is of. Whatever its rows depend on is in the document's key; the rest says how to read them."""
     content = {
         "format": FORMAT,
@@ -411,7 +423,12 @@ def _digest(token_ids: Sequence[int]) -> bytes:
     return xxhash.xxh3_64_digest(",".join(map(str, token_ids)).encode())
 
 
-def _cannot_write(path: Path | None, folder: Path, error: OSError, needed: int) -> DocumentError:
+def cannot_write(path: Path | None, folder: Path, error: OSError, needed: int) -> DocumentError:
+    """One sentence on a disk that takes nothing.
+
+    Args:
+        needed: bytes that are still to be written.
+    """
     what = f"the chunks' keys and values cannot be written to {path or folder} ({os.strerror(error.errno or 0)})"
     if error.errno not in FULL:
         return DocumentError(f"{what}; use another folder.")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from transformers import AttentionInterface
 from focusllm.method.scoring import Scoring
 
 ATTENTION_NAME = "focusllm"
+FIRST_POSITIONS = 4
+"""What stands at so many first positions has the hugest numbers of all, which the rest of a text depends on."""
 
 LayerAttention = Callable[[int, Tensor, Tensor, Tensor, Scoring], Tensor]
 """(layer index, query [B, H, T, D], key and value [B, K, T, D], how they are scored) -> [B, H, T, D]: what a pass
@@ -35,6 +38,12 @@ class Pass:
     """[B, T], or [1, T] for all rows."""
     last: int | None
     """The last of them, if layers have windows."""
+
+    @cached_property
+    def num_first(self) -> int:
+        """How many tokens, from the left of each row, stand at the first positions."""
+        leading = (self.positions < FIRST_POSITIONS).all(0).cumprod(0)
+        return int(leading.sum())
 
 
 _pass: ContextVar[Pass | None] = ContextVar("focusllm_pass", default=None)
@@ -57,6 +66,19 @@ def candidate_tokens() -> slice:
 def in_pass() -> bool:
     """Whether a pass is under way in this thread."""
     return _pass.get() is not None
+
+
+def first_tokens(input: Tensor) -> int:
+    """How many tokens, from the left of each row of a layer's input, stand at the first positions of a text.
+
+    Args:
+        input: [B, T, ...]; of other tokens than the pass under way has (what the head is given, say) none do. Where
+            rows are not told apart, [B * T, ...] in any order, all may.
+    """
+    current = _pass.get()
+    if current is None or (input.dim() == 3 and input.shape[1] != current.positions.shape[1]):
+        return 0
+    return current.num_first if input.dim() == 3 or not current.num_first else input.shape[-2]
 
 
 @contextmanager

@@ -56,8 +56,10 @@ class ApiError(HTTPException):
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What pydantic found wrong with a request; the first thing is named."""
-    first = errors[0]
+    """What pydantic found wrong with a request; the first thing is named. Of a field of several types, it says of each
+    why it is not that: what is wrong with the value tells more than that it is of another type.
+    """
+    first = next((error for error in errors if not str(error["type"]).endswith("_type")), errors[0])
     place = ".".join(str(part) for part in first["loc"] if part not in NO_FIELDS and "[" not in str(part)) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {place}.", place, "unknown_parameter")
