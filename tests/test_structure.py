@@ -60,7 +60,18 @@ ROOMS = {
     "bench": ["plan", "measure", "contenders", "run", "report"],
     "serving": [
         *("refusals", "sampling", "stops", "job", "scheduler", "worker"),
-        *("settings", "keys", "api_errors", "openai_schema", "prompts", "listening", "metrics", "gate", "service"),
+        *(
+            "settings",
+            "keys",
+            "api_errors",
+            "openai_schema",
+            "asked_documents",
+            "prompts",
+            "listening",
+            "metrics",
+            "gate",
+            "service",
+        ),
         *("openai_routes", "app"),
     ],
     "cli": [

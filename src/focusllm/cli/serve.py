@@ -25,6 +25,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model; by default as --model.")] = None,
     keys: Annotated[Path | None, typer.Option(help="File of API keys (see `focusllm key`); without: no keys.")] = None,
     is_open: Annotated[bool, typer.Option("--open", help="Listen beyond this machine without keys.")] = False,
+    library: Annotated[
+        Path | None, typer.Option(help="Library of documents: each of its sets can be asked as MODEL@SET.")
+    ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that are worked on at once.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait for that; more are refused.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 1_000_000,
@@ -53,15 +56,18 @@ def serve(
     from focusllm.errors import missing_package
 
     try:
+        from focusllm.library.library import Library
         from focusllm.serving.app import serve as run
     except ModuleNotFoundError as error:
         raise missing_package("the server needs", error.name or "fastapi", "server") from error
-    llm = load(model, focus.given(), quiet=False)
+    given = focus.given() if library is None else {"far_context": "opened", **focus.given()}
+    llm = load(model, given, quiet=False)
+    kept = Library(library, llm, notify=notify) if library is not None else None
     access = logging.getLogger("focusllm.access")
     access.setLevel(logging.INFO)
     access.addHandler(logging.StreamHandler(sys.stderr))
     access.propagate = False
-    run(llm, settings, known, lambda address: notify(f"Serving {settings.model_id} at {address}/v1"))
+    run(llm, settings, known, kept, lambda address: notify(f"Serving {settings.model_id} at {address}/v1"))
 
 
 def key(

@@ -173,9 +173,9 @@ def _render(
 
 def encode_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None = None
-) -> tuple[list[int], int]:
-    """The token ids of a conversation in the model's chat template, ready to be answered, and how many of them stand
-    from the last message on. What messages say stays text, whatever control tokens it looks like.
+) -> tuple[list[int], list[int]]:
+    """The token ids of a conversation in the chat template, ready to be answered, and which of them is the first
+    of what each message says. What messages say stays text, whatever control tokens it looks like.
 
     Args:
         messages: `role` and `content` each. template_kwargs: switches of the chat template.
@@ -193,12 +193,12 @@ def encode_chat(
     if lost:
         role = messages[min(map(int, lost))]["role"]
         raise ConfigError(f"the model's chat template has no place for this message of the role {role}; leave it out.")
-    ids, last = list[int](), 0
+    ids, starts = list[int](), [0] * len(messages)
     for n, part in enumerate(parts):
         if n % 2:
-            last = len(ids)
+            starts[int(part)] = len(ids)
             content = messages[int(part)]["content"]
             ids += encode_ids(tokenizer, check_text(content, "a message") if content.strip() else content)
         else:
             ids += tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-    return ids, len(ids) - last
+    return ids, starts

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from focusllm.errors import ConfigError
+from focusllm.library.library import Library
 from focusllm.llm import FocusLLM
 from focusllm.serving import openai_routes
 from focusllm.serving.api_errors import ApiError, of_validation
@@ -38,18 +39,29 @@ LAST_WORDS = 5
 log = logging.getLogger(__name__)
 
 
-def create_app(llm: FocusLLM, settings: ServerSettings | None = None, keys: Keys | None = None) -> FastAPI:
+def create_app(
+    llm: FocusLLM,
+    settings: ServerSettings | None = None,
+    keys: Keys | None = None,
+    library: Library | None = None,
+) -> FastAPI:
     """An application for any ASGI server, in one process.
 
     Args:
         llm: the model, which belongs to the application from now on.
         keys: who may use it; None: anyone who can reach it.
+        library: of the same model; its sets of documents may be asked by all who may use the server.
+
+    Raises:
+        ConfigError: the model condenses chunks, but there is a library.
     """
+    if library is not None and not llm.model.settings.is_opened:
+        raise ConfigError("a library is asked by opened chunks; load the model with far_context='opened'.")
     settings, keys = settings or ServerSettings(), keys or Keys()
     worker = Worker(llm.model, llm.tokenizer, Scheduler(settings.max_running, settings.max_waiting))
     vocabulary = int(llm.model.config.vocab_size)
     prompts = Prompts(llm.tokenizer, llm.model.settings, vocabulary, settings.max_prompt_tokens)
-    service, metrics = Service(llm, settings, worker, prompts), Metrics(worker)
+    service, metrics = Service(settings, worker, prompts, library), Metrics(worker)
 
     @asynccontextmanager
     async def working(app: FastAPI) -> AsyncIterator[None]:
@@ -130,6 +142,7 @@ class Server(uvicorn.Server):
         how: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
         seconds = int(settings.grace_seconds) + LAST_WORDS
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=seconds, **how))
+        logging.getLogger("uvicorn.access").disabled = True  # its lines have what clients wrote into addresses
         self._worker, self._grace = app.state.worker, settings.grace_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -145,6 +158,7 @@ def serve(
     llm: FocusLLM,
     settings: ServerSettings,
     keys: Keys | None = None,
+    library: Library | None = None,
     on_ready: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Answer requests until the process is told to stop.
@@ -159,4 +173,4 @@ def serve(
     with listener(settings) as taken:
         host = f"[{settings.host}]" if taken.family == socket.AF_INET6 else settings.host
         on_ready(f"http://{host}:{taken.getsockname()[1]}")
-        Server(create_app(llm, settings, keys), settings).run(sockets=[taken])
+        Server(create_app(llm, settings, keys, library), settings).run(sockets=[taken])

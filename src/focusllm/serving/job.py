@@ -15,7 +15,9 @@ import torch
 
 from focusllm.config import FocusConfig
 from focusllm.decoding.request import Request
+from focusllm.documents.answer import Citation, Sentence
 from focusllm.documents.detokenizer import Detokenizer
+from focusllm.documents.document import Context
 from focusllm.memory.chunking import cut, split, split_start, steps
 from focusllm.memory.chunks import ChunkBlock
 from focusllm.serving.sampling import Chosen, Sampler, Sampling
@@ -42,6 +44,8 @@ class Prompt:
     """All of it, or as much as the tokens that are chosen depend on."""
     num_tokens: int = 0
     """Of all of it."""
+    context: Context | None = None
+    """The documents that are asked, to be cited; their chunks are the first ones."""
 
     @classmethod
     def of(cls, token_ids: Sequence[int], config: FocusConfig, prompt_length: int | None = None) -> Prompt:
@@ -95,6 +99,9 @@ class Finished:
     choice: int
     reason: str
     stop_string: str | None = None
+    citations: Sequence[Citation] = ()
+    """Of documents: where the model looked while the choice was written, and while each sentence of it was."""
+    sentences: Sequence[Sentence] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,10 @@ class Choice:
     num_generated: int = 0
     held: list[Chosen] = field(default_factory=list)
     """Tokens whose text was not handed on yet."""
+    said: str = ""
+    """What was handed on."""
+    token_ends: list[int] = field(default_factory=list)
+    """Characters of that when each token had been chosen."""
 
     @property
     def newest(self) -> int:
@@ -171,4 +182,5 @@ class Job:
 
     def usage(self) -> Usage:
         """What it took so far."""
-        return Usage(self.prompt.num_tokens, self.num_cached, self.num_written, self.num_generated)
+        known = sum(block.token_ids.numel() for block in self.prompt.blocks)
+        return Usage(self.prompt.num_tokens, self.num_cached + known, self.num_written, self.num_generated)

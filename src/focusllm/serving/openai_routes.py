@@ -11,10 +11,12 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from focusllm.serving.api_errors import ApiError
 from focusllm.serving.job import Event, Finished, Piece, Progress, Usage
@@ -25,6 +27,8 @@ from focusllm.serving.service import Service, tell_log
 
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many, as in OpenAI's API."""
+NUM_CITATIONS = 5
+"""Passages that are named of an answer, and of each sentence of it."""
 NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PING = ": ping\n\n"
 """A comment, which clients skip."""
@@ -36,12 +40,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+        names = await run_in_threadpool(service.models)
+        return {"object": "list", "data": [_model(service, name) for name in names]}
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return _model(service)
+        return _model(service, name)
 
     @router.post("/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -53,7 +58,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        service.check_model(body.model)
+        service.check_model(body.model, is_plain=True)
         most = body.max_tokens or min(COMPLETION_TOKENS, service.settings.max_tokens)
         sampling = service.sampling(body, most, body.logprobs)
         listening = service.listen(request, await service.text_prompts(body), sampling)
@@ -62,8 +67,8 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _model(service: Service) -> dict[str, Any]:
-    return {"id": service.settings.model_id, "object": "model", "created": service.created, "owned_by": "focusllm"}
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "focusllm"}
 
 
 class _Form:
@@ -88,8 +93,12 @@ class _Form:
         """What a stream says of a choice before its text; None: nothing."""
         raise NotImplementedError
 
-    def piece(self, index: int, piece: Piece | None, reason: str | None) -> dict[str, Any]:
-        """What a stream says of a choice then: a piece of its text, or how it ended."""
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """What a stream says of a choice then: a piece of its text."""
+        raise NotImplementedError
+
+    def last(self, index: int, finished: Finished) -> dict[str, Any]:
+        """What a stream says of a choice in the end."""
         raise NotImplementedError
 
 
@@ -101,7 +110,7 @@ class _Chat(_Form):
         self.has_logprobs = body.logprobs
 
     def choice(self, index: int, text: str, tokens: Sequence[Chosen], finished: Finished) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
+        message = {"role": "assistant", "content": text, "refusal": None, "annotations": [], **_cited(finished)}
         return {
             "index": index,
             "message": message,
@@ -113,10 +122,12 @@ class _Chat(_Form):
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, piece: Piece | None, reason: str | None) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece is not None else {}
-        logprobs = self._logprobs(piece.tokens) if piece is not None else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(piece.tokens)
+        return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+
+    def last(self, index: int, finished: Finished) -> dict[str, Any]:
+        return {"index": index, "delta": _cited(finished), "logprobs": None, "finish_reason": finished.reason}
 
     def _logprobs(self, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
         if not self.has_logprobs:
@@ -128,7 +139,7 @@ class _Chat(_Form):
         return {"content": content, "refusal": None}
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.service.token_text(token)
+        text = self.service.prompts.token_text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
@@ -151,15 +162,17 @@ class _Completion(_Form):
     def first(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def piece(self, index: int, piece: Piece | None, reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(index, piece.tokens) if piece is not None else None
-        text = piece.text if piece is not None else ""
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(index, piece.tokens)
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
+
+    def last(self, index: int, finished: Finished) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": finished.reason}
 
     def _logprobs(self, index: int, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
         if not self.has_logprobs:
             return None
-        say, offsets, place = self.service.token_text, [], self._lengths.get(index, 0)
+        say, offsets, place = self.service.prompts.token_text, [], self._lengths.get(index, 0)
         texts = [say(chosen.token) for chosen in tokens]
         for text in texts:
             offsets.append(place)
@@ -220,11 +233,11 @@ async def _stream(
                 continue
             index, event = _index(told, body.n), told[1]
             if isinstance(event, Piece):
-                yield chunk([form.piece(index, event, None)])
+                yield chunk([form.piece(index, event)])
             elif isinstance(event, Finished):
-                yield chunk([form.piece(index, None, event.reason)])
+                yield chunk([form.last(index, event)])
             elif isinstance(event, Progress) and body.return_progress and event.total:
-                yield chunk([form.piece(index, Piece(index, "", ()), None)], prompt_progress=_progress(event))
+                yield chunk([form.piece(index, Piece(index, "", ()))], prompt_progress=_progress(event))
         if body.includes_usage:
             yield chunk([], usage=_usage(listening.usage))
         yield "data: [DONE]\n\n"
@@ -232,6 +245,17 @@ async def _stream(
         yield f"data: {json.dumps(error.body())}\n\n"
     finally:
         tell_log(request, listening.usage)
+
+
+def _cited(finished: Finished) -> dict[str, Any]:
+    """Where an answer about documents looked: the most attended passages, for all of it and for each sentence."""
+    if not finished.citations:
+        return {}
+    sentences = [
+        {**asdict(sentence), "citations": [asdict(found) for found in sentence.citations[:NUM_CITATIONS]]}
+        for sentence in finished.sentences
+    ]
+    return {"citations": [asdict(found) for found in finished.citations[:NUM_CITATIONS]], "sentences": sentences}
 
 
 def _index(told: tuple[int, Event], num_choices: int) -> int:

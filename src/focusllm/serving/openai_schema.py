@@ -93,6 +93,13 @@ class Message(_Body):
         return "".join(part.text for part in self.content or [])
 
 
+class DocumentText(_Body):
+    """A document that is sent along."""
+
+    title: str | None = None
+    text: str
+
+
 class _Generation(_Body):
     model: str
     n: Annotated[int, Field(ge=1, le=128)] = 1
@@ -145,6 +152,8 @@ class ChatRequest(_Generation):
     logprobs: bool = False
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    documents: Annotated[list[DocumentText], Field(max_length=64)] = Field(default_factory=list)
+    """Not OpenAI's: texts that the conversation is about, and that the answer cites."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Not OpenAI's: switches of the model's chat template."""
 

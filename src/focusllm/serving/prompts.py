@@ -11,9 +11,13 @@ from typing import Any
 import torch
 
 from focusllm.config import FocusConfig
+from focusllm.documents.detokenizer import token_text
+from focusllm.documents.document import Document
+from focusllm.documents.sources import Source
 from focusllm.documents.text import encode_chat, encode_ids, start_tokens
 from focusllm.documents.words import WordIndex
 from focusllm.serving.api_errors import ApiError
+from focusllm.serving.asked_documents import about, unread
 from focusllm.serving.job import Prompt
 
 LETTERS = 4
@@ -41,7 +45,8 @@ class Prompts:
             ApiError: too long.
         """
         with self._turn:
-            ids, num_last = encode_chat(self._tokenizer, messages, template_kwargs)
+            ids, starts = encode_chat(self._tokenizer, messages, template_kwargs)
+        num_last = len(ids) - starts[-1]
         prompt = self._checked(ids, num_last)
         if not (prompt.pieces and self._config.is_opened):
             return prompt
@@ -51,6 +56,31 @@ class Prompts:
         if num_last > self._config.local_length:  # a text with a question at its end
             question = question[-LETTERS * self._config.most_prompt_tokens :]
         return replace(prompt, word_scores=torch.from_numpy(WordIndex(texts).scores(question)))
+
+    def of_documents(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        documents: Sequence[Document | Source],
+        template_kwargs: Mapping[str, Any],
+    ) -> Prompt:
+        """A conversation about documents (see `asked_documents.about`), some of which may have to be read.
+
+        Raises:
+            ConfigError, DocumentError: they cannot be asked, or have no text. ApiError: too long.
+        """
+        with self._turn:
+            known = [
+                unread(self._tokenizer, self._config, found) if isinstance(found, Source) else found
+                for found in documents
+            ]
+            prompt = about(self._tokenizer, self._config, messages, known, template_kwargs)
+        self._check_length(prompt.num_tokens, "documents")
+        return prompt
+
+    def token_text(self, token: int) -> str:
+        """What one token says by itself, control tokens too."""
+        with self._turn:
+            return token_text(self._tokenizer, token)
 
     def of_text(self, text: str) -> Prompt:
         """A text that is to be gone on with.
@@ -75,9 +105,12 @@ class Prompts:
     def _checked(self, ids: list[int], prompt_length: int | None = None) -> Prompt:
         if not ids:
             raise ApiError(400, "The prompt is empty; give at least one token.", "prompt")
-        if len(ids) > self._most:
-            raise ApiError(
-                *(400, f"The prompt has {len(ids)} tokens, but this server takes {self._most}; give a shorter one."),
-                *("messages" if prompt_length is not None else "prompt", "context_length_exceeded"),
-            )
+        self._check_length(len(ids), "messages" if prompt_length is not None else "prompt")
         return Prompt.of(ids, self._config, prompt_length)
+
+    def _check_length(self, count: int, param: str) -> None:
+        if count > self._most:
+            raise ApiError(
+                *(400, f"The prompt has {count} tokens, but this server takes {self._most}; give a shorter one."),
+                *(param, "context_length_exceeded"),
+            )

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from focusllm.documents.detokenizer import token_text
+from focusllm.documents.document import Document
+from focusllm.documents.readers import check_text
+from focusllm.documents.sources import Source, of_text
 from focusllm.errors import FocusError
-from focusllm.llm import FocusLLM
+from focusllm.library.library import Library
 from focusllm.serving.api_errors import ApiError, of_error
 from focusllm.serving.job import Prompt, Usage
 from focusllm.serving.listening import Listening
@@ -26,10 +28,11 @@ from focusllm.serving.worker import Worker
 class Service:
     """A model, its worker, and what it allows."""
 
-    llm: FocusLLM
     settings: ServerSettings
     worker: Worker
     prompts: Prompts
+    library: Library | None = None
+    """Whose sets of documents may be asked."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -37,17 +40,27 @@ class Service:
         """Most tokens of an answer to a request that does not say."""
         return min(self.settings.default_tokens, self.settings.max_tokens)
 
-    def check_model(self, name: str) -> None:
-        """Refuse other models than the one that is served.
+    def models(self) -> list[str]:
+        """What clients may name: the model, and `MODEL@SET` for each set of the library's documents."""
+        sets = sorted(self.library.sets()) if self.library is not None else []
+        return [self.settings.model_id, *(f"{self.settings.model_id}@{name}" for name in sets)]
+
+    def check_model(self, name: str, is_plain: bool = False) -> None:
+        """Refuse models that are not served.
+
+        Args:
+            is_plain: one with a set of documents does not do.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404, or 400 for a set of documents where there is no question about them.
         """
-        if name != self.settings.model_id:
+        if name not in self.models():
             raise ApiError(
                 *(404, f"The model {name!r} does not exist here; this server has {self.settings.model_id!r}."),
                 *("model", "model_not_found"),
             )
+        if is_plain and name != self.settings.model_id:
+            raise ApiError(400, "A set of documents can be asked by /v1/chat/completions only.", "model")
 
     def sampling(self, body: ChatRequest | CompletionRequest, max_tokens: int, top_logprobs: int | None) -> Sampling:
         """How the tokens of an answer are chosen.
@@ -82,10 +95,27 @@ class Service:
             {"role": "system" if message.role == "developer" else message.role, "content": message.text}
             for message in body.messages
         ]
+        switches, param = body.chat_template_kwargs, "messages"
         try:
-            return await run_in_threadpool(self.prompts.of_chat, messages, body.chat_template_kwargs)
+            if body.model == self.settings.model_id and not body.documents:
+                return await run_in_threadpool(self.prompts.of_chat, messages, switches)
+            param = "documents"
+            documents = await run_in_threadpool(self._documents, body)
+            return await run_in_threadpool(self.prompts.of_documents, messages, documents, switches)
         except FocusError as error:
-            raise ApiError(400, str(error), "messages") from error
+            raise ApiError(400, str(error), param) from error
+
+    def _documents(self, body: ChatRequest) -> list[Document | Source]:
+        """Those of the set that is named, then those that are sent along."""
+        found: list[Document | Source] = []
+        name = body.model.removeprefix(self.settings.model_id).removeprefix("@")
+        if name:
+            assert self.library is not None
+            found += self.library.documents(name)
+        for number, sent in enumerate(body.documents, 1):
+            title = sent.title or f"document {number}"
+            found.append(of_text(check_text(sent.text, title), title))
+        return found
 
     async def text_prompts(self, body: CompletionRequest) -> list[Prompt]:
         """Texts that are to be gone on with, as the model reads them.
@@ -112,10 +142,6 @@ class Service:
             ApiError: there is no room.
         """
         return Listening(self.worker, prompts, sampling, request.state.owner)
-
-    def token_text(self, token: int) -> str:
-        """What one token says by itself, control tokens too."""
-        return token_text(self.llm.tokenizer, token)
 
 
 def tell_log(request: Request, usage: Usage) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from focusllm.decoding.engine import decode, prefilling, start_request
+from focusllm.documents.answer import Citation, Sentence
+from focusllm.documents.citing import cite_sentences
 from focusllm.documents.detokenizer import Detokenizer
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
 from focusllm.huggingface.embedded import cache_folder
@@ -281,8 +283,10 @@ class Worker:
         text = choice.stops.push(piece)
         if choice.stops.found is not None:
             self._finish(choice, text, "stop")
-        elif text:
+            return
+        if text:
             self._hand_on(choice, text)
+        choice.token_ends.append(len(choice.said))
 
     def _finish(self, choice: Choice, piece: str, reason: str) -> None:
         """A choice is complete with a last piece of text, which may hold a stop string."""
@@ -291,7 +295,8 @@ class Worker:
         if stops.found is not None:
             reason = "stop"
         self._hand_on(choice, text + stops.finish())
-        choice.job.emit(Finished(choice.number, reason, stops.found))
+        choice.token_ends.append(len(choice.said))
+        choice.job.emit(Finished(choice.number, reason, stops.found, *_cited(choice)))
         choice.job.choices.remove(choice)
         with self._changed:
             self.scheduler.drop(choice)
@@ -302,6 +307,7 @@ class Worker:
     def _hand_on(self, choice: Choice, text: str) -> None:
         tokens: tuple[Chosen, ...] = tuple(choice.held)
         choice.held.clear()
+        choice.said += text
         if text or tokens:
             choice.job.emit(Piece(choice.number, text, tokens))
 
@@ -322,6 +328,14 @@ class Worker:
     def _seconds_to_wait(self) -> int:
         """A guess at when there is room: not soon where many wait, but within half a minute."""
         return min(max(1, math.ceil(len(self.scheduler.waiting) / self.scheduler.max_running)), 30)
+
+
+def _cited(choice: Choice) -> tuple[list[Citation], list[Sentence]]:
+    """Where a choice looked in documents; nothing of them stands in its local context."""
+    context = choice.job.prompt.context
+    if context is None:
+        return [], []
+    return cite_sentences(context, choice.request.watched, 0, choice.said, choice.token_ends)
 
 
 def _ends(model: FocusForCausalLM, tokenizer: Any) -> frozenset[int]:
