@@ -205,7 +205,7 @@ def test_chunks_are_the_text_read_behind_the_start(library: Library, llm: FocusL
         assert all(torch.equal(*pair) for pair in zip(got.values, expected.values, strict=True))
     assert block.rows(llm.model.base, 0, 1).keys[0].shape[2] == len(ids)
     answer = library.ask("book", "What?", max_new_tokens=4)
-    assert len(answer.citations) == len(document.chunks)
+    assert answer.citations
     for citation in answer.citations:
         assert citation.text == BOOK[citation.start : citation.end]
     assert answer.num_prompt_tokens == len(llm.frame("What?")[1])  # the question and nothing else
@@ -402,7 +402,8 @@ def test_sets(library: Library) -> None:
         library.add(book(number, 8), name=f"{number}.txt", into="sea" if number else None)
     assert library.sets() == {"sea": ["1.txt", "2.txt"]}
     answer = library.ask("sea", "Who?", max_new_tokens=4)
-    assert {citation.document for citation in answer.citations} == {"1.txt", "2.txt"}
+    assert {citation.document for citation in answer.citations} <= {"1.txt", "2.txt"}
+    assert [document.name for document in library.documents("sea")] == ["1.txt", "2.txt"]
     assert len(library.ask(None, "Who?", max_new_tokens=4).citations) > len(answer.citations)
     library.put_into("sea", "0.txt")
     library.take_out("sea", ["1.txt", "2.txt"])
@@ -420,7 +421,8 @@ def test_documents_of_a_library_and_others_are_asked_together(library: Library, 
     library.add(BOOK, name="book")
     other = llm.read_text(book(5, 20), name="other")
     answer = llm.ask([library.document("book"), other], "Who?", max_new_tokens=4)
-    assert {citation.document for citation in answer.citations} == {"book", "other"}
+    assert {citation.document for citation in answer.citations} <= {"book", "other"}
+    assert answer.num_document_tokens == library.document("book").num_tokens + other.num_tokens
 
 
 def test_bad_input_changes_nothing(

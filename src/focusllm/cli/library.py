@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from focusllm.cli.ask import answered, switches_of
-from focusllm.cli.options import Device, Encoding, Json, ModelOptions, Packed, SamplingOptions, grouped
+from focusllm.cli.options import Device, Encoding, Json, ModelOptions, SamplingOptions, WeightsOption, grouped
 from focusllm.cli.terminal import console, if_stopped, load, notify, reading_progress, visible
 from focusllm.errors import FocusError
 from focusllm.library.catalogue import Catalogue, Entry, check_folder, is_library
@@ -41,7 +41,7 @@ class ReaderOptions:
     model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None
     device: Device = None
-    packed: Packed = None
+    weights: WeightsOption = "auto"
     chunk_length: Annotated[int | None, typer.Option(help="Most tokens of a chunk.")] = None
     kv_dtype: Annotated[str | None, typer.Option(help="How chunks are kept: same (as computed), int8 or int4.")] = None
 
@@ -53,7 +53,7 @@ class ReaderOptions:
         model, dtype = self.model or about.get("model", "smollm2-135m"), self.dtype or about.get("dtype", "auto")
         settings = {name: getattr(self, name) or about.get(name) for name in ("chunk_length", "kv_dtype")}
         given = {name: value for name, value in settings.items() if value is not None}
-        options = ModelOptions(model, "none", dtype, self.device, self.packed)
+        options = ModelOptions(model, "none", dtype, self.device, self.weights)
         llm = load(options, {"far_context": "opened", **given}, quiet)
         from focusllm.library.library import Library
 

@@ -39,6 +39,7 @@ from focusllm.llm import FocusLLM
 from focusllm.memory.chunks import ChunkBlock, Notify, Progress
 from focusllm.memory.cost import check_read
 from focusllm.method.base import layout
+from focusllm.method.packed import kept_as
 from focusllm.reading import Reader, shown_progress
 
 LONGEST_TOKEN = 5
@@ -111,7 +112,8 @@ class Library:
     def _store_of(self, llm: FocusLLM) -> ChunkStore:
         base, config, start_ids = llm.model.base, llm.model.settings, frame_ids(llm.tokenizer)[0]
         check_positions(config, layout(base).max_positions, len(start_ids))
-        reader = reader_key(base, config, start_ids)
+        numbers = "int8 weights" if kept_as(base) == "int8" else ""
+        reader = reader_key(base, config, start_ids, numbers)
         made = {
             "reader": reader,
             "model": os.path.abspath(llm.name) if os.path.isdir(llm.name) else llm.name,

@@ -68,9 +68,7 @@ class Over:
         watched_layers: Collection[int] | None = None,
     ):
         self.segments, self.watch, self.own_mask, self.last_layer = segments, watch, own_mask, last_layer
-        self.watched_layers = watched_layers
-        self.kv = KV([], [])
-        self.paid: list[Tensor] = []
+        self.watched_layers, self.kv, self.paid = watched_layers, KV([], []), list[Tensor]()
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
         """One layer's attention (see `LayerAttention`)."""
@@ -79,9 +77,9 @@ class Over:
         if layer == self.last_layer:
             raise PassEnded
         past = [segment.layer(layer) for segment in self.segments]
-        is_watched = self.watched_layers is None or layer in self.watched_layers
-        out, paid = attend(query, key, value, past, self.own_mask, how, self.watch if is_watched else 0)
-        if is_watched:
+        watch = self.watch if self.watched_layers is None or layer in self.watched_layers else 0
+        out, paid = attend(query, key, value, past, self.own_mask, how, watch)
+        if paid:
             self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
         return out
 
@@ -180,8 +178,7 @@ def local_pass(
         logits_to_keep = logits_to_keep or tokens.shape[1]
         tokens, positions = F.pad(tokens, (1, 0), value=sink), F.pad(positions, (1, 0))
         segments = [hidden_from_first(segment, tokens.shape[1]) for segment in segments]
-    watch = watch if segments and not torch.is_grad_enabled() else 0
-    attention = Over(segments, watch, watched_layers=watched_layers)
+    attention = Over(segments, watch if segments and not torch.is_grad_enabled() else 0, watched_layers=watched_layers)
     logits = run(model, tokens, positions, attention, logits_to_keep=logits_to_keep)
     assert logits is not None
     return logits, attention.kv, attention.paid
