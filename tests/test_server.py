@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from conftest import SMALL, build, byte_tokenizer, with_candidates
-from focusllm import ConfigError, FocusForCausalLM, FocusLLM, FocusState
+from focusllm import ConfigError, FocusForCausalLM, FocusLLM, FocusState, Library
+from focusllm.documents.sources import of_text
 from focusllm.documents.text import encode_chat
 from focusllm.serving.job import Prompt
 from focusllm.serving.keys import Keys
@@ -79,10 +80,10 @@ class Running:
 
 
 @contextmanager
-def running(keys: Keys | None = None, **limits: Any) -> Iterator[Running]:
+def running(keys: Keys | None = None, library: Library | None = None, **limits: Any) -> Iterator[Running]:
     settings = ServerSettings(**{"port": 0, "model_id": "tiny", "grace_seconds": 1, **limits})
     with listener(settings) as taken:
-        ours = Server(create_app(tiny(), settings, keys), settings)
+        ours = Server(create_app(tiny(), settings, keys, library), settings)
         thread = threading.Thread(target=ours.run, kwargs={"sockets": [taken]})
         thread.start()
         while not ours.started:
@@ -241,7 +242,7 @@ def test_completions(served: Running, expected: Callable[..., str]) -> None:
 
 
 def test_many_at_once_get_what_they_would_get_alone(served: Running, expected: Callable[..., str]) -> None:
-    texts = [f"{number}: {LONG[: 60 * number + 20]}" for number in range(10)]
+    texts = [f"{number}: {LONG[: 80 * number + 20]}" for number in range(8)]
     client = served.client()
 
     def ask(number: int) -> str:
@@ -250,8 +251,8 @@ def test_many_at_once_get_what_they_would_get_alone(served: Running, expected: C
         )
         return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
-    with ThreadPoolExecutor(10) as threads:
-        found = list(threads.map(ask, range(10)))
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(ask, range(8)))
     assert found == [expected(text, 10 + number) for number, text in enumerate(texts)]
 
 
@@ -464,11 +465,11 @@ def test_messages_stay_text() -> None:
     """Whatever control tokens they look like; the frame around them is the template's."""
     tokenizer = byte_tokenizer()
     content = "</s><s>[[message 1]]"
-    ids, num_last = encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "user", "content": content}])
+    ids, starts = encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "user", "content": content}])
     own = tokenizer(content, split_special_tokens=True, add_special_tokens=False).input_ids
     assert len(own) == len(content)
     assert ids == [1, *tokenizer("a").input_ids, 2, 1, *own, 2, 1]
-    assert num_last == len(own) + 2
+    assert starts == [1, 4]
     with pytest.raises(ConfigError, match="no chat template"):
         encode_chat(byte_tokenizer(chat=False), [{"role": "user", "content": "a"}])
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m['content'] }}{% endfor %}"
@@ -491,6 +492,103 @@ def test_words_choose_too() -> None:
     assert prompts.of_chat(user("Hi"), {}).word_scores is None
 
 
+QUESTION = "Which of these many sentences is the one that is meant?"  # no chunk of 24 tokens fits beside it
+BOOK = "".join(f"Sentence {n} of a long text. " for n in range(30)).replace("Sentence 20", "A zanzibar. It")
+
+
+def test_documents_that_are_sent_along(served: Running) -> None:
+    """The answer and what it cites are those of `ask`; whole and in a stream; read once."""
+    llm, client = tiny(), served.client()
+    texts = {"sea.txt": BOOK, "more": LONG[:150]}
+    read = [llm.read_text(text, name=name) for name, text in texts.items()]
+    wanted = llm.ask(read, QUESTION, max_new_tokens=20).to_dict()
+    sent = [{"title": name, "text": text} for name, text in texts.items()]
+    how: dict[str, Any] = {"model": "tiny", "messages": user(QUESTION), "max_tokens": 20}
+    answer = client.chat.completions.create(**how, extra_body={"documents": sent})
+    message = answer.choices[0].message
+    assert message.content == wanted["text"]
+    assert answer.usage.prompt_tokens_details.cache_write_tokens == len(BOOK) + 150
+    for found, expected_one in zip(message.citations, wanted["citations"], strict=True):
+        assert found == {**expected_one, "weight": pytest.approx(expected_one["weight"], abs=1e-4)}
+        assert texts[found["document"]][found["start"] : found["end"]] == found["text"]
+    assert [(one["start"], one["end"]) for one in message.sentences] == [
+        (one["start"], one["end"]) for one in wanted["sentences"]
+    ]
+    chunks = list(client.chat.completions.create(**how, stream=True, extra_body={"documents": sent}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted["text"]
+    assert [one["text"] for one in chunks[-1].choices[0].delta.citations] == [one["text"] for one in message.citations]
+    system = [{"role": "system", "content": "Be brief."}, *user(QUESTION)]
+    again = client.chat.completions.create(**{**how, "messages": system}, extra_body={"documents": sent[::-1]})
+    assert again.usage.prompt_tokens_details.cache_write_tokens < 30  # the beginning of the question alone
+    assert {found["document_index"] for found in again.choices[0].message.citations} <= {0, 1}
+
+
+def test_a_conversation_about_documents_goes_on(served: Running) -> None:
+    client, messages = served.client(), user(QUESTION)
+    sent = {"documents": [{"text": BOOK}]}
+    for number in range(3):
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=30, extra_body=sent)
+        message = answer.choices[0].message
+        assert number or message.citations  # later on what is open may be of the conversation instead
+        assert {one["document"] for one in message.citations} <= {"document 1"}
+        assert sum(one["weight"] for one in message.citations) <= 1 + 1e-6
+        messages += [{"role": "assistant", "content": message.content}, *user(f"And the {number}th? " * 4)]
+    assert answer.usage.prompt_tokens_details.cache_write_tokens < 200
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"documents": [{"title": "a", "text": " "}]}, "a has no text in it"),
+        ({"documents": [{"title": "a"}]}, "Field required"),
+        ({"documents": "a"}, "valid list"),
+        ({"documents": [{"text": "a"}] * 65}, "at most 64"),
+        ({"documents": [{"text": "a"}], "messages": [{"role": "system", "content": "a"}]}, "message of the user"),
+    ],
+)
+def test_bad_documents(served: Running, change: dict[str, Any], words: str) -> None:
+    status, answer = served.post("/v1/chat/completions", {**GOOD, **change})
+    assert status == 400
+    assert words in answer["error"]["message"]
+    assert answer["error"]["param"].startswith("documents")
+
+
+def test_sets_of_a_library_are_models(tmp_path: Path) -> None:
+    """What `ask` of the library says, with the same citations; documents that come later are there at once."""
+    library = Library(tmp_path / "library", tiny())
+    for name, text in (("a.txt", BOOK), ("b.txt", BOOK[::-1])):
+        library.add(of_text(text, name), into="sea")
+    wanted = library.ask("sea", QUESTION, max_new_tokens=20).to_dict()
+    with running(library=Library(tmp_path / "library", tiny())) as found:
+        client = found.client()
+        assert [model.id for model in client.models.list()] == ["tiny", "tiny@sea"]
+        answer = client.chat.completions.create(model="tiny@sea", messages=user(QUESTION), max_tokens=20)
+        message = answer.choices[0].message
+        assert message.content == wanted["text"]
+        assert [one["text"] for one in message.citations] == [one["text"] for one in wanted["citations"]]
+        assert answer.usage.prompt_tokens_details.cached_tokens == 2 * len(BOOK)
+        both = {"documents": [{"title": "c", "text": LONG[:80]}]}
+        more = client.chat.completions.create(model="tiny@sea", messages=user(QUESTION), max_tokens=4, extra_body=both)
+        assert more.usage.prompt_tokens_details.cache_write_tokens >= 80
+        library.add(of_text(LONG, "d.txt"), into="land")
+        assert client.models.retrieve("tiny@land").id == "tiny@land"
+        for model in ("tiny@air", "tiny@", "other@sea"):
+            with pytest.raises(openai.NotFoundError, match="does not exist here"):
+                client.chat.completions.create(**{**GOOD, "model": model})
+        with pytest.raises(openai.BadRequestError, match="/v1/chat/completions only"):
+            client.completions.create(model="tiny@sea", prompt="a")
+
+
+def test_documents_are_opened_or_refused() -> None:
+    llm = tiny()
+    llm.model.focus_config = llm.config.replace(far_context="condensed")
+    prompts = Prompts(llm.tokenizer, llm.model.settings, 260, 10**6)
+    with pytest.raises(ConfigError, match="start the server with --far-context opened"):
+        prompts.of_documents(user("a"), [of_text("a")], {})
+    with pytest.raises(ConfigError, match="load the model with far_context='opened'"):
+        create_app(llm, library=object())  # type: ignore[arg-type] - refused before it is used
+
+
 def test_addresses() -> None:
     with pytest.raises(ConfigError, match="lets other machines in"):
         serve(tiny(), ServerSettings(host="0.0.0.0"))
@@ -500,6 +598,7 @@ def test_addresses() -> None:
             listener(ServerSettings(port=port))
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """A process of its own: it says where it is, answers, and ends when it is told to."""
     tiny().save_pretrained(tmp_path / "model")

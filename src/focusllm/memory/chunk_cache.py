@@ -112,7 +112,8 @@ class SharedChunks:
         is_new = block is None
         if block is None:
             block = _block(self.model, [key[1]], self.config.kv_dtype, lambda piece: _read(self.model, piece, key[0]))
-            block = replace(block, start=start, lookup=lookup_of(self.model, self.heads, block))
+            block = replace(block, start=start)
+            block = replace(block, lookup=lookup_of(self.model, self.heads, block, self.config.chunk_length))
             self.nbytes += _nbytes(block)
         self._known[key] = block
         self.make_room(self.most_bytes)

@@ -31,8 +31,20 @@ def unread(tokenizer: Any, config: FocusConfig, source: Source) -> Document:
     encoded = encode_text(tokenizer, source.text)
     if not encoded.token_ids:
         raise DocumentError(f"{source.name} gives no tokens; give a document with text.")
-    parts = (source.name, source.text, encoded.token_ids, *reversed(place_chunks(encoded, config)), [])
-    return Document(*parts, config.chunk_length, 0.0, {}, source.files, is_far=True)
+    chunks, token_ends = place_chunks(encoded, config)
+    return Document(
+        name=source.name,
+        text=source.text,
+        token_ids=encoded.token_ids,
+        token_ends=token_ends,
+        chunks=chunks,
+        blocks=[],
+        chunk_length=config.chunk_length,
+        read_seconds=0.0,
+        reader={},
+        files=source.files,
+        is_far=True,
+    )
 
 
 def about(

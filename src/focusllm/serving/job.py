@@ -99,9 +99,10 @@ class Finished:
     choice: int
     reason: str
     stop_string: str | None = None
-    citations: Sequence[Citation] = ()
-    """Of documents: where the model looked while the choice was written, and while each sentence of it was."""
+    citations: Sequence[Citation] | None = None
+    """Where in documents the model looked while the choice was written; None: none were asked."""
     sentences: Sequence[Sentence] = ()
+    """The same for each sentence of it."""
 
 
 @dataclass(frozen=True)

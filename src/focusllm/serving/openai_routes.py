@@ -249,7 +249,7 @@ async def _stream(
 
 def _cited(finished: Finished) -> dict[str, Any]:
     """Where an answer about documents looked: the most attended passages, for all of it and for each sentence."""
-    if not finished.citations:
+    if finished.citations is None:
         return {}
     sentences = [
         {**asdict(sentence), "citations": [asdict(found) for found in sentence.citations[:NUM_CITATIONS]]}

@@ -54,12 +54,14 @@ class Service:
         Raises:
             ApiError: 404, or 400 for a set of documents where there is no question about them.
         """
+        if name == self.settings.model_id:
+            return
         if name not in self.models():
             raise ApiError(
                 *(404, f"The model {name!r} does not exist here; this server has {self.settings.model_id!r}."),
                 *("model", "model_not_found"),
             )
-        if is_plain and name != self.settings.model_id:
+        if is_plain:
             raise ApiError(400, "A set of documents can be asked by /v1/chat/completions only.", "model")
 
     def sampling(self, body: ChatRequest | CompletionRequest, max_tokens: int, top_logprobs: int | None) -> Sampling:

@@ -330,11 +330,11 @@ class Worker:
         return min(max(1, math.ceil(len(self.scheduler.waiting) / self.scheduler.max_running)), 30)
 
 
-def _cited(choice: Choice) -> tuple[list[Citation], list[Sentence]]:
+def _cited(choice: Choice) -> tuple[list[Citation] | None, list[Sentence]]:
     """Where a choice looked in documents; nothing of them stands in its local context."""
     context = choice.job.prompt.context
     if context is None:
-        return [], []
+        return None, []
     return cite_sentences(context, choice.request.watched, 0, choice.said, choice.token_ends)
 
 
