@@ -53,10 +53,19 @@ def decode(jobs: list[Job]) -> float:
     return seconds / count
 
 
-def gaps(answered: Job) -> list[float]:
-    """Seconds between the tokens of an answer, until it is complete or nobody reads any more."""
+def begun(num_tokens: int) -> Job:
+    """A request that is being answered."""
+    found = job(0, arguments.context, num_tokens)
+    worker.submit(found)
+    while not found.num_generated:
+        worker.step()
+    return found
+
+
+def gaps(answered: Job, reads: Job | None) -> list[float]:
+    """Seconds between the tokens of an answer, until it is complete or another one is read."""
     found, before, count = [], time.perf_counter(), answered.num_generated
-    while worker.step() and (worker.scheduler.reading or not long_one):
+    while worker.step() and (reads is None or reads in worker.scheduler.reading):
         if answered.num_generated > count:
             now, count = time.perf_counter(), answered.num_generated
             found.append(now - before)
@@ -66,25 +75,17 @@ def gaps(answered: Job) -> list[float]:
 
 rounds = []
 for number in range(arguments.rounds + 1):
-    parts = [number * arguments.context + i * arguments.context for i in range(arguments.together)]
+    parts = [(number + i) * arguments.context for i in range(arguments.together)]
     jobs = [[job(first, arguments.context, arguments.tokens) for first in parts] for _ in range(2)]
     one_by_one = statistics.mean(decode([one]) for one in jobs[0])
     together = decode(jobs[1])
-    long_one: Job | None = None
-    answered = job(parts[0], arguments.context, 2 * arguments.tokens)
-    worker.submit(answered)
-    while not answered.num_generated:
-        worker.step()
-    alone = gaps(answered)
-    answered = job(parts[0], arguments.context, 100_000)
-    worker.submit(answered)
-    while not answered.num_generated:
-        worker.step()
+    alone = gaps(begun(2 * arguments.tokens), None)
+    answered = begun(100_000)
     worker.chunks.make_room(0)  # so that the long text is read, whatever was before
     long_one = job(0, arguments.long, 1)
     worker.submit(long_one)
     worker.step()
-    beside = gaps(answered)
+    beside = gaps(answered, long_one)
     for one in (answered, long_one):
         one.cancel()
     worker.step()

@@ -173,7 +173,7 @@ def test_reading_takes_half_of_the_time() -> None:
     for job in (decodes, reads):
         order.submit(job)
     order.admit()
-    assert [order.next_to_read(), order.next_to_read()] == [reads, decodes]
+    assert [order.next_to_read(), order.next_to_read()] == [decodes, reads]
     decodes.choices.append(object())  # type: ignore[arg-type] - not looked into
     order.begin_decoding(decodes)
     assert order.next_to_read() is reads
