@@ -105,6 +105,11 @@ def _word_scores(context: Context, question: str) -> torch.Tensor | None:
     """What a question's words are worth in the chunks of the far context [R], where they are to be chosen from."""
     if not context.blocks or context.blocks[0].lookup is None:
         return None
+    return word_scores(context, question)
+
+
+def word_scores(context: Context, question: str) -> torch.Tensor:
+    """What a question's words are worth in the chunks of the far context [R]."""
     scores = words_of(context.documents).scores(question)
     first = np.cumsum([0, *(len(document.chunks) for document in context.documents)])
     return torch.tensor([float(scores[first[number] + chunk]) for number, chunk in context.far])

@@ -66,13 +66,7 @@ class Reader:
         start_ids = frame_ids(self.tokenizer, template_kwargs)[0]
         folder = Path(store) if store is not None else None
         blocks = self.encode(encoded.token_ids, progress, changed, folder, start_ids)
-        spans, bounds = encoded.spans, cut(len(encoded.token_ids), config)
-        chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in bounds]
-        ends = np.array([end for _, end in spans], np.int64)
-
-        def token_ends(index: int) -> np.ndarray:
-            return ends[chunks[index].first_token : chunks[index].last_token]
-
+        chunks, token_ends = place_chunks(encoded, config)
         seconds = time.perf_counter() - start
         return Document(
             *(source.name, source.text, encoded.token_ids, token_ends, chunks, blocks, config.chunk_length, seconds),
@@ -123,6 +117,18 @@ class Reader:
             raise DocumentError(f"token id {odd[0]} is not in the vocabulary of {size} tokens; use this model's ids.")
         text, spans = decode_ids(self.tokenizer, ids)
         return of_text(text, name), Encoded(ids, spans)
+
+
+def place_chunks(encoded: Encoded, config: FocusConfig) -> tuple[list[Chunk], Callable[[int], np.ndarray]]:
+    """Where the chunks of a text are, and of a chunk, by its index, where each of its tokens ends (see `Document`)."""
+    spans, bounds = encoded.spans, cut(len(encoded.token_ids), config)
+    chunks = [Chunk(spans[first][0], spans[stop - 1][1], first, stop) for first, stop in bounds]
+    ends = np.array([end for _, end in spans], np.int64)
+
+    def token_ends(index: int) -> np.ndarray:
+        return ends[chunks[index].first_token : chunks[index].last_token]
+
+    return chunks, token_ends
 
 
 @contextmanager

@@ -4,12 +4,13 @@ It knows token ids, chunks and a model; nothing of text, files or threads. What 
 chunks are addressed as blocks that any number of requests share, and are never copied or changed.
 
     prefill(model, request, config)           -> logits of the last local tokens
+    prefilling(model, request, config)        -> the same a batch of rows at a time, for who has other things to do
     decode(model, requests, tokens, config)   -> next-token logits of every request, after one new token each
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -72,6 +73,23 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
     Returns:
         Logits [n, V] of the last local tokens (0: of all).
     """
+    steps = prefilling(model, request, config, logits_to_keep)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            logits: Tensor = done.value
+            return logits
+
+
+@lasting
+def prefilling(
+    model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int = 1
+) -> Generator[None, None, Tensor]:
+    """`prefill` in steps: stops behind each batch of rows that has read the dynamic prompt, and returns what it does.
+
+    The request must not be decoded, nor be begun anew, before that.
+    """
     request.tails, request.hot, request.local_kv, request.plain_kv, request.opened = [], [], None, None, None
     request.paid, request.paid_local, request.local_start, request.watched = None, None, (0, 0), []
     if not request.blocks:
@@ -91,6 +109,7 @@ def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_k
             tail.fill_rows(first, ordinary)
             candidates.append(lined_up)
             first_slot += kv.num_rows
+            yield
         assert tail is not None
         tail.length = len(prompt) - 1
         request.tails.append(tail)

@@ -61,6 +61,11 @@ class Detokenizer:
         return text
 
 
+def token_text(tokenizer: Any, token: int) -> str:
+    """What one token says by itself, a control token too."""
+    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def decode_ids(tokenizer: Any, token_ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
     """A text from token ids, control tokens included, with the place of each; the tokens of one character all have its
     place.

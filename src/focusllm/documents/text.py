@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -142,6 +142,17 @@ def chat_frame(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None)
     Raises:
         ConfigError: a switch that the chat template does not have, or a value that it cannot take.
     """
+    rendered = _render(tokenizer, [{"role": "user", "content": PLACE_OF_DOCUMENT}], template_kwargs)
+    if rendered is None:
+        return None, ""
+    before, found, after = rendered.partition(PLACE_OF_DOCUMENT)
+    return (before, after) if found else (None, "")
+
+
+def _render(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None
+) -> str | None:
+    """What the chat template makes of messages that are to be answered; None: there is none."""
     switches = dict(template_kwargs or {})
     template = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ""
     for name in switches:
@@ -149,12 +160,45 @@ def chat_frame(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None)
             what = "has no switch" if template else "is missing, so it has no switch"
             raise ConfigError(f"the model's chat template {what} {name}; leave it out.")
     if not template:
-        return None, ""
-    message = [{"role": "user", "content": PLACE_OF_DOCUMENT}]
+        return None
     try:
-        rendered: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **switches)
+        rendered: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **switches
+        )
     except Exception as error:  # a template is a program, and may raise anything
         given = f" with {', '.join(f'{name}={value!r}' for name, value in switches.items())}" if switches else ""
         raise ConfigError(f"the model's chat template fails{given}: {first_line(error)}") from error
-    before, found, after = rendered.partition(PLACE_OF_DOCUMENT)
-    return (before, after) if found else (None, "")
+    return rendered
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[list[int], list[int]]:
+    """The token ids of a conversation in the chat template, ready to be answered, and which of them is the first
+    of what each message says. What messages say stays text, whatever control tokens it looks like.
+
+    Args:
+        messages: `role` and `content` each. template_kwargs: switches of the chat template.
+
+    Raises:
+        ConfigError: there is no chat template, or it takes no such messages or switches.
+        DocumentError: a message that is not Unicode text.
+    """
+    places = [{"role": message["role"], "content": f"[[message {n}]]"} for n, message in enumerate(messages)]
+    rendered = _render(tokenizer, places, template_kwargs)
+    if rendered is None:
+        raise ConfigError("the model has no chat template; ask it to go on with a text instead (/v1/completions).")
+    parts = re.split(r"\[\[message (\d+)\]\]", rendered)
+    lost = set(map(str, range(len(messages)))) - set(parts[1::2])
+    if lost:
+        role = messages[min(map(int, lost))]["role"]
+        raise ConfigError(f"the model's chat template has no place for this message of the role {role}; leave it out.")
+    ids, starts = list[int](), [0] * len(messages)
+    for n, part in enumerate(parts):
+        if n % 2:
+            starts[int(part)] = len(ids)
+            content = messages[int(part)]["content"]
+            ids += encode_ids(tokenizer, check_text(content, "a message") if content.strip() else content)
+        else:
+            ids += tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+    return ids, starts

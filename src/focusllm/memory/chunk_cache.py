@@ -1,6 +1,7 @@
 """Encoded chunks by their token ids: what texts share is read once.
 
 ChunkCache    as many chunks as there is room for, each of its own (training, where memories are drawn anew and anew)
+SharedChunks  the same for texts that are asked, by any number of requests at once (serving)
 LastText      the text that was asked for last, where it is used (evaluation, where questions share a document)
 
 Every chunk is read alone, so that its numbers do not depend, in their last bits, on which others were known.
@@ -21,7 +22,7 @@ from focusllm.memory.chunks import ChunkBlock, filled, first_blocks, lookup_of
 from focusllm.memory.lookup import Heads
 from focusllm.memory.store import Packed, Packing
 from focusllm.method.kv import KV
-from focusllm.method.opened import read_behind, read_start
+from focusllm.method.opened import Start, read_behind, read_start
 
 Piece = tuple[int, ...]
 """A chunk's token ids."""
@@ -80,6 +81,53 @@ class ChunkCache:
             self.nbytes -= self._known.pop(oldest).nbytes
         self._known[piece] = kv
         self.nbytes += kv.nbytes
+
+
+class SharedChunks:
+    """Chunks that can be asked, each a block of its own that any number of requests share.
+
+    Args:
+        model: the base model. config: in how many bits they are kept.
+        heads: those that choose among them; None: they are to be condensed.
+        most_bytes: those that are kept for later requests take no more; the ones that were not used for longest go
+            first. What a request holds stays as long as the request does.
+    """
+
+    def __init__(self, model: nn.Module, config: FocusConfig, heads: Heads | None, most_bytes: int):
+        self.model, self.config, self.heads, self.most_bytes = model, config, heads, most_bytes
+        self.nbytes = 0
+        self._known: dict[tuple[Piece, Piece], ChunkBlock] = {}  # by start and chunk; the last used at the end
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def count_known(self, pieces: Sequence[Sequence[int]], start_ids: Sequence[int] = ()) -> int:
+        """How many of these chunks need not be read."""
+        return sum((tuple(start_ids), tuple(piece)) in self._known for piece in pieces)
+
+    def block(self, piece: Sequence[int], start: Start | None = None) -> tuple[ChunkBlock, bool]:
+        """One chunk, read behind a start; and whether it was read for that."""
+        key = start.token_ids if start is not None else (), tuple(piece)
+        block = self._known.pop(key, None)
+        is_new = block is None
+        if block is None:
+            block = _block(self.model, [key[1]], self.config.kv_dtype, lambda piece: _read(self.model, piece, key[0]))
+            block = replace(block, start=start)
+            block = replace(block, lookup=lookup_of(self.model, self.heads, block, self.config.chunk_length))
+            self.nbytes += _nbytes(block)
+        self._known[key] = block
+        self.make_room(self.most_bytes)
+        return block, is_new
+
+    def make_room(self, most_bytes: int) -> None:
+        """Forget chunks until those that are left take no more."""
+        while self.nbytes > most_bytes:
+            oldest = next(iter(self._known))
+            self.nbytes -= _nbytes(self._known.pop(oldest))
+
+
+def _nbytes(block: ChunkBlock) -> int:
+    return block.kv.nbytes + (block.lookup.nbytes if block.lookup is not None else 0)
 
 
 class LastText:

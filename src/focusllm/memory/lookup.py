@@ -33,6 +33,8 @@ from focusllm.method.opened import Start, look_up
 
 ROWS_AT_ONCE = 8
 """Chunks that are brought at once for their keys."""
+KNOWN_STARTS = 16
+"""Shared starts behind which the usual questions are kept: few where documents are asked, many where texts go on."""
 SURE_HEADS = 4
 """Heads that a chunk is weighed by: those that pay it most."""
 
@@ -95,6 +97,8 @@ def _usual_queries(model: nn.Module, heads: Heads, start: Start | None, longest:
     """
     ids, known = start.token_ids if start is not None else (), _usual.setdefault(model, {})
     if (heads, ids, longest) not in known:
+        if len(known) >= KNOWN_STARTS:
+            del known[next(iter(known))]
         device, asked = next(model.parameters()).device, list[dict[int, Tensor]]()
         for question in heads.usual:
             tokens = torch.tensor(question, device=device)
