@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def serve(
     grace: Annotated[int, typer.Option(min=1, help="Seconds for requests under way when it is to stop.")] = 30,
 ) -> None:
     """Serve a model over HTTP, in OpenAI's dialect: chat and text completions of prompts of any length."""
+    from focusllm.huggingface.embedded import DEFAULT
     from focusllm.serving.keys import Keys as KeyFile
     from focusllm.serving.settings import ServerSettings
 
@@ -43,7 +45,7 @@ def serve(
     settings = ServerSettings(
         host=host,
         port=port,
-        model_id=name or model.model,
+        model_id=name or model.model or DEFAULT,
         is_open=is_open,
         max_running=max_running,
         max_waiting=max_waiting,
@@ -62,6 +64,7 @@ def serve(
         raise missing_package("the server needs", error.name or "fastapi", "server") from error
     given = focus.given() if library is None else {"far_context": "opened", **focus.given()}
     llm = load(model, given, quiet=False)
+    settings = replace(settings, model_id=name or llm.name)  # where the default cannot be fetched, another stands in
     kept = Library(library, llm, notify=notify) if library is not None else None
     access = logging.getLogger("focusllm.access")
     access.setLevel(logging.INFO)
