@@ -2,8 +2,9 @@
 
 HF_HUB_OFFLINE=1 python benchmarks/opened_chunks.py BOOK STORE --output opened_moby_dick
 
-Made-up facts (facts.jsonl), one in each chunk of a held-out book. 50 questions use their fact's own words, 50 share no
-rare word with it ("other"), and 24 are about facts of which seven others differ in a name only ("like"). A chunk
+Made-up facts (facts.jsonl), one in each chunk of a held-out book; in few chunks the first ones. Of 50 facts two things
+are asked: a question in the fact's own words ("same"), and one that shares no rare word with it ("other"); of 50 more
+the first; and of 24 of which seven others differ in a name only ("like"), one. A chunk
 depends on its own tokens only: the book is read once (STORE keeps it), and asked at several lengths, each question in
 the part of the book that its fact is in. What is measured of each question is kept as it comes, so a run goes on where
 it was broken off. "passage" is the right chunk opened, and nothing chosen: what choosing can reach at most.
@@ -97,12 +98,12 @@ def rank(scores: torch.Tensor, right: int) -> int:
 
 
 @torch.no_grad()
-def case(number: int, chunk: int, block: ChunkBlock, texts: list[str]) -> dict[str, object]:
+def case(number: int, kind: str, chunk: int, block: ChunkBlock, texts: list[str]) -> dict[str, object]:
     """One question at all lengths."""
-    fact = FACTS[number]
-    question = frame_question(tokenizer, fact["question"])[1]
-    found: dict[str, object] = {"number": number, "words": fact["words"], "chunk": chunk}
-    kept = raw.setdefault(number, {})
+    fact, asked = FACTS[number], FACTS[number]["questions"][kind]
+    question = frame_question(tokenizer, asked)[1]
+    found: dict[str, object] = {"number": number, "words": kind, "chunk": chunk}
+    kept = raw.setdefault((number, kind), {})
     passage, read = answer(block.part(chunk, chunk + 1), question, None, 1)
     found |= {"passage": passage, "right with the passage": is_right(passage, fact)}
     cited, _ = cite_sentences(Context([document], read.blocks, [(0, chunk)], [], []), read.watched, 0, "", [])
@@ -110,7 +111,7 @@ def case(number: int, chunk: int, block: ChunkBlock, texts: list[str]) -> dict[s
     for count in sorted({*arguments.lengths, *arguments.answers}):
         own, right = part(block, chunk, count)
         first = chunk - right
-        words = torch.from_numpy(WordIndex(texts[first : first + own.num_chunks]).scores(fact["question"]))
+        words = torch.from_numpy(WordIndex(texts[first : first + own.num_chunks]).scores(asked))
         request = start_request(base, [own], question, config, len(question))
         heads = looked(base, request, config).chunks
         kept[count] = (heads, words, right)
@@ -179,9 +180,10 @@ before = earlier(arguments.output)
 rows = before.get("rows", []) if before.get("settings") == settings else []
 raw_path = arguments.store / f"{arguments.output}.pt"
 raw = torch.load(raw_path) if raw_path.exists() and rows else {}
-order = np.random.default_rng(3).permutation(len(FACTS)).tolist()  # so that a part of a run has all kinds
-for number in order[len(rows) :]:
-    rows.append(case(number, places[number], document.blocks[0], texts))
+cases = [(number, kind) for number in range(len(places)) for kind in FACTS[number]["questions"]]
+cases = [cases[i] for i in np.random.default_rng(3).permutation(len(cases))]  # so that a part of a run has all kinds
+for number, kind in cases[len(rows) :]:
+    rows.append(case(number, kind, places[number], document.blocks[0], texts))
     print(rows[-1], flush=True)
     torch.save(raw, raw_path)
     kinds = ("same", "other", "like")
