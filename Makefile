@@ -35,8 +35,8 @@ $(OLDEST)/ready: pyproject.toml constraints.txt
 		--editable '.[dev]' 'transformers==$(TRANSFORMERS)'
 	touch $@
 
-demo: $(READY)  ## Ask a question about a document of 110K tokens with the embedded model
-	$(BIN)/python examples/ask_long_document.py
+demo: $(READY)  ## Ask three questions about a document; SIZE=large for one of 110K tokens
+	SIZE=$(SIZE) $(BIN)/python examples/ask_long_document.py
 
 test: $(READY)  ## Run the tests
 	$(BIN)/$(PYTEST)

@@ -42,7 +42,7 @@ run() {
     *-snapkv) methods="--adapter none --method snapkv" ;;
     esac
     # shellcheck disable=SC2086  # a list of options
-    focusllm eval run "$@" $methods --dtype bfloat16 --text "$text" --output "$runs/$name"
+    focusllm eval run "$@" --model smollm2-135m $methods --dtype bfloat16 --text "$text" --output "$runs/$name"
 }
 
 for name in $names; do

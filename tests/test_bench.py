@@ -84,7 +84,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, model_folder: Path):
         keep: Callable[[dict[str, Any]], object] = lambda _: None,
         **changes: Any,
     ) -> dict[str, Any]:
-        plan = Plan(parse_contenders(contenders, settings), lengths, str(model_folder), threads=2, **changes)
+        plan = Plan(parse_contenders(contenders, settings), lengths, str(model_folder), threads=1, **changes)
         return bench_run.run(plan, "A text. " * 1100, keep=keep)
 
     return run

@@ -174,17 +174,17 @@ def test_generate(focusllm, model_folder: Path, story: Path) -> None:
 def test_verify_a_model(focusllm, model_folder: Path) -> None:
     code, out, _ = focusllm("verify", model_folder)
     assert code == 0
-    assert out.count("pass  ") == 12
-    assert "12 of 12 passed" in out
+    assert out.count("pass  ") == 13
+    assert "13 of 13 passed" in out
 
 
 def test_verify_cases(focusllm, tmp_path: Path) -> None:
-    for name in ("i7_short_memory", "t1_continuation"):  # test_conformance.py replays all
+    for name in ("i1_mha_1chunk_exact", "t1_continuation"):  # test_conformance.py replays all
         shutil.copytree(GOLDEN / name, tmp_path / name)
     code, out, _ = focusllm("verify", "--cases", tmp_path)
     assert code == 0
     assert out.count("pass  ") == 2
-    assert "i7_short_memory: logits f32" in out
+    assert "i1_mha_1chunk_exact: logits f32" in out
 
 
 def test_verify_reports_failures(focusllm, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_info(focusllm, model_folder: Path) -> None:
     assert facts["chunk_overlap"] == 1  # of 24 tokens: 44 chunks
     assert facts["costs"][0]["chunks"] == (1000 + 43) * facts["kv_bytes_per_token"]
     assert facts["adapter"] == str(model_folder / "candidate_projections")
-    assert json.loads(focusllm("info", "--json")[1])["adapter"] == "in the package"
+    assert json.loads(focusllm("info", "-m", "smollm2-135m", "--json")[1])["adapter"] == "in the package"
 
 
 def test_train_and_go_on(focusllm, model_folder: Path, story: Path, tmp_path: Path, monkeypatch) -> None:

@@ -540,3 +540,25 @@ def test_the_larger_one_answers_a_short_document() -> None:
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n"
     )
+
+
+def test_the_default_model_and_what_stands_in_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    here = {module.DEFAULT, module.SPARE}
+
+    def resolve(name: str, notify: object) -> str:
+        if name not in here:
+            raise ModelError(f"the model {name} is not here.")
+        return "folder"
+
+    monkeypatch.setattr(module, "resolve_model", resolve)
+    assert module.default_model(said.append) == module.DEFAULT == "qwen2.5-coder-0.5b"
+    assert not said
+    here.remove(module.DEFAULT)
+    assert module.default_model(said.append) == module.SPARE == "smollm2-135m"
+    assert len(said) == 1
+    assert "smollm2-135m is used instead" in said[0]
+    assert "qwen2.5-coder-0.5b is not here" in said[0]
+    here.clear()
+    with pytest.raises(ModelError, match="smollm2-135m is not here"):
+        module.default_model(said.append)

@@ -119,7 +119,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
     (tmp_path / "file").touch()
     monkeypatch.setattr("focusllm.checks.heads.find_heads", lambda *_, **__: pytest.fail("minutes were spent"))
     code, out, err = focusllm("heads", model_folder, "-o", tmp_path / "file" / "heads.json")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "cannot be written" in err
     assert "--output" in err
     assert "Traceback" not in err

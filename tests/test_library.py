@@ -31,7 +31,7 @@ from focusllm.library.cutting import cut
 from focusllm.method.kv import KV
 from focusllm.method.opened import read_behind
 
-CONFIG = SMALL.replace(chunk_length=96, local_length=96, far_context="opened")
+CONFIG = SMALL.replace(chunk_length=192, local_length=96, far_context="opened")
 NAMES = ("Ahab", "Bildad", "Daggoo", "Elijah", "Fedallah", "Ishmael", "Peleg", "Pip", "Queequeg", "Starbuck", "Stubb")
 VERBS = ("sought", "saw", "feared", "forgot", "hailed", "followed", "painted", "named", "lost", "carried")
 THINGS = (
@@ -47,7 +47,7 @@ THINGS = (
 )
 
 
-def book(seed: int = 0, paragraphs: int = 20) -> str:
+def book(seed: int = 0, paragraphs: int = 40) -> str:
     """Paragraphs of a few sentences."""
     draw = random.Random(seed)
 
@@ -200,7 +200,7 @@ def test_chunks_are_the_text_read_behind_the_start(library: Library, llm: FocusL
     for chunk, block in zip(document.chunks, document.blocks, strict=True):
         ids = document.token_ids[chunk.first_token : chunk.last_token]
         assert ids == encode_ids(llm.tokenizer, BOOK[chunk.start : chunk.end])
-        assert len(ids) <= 96
+        assert len(ids) <= CONFIG.chunk_length
         got, expected = block.rows(llm.model.base, 0, 1), read_behind(llm.model.base, start_ids, torch.tensor([ids]))
         assert all(torch.equal(*pair) for pair in zip(got.values, expected.values, strict=True))
     assert block.rows(llm.model.base, 0, 1).keys[0].shape[2] == len(ids)
@@ -239,7 +239,7 @@ def test_adapters_do_not_matter_and_other_models_are_refused(library: Library) -
     other = tiny()
     inject(other.model.base, AdapterConfig())
     Library(library.folder, other).document("text")
-    with pytest.raises(LibraryError, match=r"chunk_length 96, kv_dtype same, and this is .*kv_dtype int8; load that"):
+    with pytest.raises(LibraryError, match=r"chunk_length 192, kv_dtype same, and this is .*kv_dtype int8; load that"):
         Library(library.folder, tiny(kv_dtype="int8"))
     changed = tiny()
     with torch.no_grad():
@@ -404,7 +404,7 @@ def test_sets(library: Library) -> None:
     answer = library.ask("sea", "Who?", max_new_tokens=4)
     assert {citation.document for citation in answer.citations} <= {"1.txt", "2.txt"}
     assert [document.name for document in library.documents("sea")] == ["1.txt", "2.txt"]
-    assert len(library.ask(None, "Who?", max_new_tokens=4).citations) > len(answer.citations)
+    assert library.ask(None, "Who?", max_new_tokens=4).num_document_tokens > answer.num_document_tokens
     library.put_into("sea", "0.txt")
     library.take_out("sea", ["1.txt", "2.txt"])
     assert library.sets() == {"sea": ["0.txt"]}

@@ -1,6 +1,6 @@
 """The library's front: read documents once, ask them many times.
 
-llm = FocusLLM.from_pretrained("smollm2-135m")
+llm = FocusLLM.from_pretrained()
 book = llm.read(Path("book.txt"), progress=True)
 answer = llm.ask(book, "Who is Ishmael?", on_text=lambda piece: print(piece, end=""))
 print(answer.citations[0].text)
@@ -24,6 +24,7 @@ from focusllm.documents.document import Document
 from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, names_a_file, of_text, open_source
 from focusllm.documents.text import encode_ids, start_tokens, usual_ids
+from focusllm.huggingface.embedded import default_model
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.huggingface.pretrained import load, save
 from focusllm.memory.chunking import split, split_start
@@ -52,7 +53,7 @@ class FocusLLM:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path = "smollm2-135m",
+        model: str | Path | None = None,
         *,
         adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
@@ -65,7 +66,8 @@ class FocusLLM:
         """Load a model with its tokenizer and candidate projections.
 
         Args:
-            model: `smollm2-135m`, a folder, or a hub id.
+            model: `qwen2.5-coder-0.5b` or `smollm2-135m` (fetched once), a folder, a hub id; None: the first one, and
+                where that cannot be fetched the second.
             adapter: folder or hub id of candidate projections, or `smollm2-135m` for those in this package (with a copy
                 of that model in a folder, say); None: those saved with the model, else those in this package for it,
                 else untrained ones; "none": untrained ones.
@@ -81,6 +83,7 @@ class FocusLLM:
         Raises:
             ConfigError, ModelError, AdapterError: with the value, the limit and the remedy.
         """
+        model = default_model(notify) if model is None else model
         loaded, tokenizer = load(model, adapter, dtype, device, config, weights, notify, settings)
         return cls(loaded, tokenizer, str(model), notify)
 
@@ -114,7 +117,7 @@ class FocusLLM:
             name: how citations call it; None: the file's name, or "text".
             encoding: of text files; None: found out.
             progress: True for a progress bar, or a function of (tokens done, tokens in all).
-            store: a folder that keeps what was read, in files (about 23 KiB a token for the embedded model in
+            store: a folder that keeps what was read, in files (about 12 KiB a token for the default model in
                 bfloat16). The same text is not read again from there, and a read that was broken off goes on. None:
                 as `kv_place` says, gone with the document.
             kv_dtype, kv_place: for this document other than in the settings (see `FocusConfig`).

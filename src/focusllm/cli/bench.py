@@ -13,6 +13,7 @@ import typer
 from focusllm.cli.options import Encoding, Json, ModelOptions, grouped
 from focusllm.cli.terminal import bench_progress, calm_libraries, console, if_stopped, make_folder, notify, say
 from focusllm.files import writing_to
+from focusllm.huggingface.embedded import SPARE
 from focusllm.options import parse_lengths
 
 
@@ -68,7 +69,7 @@ def bench(
         full_to=full_to,
         limit_minutes=limit_minutes,
         threads=threads,
-        **vars(model),
+        **{**vars(model), "model": model.model or SPARE},  # the small one, as all that was measured before
     )
     name, document = "the Python language reference", ""
     if text is not None:

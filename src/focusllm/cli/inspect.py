@@ -19,7 +19,7 @@ from focusllm.memory.chunking import count_chunks
 @grouped
 def info(
     *,
-    model: Model = "smollm2-135m",
+    model: Model = None,
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     weights: WeightsOption = "auto",
@@ -31,13 +31,13 @@ def info(
 ) -> None:
     """Show a model, its candidate projections, and what lengths will cost in memory; loads no weights."""
     from focusllm.checks.info import describe
-    from focusllm.huggingface.embedded import cache_folder
+    from focusllm.huggingface.embedded import cache_folder, default_model
     from focusllm.memory.cost import estimate, find_place
     from focusllm.method.base import layout
 
     kept = parse_weights(weights)
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
-    found, skeleton, config = describe(model, adapter, dtype, focus.given(), notify)
+    found, skeleton, config = describe(model or default_model(notify), adapter, dtype, focus.given(), notify)
     costs = []
     for length in lengths:
         place = find_place(skeleton, config, length, cache_folder(), weights=kept)

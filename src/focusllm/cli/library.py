@@ -38,7 +38,7 @@ library = typer.Typer(help="Keep documents that are read once: add, edit and ask
 class ReaderOptions:
     """What reads and asks. A library belongs to the first one that it was used with, which needs not be named again."""
 
-    model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")] = None
+    model: Annotated[str | None, typer.Option("--model", "-m", help="As for ask.")] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None
     device: Device = None
     weights: WeightsOption = "auto"
@@ -50,7 +50,7 @@ class ReaderOptions:
         budget = parse_bytes(disk_budget) if disk_budget is not None else None
         check_folder(folder)  # before the model is loaded
         about = Catalogue(folder).about() if is_library(folder) else {}
-        model, dtype = self.model or about.get("model", "smollm2-135m"), self.dtype or about.get("dtype", "auto")
+        model, dtype = self.model or about.get("model"), self.dtype or about.get("dtype", "auto")
         settings = {name: getattr(self, name) or about.get(name) for name in ("chunk_length", "kv_dtype")}
         given = {name: value for name, value in settings.items() if value is not None}
         options = ModelOptions(model, "none", dtype, self.device, self.weights)

@@ -11,7 +11,10 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="qwen2.5-coder-0.5b (the default), smollm2-135m, a folder, or a hub id."),
+]
 Adapter = Annotated[str | None, typer.Option(help="Candidate projections: folder, hub id, smollm2-135m (ours), none.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
@@ -29,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 class ModelOptions:
     """Which model, and where it computes: arguments of `FocusLLM.from_pretrained` by name."""
 
-    model: Model = "smollm2-135m"
+    model: Model = None
     adapter: Adapter = None
     dtype: Dtype = "auto"
     device: Device = None

@@ -71,7 +71,7 @@ def load(options: ModelOptions, settings: dict[str, Any], quiet: bool, needs_can
     if needs_candidates and llm.model.settings.is_opened and llm.model.found_heads is None:
         notify(
             f"Note: the look-up heads of this model were not looked for, so chunks are chosen by the middle of its "
-            f"layers, which takes longer; `focusllm heads {options.model}` finds them, once."
+            f"layers, which takes longer; `focusllm heads {llm.name}` finds them, once."
         )
     elif needs_candidates and not llm.model.settings.is_opened and not llm.has_trained_candidates:
         notify(

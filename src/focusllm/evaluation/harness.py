@@ -60,7 +60,7 @@ class FocusHarness(TemplateLM):
 
     def __init__(
         self,
-        model: str | FocusLLM = "smollm2-135m",
+        model: str | FocusLLM = DEFAULT,
         adapter: str | None = None,
         dtype: str = "auto",
         device: str | None = None,

@@ -85,7 +85,8 @@ QWEN = EmbeddedModel(
     eos_token_ids=(151645, 151643),
 )
 MODELS = {model.alias: model for model in (SMOLLM2, QWEN)}
-DEFAULT = SMOLLM2.alias
+DEFAULT, SPARE = QWEN.alias, SMOLLM2.alias
+"""What is taken where no model is named; and where that can be had from nowhere."""
 
 MANIFEST_NAME = "checksums.json"
 
@@ -107,6 +108,21 @@ def embedded_model(name: str | Path) -> EmbeddedModel | None:
     """The model of ours that a name means: an alias, unless there is a folder of that name."""
     model = MODELS.get(str(name).lower())
     return None if model is None or os.path.isdir(name) else model
+
+
+def default_model(notify: Notify = lambda _: None) -> str:
+    """The alias of the model that is taken where none is named; it is here then.
+
+    Raises:
+        ModelError: neither it nor the smaller one can be had from anywhere.
+    """
+    try:
+        resolve_model(DEFAULT, notify)
+    except ModelError as error:
+        resolve_model(SPARE, notify)
+        notify(f"{SPARE} is used instead, which understands less of what it reads: {error}")
+        return SPARE
+    return DEFAULT
 
 
 def resolve_model(name: str | Path, notify: Notify = lambda _: None) -> str:

@@ -38,7 +38,7 @@ def cut(text: str, fits: Callable[[str], bool], least: int, most: int) -> list[i
 
     Args:
         fits: whether a piece is short enough; asked of pieces of at most `most` characters. One character always is.
-        least: characters that a piece has at least, or a third of what it is cut from.
+        least: characters that a piece has at least; halved until it is a third of what is cut.
 
     Returns:
         The ends in ascending order, in characters; the last one is the text's own.
@@ -50,7 +50,9 @@ def cut(text: str, fits: Callable[[str], bool], least: int, most: int) -> list[i
         if stop - start <= 1 or (stop - start <= most and fits(text[start:stop])):
             ends.append(stop)
             continue
-        margin = max(1, min(least, (stop - start) // 3))
+        margin = least
+        while margin > max(1, (stop - start) // 3):  # by halves, so that it rarely depends on an edit's length
+            margin //= 2
         at = places.best(start + margin, stop - margin)
         spans += [(at, stop), (start, at)]  # the first part is cut first
     return ends if text else []

@@ -364,7 +364,7 @@ class Library:
                 tokens[piece] = encode_ids(llm.tokenizer, piece)
             return tokens[piece]
 
-        ends = cut(text, lambda piece: len(tokens_of(piece)) <= length, 3 * length // 2, LONGEST_TOKEN * length)
+        ends = cut(text, lambda piece: len(tokens_of(piece)) <= length, length, LONGEST_TOKEN * length)
         chunks = []
         for start, end in zip([0, *ends], ends, strict=False):
             if ids := tokens_of(text[start:end]):  # some tokenizers make nothing of white space

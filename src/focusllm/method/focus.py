@@ -76,9 +76,8 @@ class Over:
         self.kv.values.append(value)
         if layer == self.last_layer:
             raise PassEnded
-        past = [segment.layer(layer) for segment in self.segments]
         watch = self.watch if self.watched_layers is None or layer in self.watched_layers else 0
-        out, paid = attend(query, key, value, past, self.own_mask, how, watch)
+        out, paid = attend(query, key, value, [s.layer(layer) for s in self.segments], self.own_mask, how, watch)
         if paid:
             self.paid = [a + b for a, b in zip(self.paid, paid, strict=True)] if self.paid else paid
         return out
