@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,6 @@ def serve(
     settings = ServerSettings(
         host=host,
         port=port,
-        model_id=name or model.model,
         is_open=is_open,
         max_running=max_running,
         max_waiting=max_waiting,
@@ -62,6 +62,7 @@ def serve(
         raise missing_package("the server needs", error.name or "fastapi", "server") from error
     given = focus.given() if library is None else {"far_context": "opened", **focus.given()}
     llm = load(model, given, quiet=False)
+    settings = replace(settings, model_id=name or llm.name)
     kept = Library(library, llm, notify=notify) if library is not None else None
     access = logging.getLogger("focusllm.access")
     access.setLevel(logging.INFO)
