@@ -69,10 +69,7 @@ def create_app(
         try:
             yield
         finally:
-            num_left = await run_in_threadpool(worker.close)
-            log.warning(
-                "The server has stopped; %s.", f"{num_left} prompts were cancelled" if num_left else "all is done"
-            )
+            await run_in_threadpool(worker.close)
 
     def gate(app: ASGIApp) -> Gate:
         return Gate(app, settings, keys, metrics)
