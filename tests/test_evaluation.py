@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import SMALL, build, byte_tokenizer, random_ids, with_candidates
 from focusllm import AdapterConfig, FocusForCausalLM, FocusLLM
 from focusllm.decoding.engine import decode, prefill, start_request
+from focusllm.documents.words import WordIndex
 from focusllm.errors import ConfigError
 from focusllm.evaluation.example import Example, LossExample
 from focusllm.evaluation.methods import NAMES
@@ -278,9 +279,8 @@ def test_retrieval_may_be_held_to_the_local_budget(llm: FocusLLM) -> None:
     assert tuple(chosen_text[-13:]) == text.text_ids[-13:]
 
 
-def test_retrieval_searches_text_without_spaces(llm: FocusLLM) -> None:
-    method = build_method("retrieval", llm)
-    scores = method._scores(["今天天气很好。", "法国的首都是巴黎。", "a whale"], "首都在哪里?")
+def test_retrieval_searches_text_without_spaces() -> None:
+    scores = WordIndex(["今天天气很好。", "法国的首都是巴黎。", "a whale"]).scores("首都在哪里?")
     assert scores.argmax() == 1
     assert scores[2] == 0
 

@@ -273,4 +273,4 @@ def test_the_command_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys:
     with pytest.raises(SystemExit) as stopped:
         harness.main()
     assert stopped.value.code == 2
-    assert "error: the model smollm2-135m is not here" in capsys.readouterr().err
+    assert "error: the model qwen2.5-coder-0.5b is not here" in capsys.readouterr().err
