@@ -13,9 +13,9 @@ from pydoc_data.topics import topics
 from focusllm import FocusLLM
 
 CHAPTERS = (
-    "assert break calls class context-managers continue del else exceptions for function global if lambda nonlocal"
+    *("assert", "break", "calls", "class", "context-managers", "continue", "del", "else", "exceptions", "for"),
+    *("function", "global", "if", "lambda", "nonlocal", "raise", "return", "try", "while", "with", "yield"),
 )
-CHAPTERS += " raise return try while with yield"
 QUESTIONS = {
     "When are default parameter values evaluated?": ("definition", "defined"),
     "Which exception does the raise statement raise when there is no active exception?": ("RuntimeError",),
