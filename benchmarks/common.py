@@ -25,7 +25,8 @@ def finish(name: str, result: dict[str, Any], quiet: bool = False, device: torch
     Args:
         device: where it was computed; None: on the CPU.
     """
-    result = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "machine": machine(device), **result}
+    given = (Path(part).name if Path(part).is_absolute() else part for part in sys.orig_argv[1:])  # whoever's folders
+    result = {"command": shlex.join(["python", *given]), "machine": machine(device), **result}
     RESULTS.mkdir(exist_ok=True)
     with whole_file(RESULTS / f"{name}.json") as temporary:  # other programs may read it meanwhile
         temporary.write_text(json.dumps(result, indent=2) + "\n")

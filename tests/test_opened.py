@@ -453,3 +453,25 @@ def test_what_usual_questions_pay_is_subtracted(llama: nn.Module, with_start: bo
     without = look([replace(keys, heads=replace(heads, usual=())) for keys in lookups], asked, start).chunks
     torch.testing.assert_close(without, plain.topk(SURE_HEADS, 0).values.sum(0), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(got, without)
+
+
+def test_a_question_that_had_no_chunks_yet_is_what_they_are_chosen_by(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the local context overflows, the first chunks are looked up by it, not by the newest tokens alone."""
+    asked: list[list[int]] = []
+    kept = opened.look_up
+
+    def spy(model: nn.Module, start: Start | None, question: Tensor, *more: Any) -> Any:
+        asked.append(question.tolist())
+        return kept(model, start, question, *more)
+
+    monkeypatch.setattr(opened, "look_up", spy)
+    config, local = OPENED.replace(local_length=12), random_ids(10, 4)
+    request = start_request(llama, [], local, config, 6, middle_heads(llama))
+    prefill(llama, request, config)
+    for token in random_ids(config.max_local_length, 8):
+        decode(llama, [request], [token], config)
+    assert request.num_chunks > 0
+    assert all(found[:6] == local[-6:] for found in asked)
+    assert asked

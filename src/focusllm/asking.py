@@ -85,7 +85,8 @@ def about(
         _check_start(documents, tokenizer, before)
         before = []
     input_ids = [*before, *context.token_ids, *after]
-    words = _word_scores(context, question)
+    is_chosen_from = bool(context.blocks) and context.blocks[0].lookup is not None
+    words = word_scores(context, question) if is_chosen_from else None
     return Asked(input_ids, context.blocks, len(after), num_tokens, context, len(after), words)
 
 
@@ -93,19 +94,16 @@ def _check_start(documents: Sequence[Document], tokenizer: Any, before: list[int
     """Refuse switches of the chat template that would change what the documents were read behind. Templates are asked
     anew for that: some write the date there, which may be another one by now.
     """
+    known: list[Mapping[str, Any]] = []
     for document in documents:
+        if document.template_kwargs in known:  # the documents of a library all have the same
+            continue
+        known.append(document.template_kwargs)
         if frame_ids(tokenizer, document.template_kwargs)[0] != before:
             raise ConfigError(
                 f"the chat template's switches change what stands before {document.name}; read it with the same "
                 f"template_kwargs as it is asked with."
             )
-
-
-def _word_scores(context: Context, question: str) -> torch.Tensor | None:
-    """What a question's words are worth in the chunks of the far context [R], where they are to be chosen from."""
-    if not context.blocks or context.blocks[0].lookup is None:
-        return None
-    return word_scores(context, question)
 
 
 def word_scores(context: Context, question: str) -> torch.Tensor:

@@ -48,6 +48,8 @@ def start_request(
     if not local_ids:
         raise ConfigError("the local context is empty; give at least one token to decode from.")
     request = Request(list(blocks), _with_bos(local_ids, config), prompt_length, heads, word_scores)
+    if config.is_opened and prompt_length is not None:
+        request.question_ids = request.local_ids[-opened.num_asking(request, config) :]
     max_positions = layout(model).max_positions
     if request.blocks and config.is_opened:
         opened.check_blocks(request.blocks)

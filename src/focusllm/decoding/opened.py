@@ -166,15 +166,18 @@ def _move(model: nn.Module, local_kv: GrowingKV, delta: int) -> None:
         local_kv.move(mover(model, torch.tensor([[delta]], device=local_kv.keys[0].device)))
 
 
+def num_asking(request: Request, config: FocusConfig) -> int:
+    """Most tokens at the end of the local context that chunks are chosen by."""
+    return min(config.most_prompt_tokens, request.prompt_length or config.prompt_length)
+
+
 def looked(model: nn.Module, request: Request, config: FocusConfig) -> Looked:
     """What the look-up heads pay to the far context for what is asked: by the newest local tokens, or by a question
     and what was generated since.
     """
     keys = [block.lookup for block in request.blocks if block.lookup is not None]
     start, device = request.blocks[0].start, request.blocks[0].token_ids.device
-    most = min(config.most_prompt_tokens, request.prompt_length or config.prompt_length)
-    if request.prompt_length is not None:
-        request.question_ids = request.question_ids or request.local_ids[-most:]
+    most = num_asking(request, config)
     num_newest = min(request.num_generated, most) if request.question_ids else most
     newest = request.local_ids[-num_newest:] if num_newest > 0 else []
     question = [*request.question_ids, *newest]

@@ -348,8 +348,7 @@ class Library:
             self.notify(remark)
         content = self._cut(source)
         config = llm.model.settings.replace(kv_place="disk")
-        written = sum(file.nbytes for file in self.chunks.files())
-        check_read(llm.model.base, config, content.num_tokens, self.folder, written)
+        check_read(llm.model.base, config, content.num_tokens, self.folder, self.nbytes())
         entry = self.catalogue.put(source.name, content, source.path, source.digest, into)
         return Change(entry, self._read(entry, content, progress)[1])
 

@@ -17,9 +17,8 @@ from focusllm.documents.document import Context, Document
 from focusllm.documents.sources import Source
 from focusllm.documents.text import BETWEEN_DOCUMENTS, encode_chat, encode_text
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.memory.chunking import cut, steps
 from focusllm.reading import place_chunks
-from focusllm.serving.job import Prompt
+from focusllm.serving.job import Prompt, cut_pieces
 
 
 def unread(tokenizer: Any, config: FocusConfig, source: Source) -> Document:
@@ -76,9 +75,9 @@ def about(
         document = documents[number]
         pieces += [document.token_ids[chunk.first_token : chunk.last_token] for chunk in document.chunks]
         own += document.chunk_steps
-    bounds = cut(len(earlier), config)
-    pieces += [earlier[first:stop] for first, stop in bounds]
-    own += steps([first for first, _ in bounds], len(earlier))
+    of_turns, steps_of_turns = cut_pieces(earlier, config)
+    pieces += of_turns
+    own += steps_of_turns
     far = [(number, chunk) for number in (*read, *new) for chunk in range(len(documents[number].chunks))]
     context = Context(documents, [], far, [], [])
     return Prompt(

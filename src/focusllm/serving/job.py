@@ -52,10 +52,16 @@ class Prompt:
         """A text of any length: what does not fit into the local context becomes chunks."""
         far, local = split(token_ids, config)
         start, rest = split_start(far, config)
-        bounds = cut(len(rest), config)
-        pieces, own = [rest[first:stop] for first, stop in bounds], steps([first for first, _ in bounds], len(rest))
         ids = list(token_ids)
-        return cls(local, start, pieces, own, prompt_length=prompt_length, token_ids=ids, num_tokens=len(ids))
+        return cls(
+            local, start, *cut_pieces(rest, config), prompt_length=prompt_length, token_ids=ids, num_tokens=len(ids)
+        )
+
+
+def cut_pieces(token_ids: list[int], config: FocusConfig) -> tuple[list[list[int]], list[int]]:
+    """The chunks of a text, and the tokens from the start of each to the start of the next, or to the end."""
+    bounds = cut(len(token_ids), config)
+    return [token_ids[first:stop] for first, stop in bounds], steps([first for first, _ in bounds], len(token_ids))
 
 
 @dataclass(frozen=True)
