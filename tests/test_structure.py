@@ -42,7 +42,7 @@ ROOMS = {
     "huggingface": [
         *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
     ],
-    "front": ["reading", "asking", "llm"],  # lies in no folder
+    "front": ["reading", "asking", "conversation", "llm"],  # lies in no folder
     "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from focusllm.conversation import Conversation
 from focusllm.decoding.opened import check_positions
 from focusllm.documents.answer import Answer, AnswerStream
 from focusllm.documents.document import Chunk, Document
@@ -289,6 +290,12 @@ class Library:
     def stream(self, names: str | Sequence[str] | None, question: str, **arguments: Any) -> AnswerStream:
         """`ask` as an iterator over the pieces of the answer."""
         return self._reading_llm().stream(self.documents(names), question, **arguments)
+
+    def conversation(self, names: str | Sequence[str] | None, *arguments: Any, **named: Any) -> Conversation:
+        """Questions that follow one another; arguments are those of `FocusLLM.conversation`. The documents stay as they
+        are now for it.
+        """
+        return self._reading_llm().conversation(self.documents(names), *arguments, **named)
 
     # Keeping in order
 
