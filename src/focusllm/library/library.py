@@ -355,7 +355,8 @@ class Library:
             self.notify(remark)
         content = self._cut(source)
         config = llm.model.settings.replace(kv_place="disk")
-        check_read(llm.model.base, config, content.num_tokens, self.folder, self.nbytes())
+        heads = llm.model.lookup_heads
+        check_read(llm.model.base, config, content.num_tokens, self.folder, self.nbytes(), heads=heads)
         entry = self.catalogue.put(source.name, content, source.path, source.digest, into)
         return Change(entry, self._read(entry, content, progress)[1])
 
