@@ -66,10 +66,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(model: Path, log: Path, *options: str, port: int | None = None) -> Iterator[ServerProcess]:
+def served(
+    model: Path, log: Path, *options: str, served_as: str = "tiny", port: int | None = None
+) -> Iterator[ServerProcess]:
     """`focusllm serve` with a model, until the block ends; what it says goes into a log."""
     port = port or free_port()
-    command = [sys.executable, "-m", "focusllm", "serve", "--model", str(model), "--name", "tiny", "--port", str(port)]
+    command = [sys.executable, "-m", "focusllm", "serve", "--model", str(model), "--name", served_as]
+    command += ["--port", str(port)]
     with log.open("ab") as lines:
         process = subprocess.Popen([*command, *options], stdout=lines, stderr=lines)
     server = ServerProcess(process, port)
