@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,19 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, data: Any) -> Any:
+        """JSON can name halves of characters, which no text has, and which could not be sent back."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                what = "There is half of a character"
+                raise ApiError(400, f"{name} is not Unicode text: {what} ({half}); send whole ones.", name) from error
+        return data
 
 
 class StreamOptions(_Body):
