@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -56,11 +56,13 @@ def tiny() -> FocusLLM:
 @dataclass
 class Running:
     port: int
+    clients: ClassVar[list[Any]] = []
+    """Those that were made."""
 
     def client(self, key: str = "none", **settings: Any) -> Any:
-        return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, **{"max_retries": 0, "timeout": 120, **settings}
-        )
+        how = {"max_retries": 0, "timeout": 120, **settings}
+        self.clients.append(openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, **how))
+        return self.clients[-1]
 
     def send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -94,6 +96,15 @@ def running(keys: Keys | None = None, library: Library | None = None, **limits: 
             ours.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clients_end() -> Iterator[None]:
+    """Their sockets are closed when the module's tests are done, with those that servers that are gone have left."""
+    yield
+    for client in Running.clients:
+        client.close()
+    Running.clients.clear()
 
 
 @pytest.fixture(scope="module")
