@@ -138,13 +138,13 @@ def fuzz(server: ServerProcess, count: int, seed: int) -> tuple[Counter[str], li
     return seen, bad
 
 
-def schemathesis(server: ServerProcess, examples: int, seed: int) -> str:
+def schemathesis(server: ServerProcess, examples: int, seed: int, folder: Path) -> str:
     """What schemathesis found, in its own words."""
     options = ["--checks", "not_a_server_error", "--continue-on-failure", "--exclude-path", "/ready", "--no-color"]
     options += ["--phases", "coverage,fuzzing", "--max-examples", str(examples), "--seed", str(seed)]
     options += ["--request-timeout", str(WITHIN), "--suppress-health-check", "all", "--warnings", "off"]
     program = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}/openapi.json", *options]
-    return subprocess.run(program, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(program, capture_output=True, text=True, check=False, cwd=folder).stdout
 
 
 def count_of(server: ServerProcess) -> int:
@@ -164,7 +164,7 @@ def main() -> None:
         with served(tiny_model(folder / "model"), folder / "log", *options) as server:
             right = json.dumps(GOOD["/v1/chat/completions"]).encode()
             before = status_of(server, "POST", "/v1/chat/completions", right, {})
-            found = schemathesis(server, 150, arguments.seed)
+            found = schemathesis(server, 150, arguments.seed, folder)
             made = count_of(server)
             seen, bad = fuzz(server, max(arguments.requests - made, 1000), arguments.seed)
             result = {

@@ -159,3 +159,13 @@ def test_a_chunk_is_chosen_by_words_too(opening_llm: FocusLLM) -> None:
     assert span.chunk in right
     assert torch.equal(fused(found.chunks, None), found.chunks)
     assert torch.equal(fused(found.chunks, torch.zeros(num_chunks)), found.chunks)
+
+
+def test_heads_and_words_are_joined_by_places() -> None:
+    """Against sums written out; equals go to words, and what words say nothing of is by heads alone."""
+    heads, words = torch.tensor([0.5, 0.1, 0.9, 0.0, 0.2]), torch.tensor([0.0, 3.0, 0.0, 1.0])
+    by_heads, by_words = {2: 1, 0: 2, 4: 3, 1: 4}, {1: 1, 3: 2}
+    wanted = [sum(1 / (60 + order[i]) for order in (by_heads, by_words) if i in order) for i in range(5)]
+    torch.testing.assert_close(fused(heads, words), torch.tensor(wanted, dtype=torch.float64), atol=2e-9, rtol=0)
+    swapped = fused(torch.tensor([0.9, 0.5]), torch.tensor([1.0, 2.0]))
+    assert int(swapped.argmax()) == 1
