@@ -15,11 +15,12 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from focusllm.serving.answering import COMMENT, NUM_CITATIONS, event_stream
 from focusllm.serving.api_errors import ApiError
-from focusllm.serving.job import Event, Finished, Piece, Progress, Usage
+from focusllm.serving.job import Cited, Event, Finished, Piece, Progress, Usage
 from focusllm.serving.listening import Listening, while_connected
 from focusllm.serving.openai_schema import ChatRequest, CompletionRequest
 from focusllm.serving.sampling import Chosen
@@ -27,11 +28,6 @@ from focusllm.serving.service import Service, tell_log
 
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many, as in OpenAI's API."""
-NUM_CITATIONS = 5
-"""Passages that are named of an answer, and of each sentence of it."""
-NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-PING = ": ping\n\n"
-"""A comment, which clients skip."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -52,7 +48,7 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         most = body.max_completion_tokens or body.max_tokens or service.default_tokens
-        sampling = service.sampling(body, most, (body.top_logprobs or 0) if body.logprobs else None)
+        sampling = service.sampling(body, most, body.stops, body.n, (body.top_logprobs or 0) if body.logprobs else None)
         listening = service.listen(request, [await service.chat_prompt(body)], sampling)
         return await _answered(request, service, body, listening, _Chat(service, body))
 
@@ -60,7 +56,7 @@ def routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model, is_plain=True)
         most = body.max_tokens or min(COMPLETION_TOKENS, service.settings.max_tokens)
-        sampling = service.sampling(body, most, body.logprobs)
+        sampling = service.sampling(body, most, body.stops, body.n, body.logprobs)
         listening = service.listen(request, await service.text_prompts(body), sampling)
         return await _answered(request, service, body, listening, _Completion(service, body))
 
@@ -192,7 +188,7 @@ async def _answered(
     if not body.stream:
         return JSONResponse(await while_connected(request, _whole(request, listening, form, body.n)))
     stream = _stream(request, service, body, listening, form)
-    return StreamingResponse(stream, media_type="text/event-stream", headers=NO_BUFFERING)
+    return event_stream(stream)
 
 
 async def _whole(request: Request, listening: Listening, form: _Form, num_choices: int) -> dict[str, Any]:
@@ -229,7 +225,7 @@ async def _stream(
                 yield chunk([first])
         async for told in listening.events(service.settings.ping_seconds):
             if told is None:
-                yield PING
+                yield COMMENT
                 continue
             index, event = _index(told, body.n), told[1]
             if isinstance(event, Piece):
@@ -261,7 +257,7 @@ def _cited(finished: Finished) -> dict[str, Any]:
 def _index(told: tuple[int, Event], num_choices: int) -> int:
     """Of a choice among those of all prompts of a request."""
     number, event = told
-    return number * num_choices + (event.choice if isinstance(event, Piece | Finished) else 0)
+    return number * num_choices + (event.choice if isinstance(event, Piece | Cited | Finished) else 0)
 
 
 def _progress(progress: Progress) -> dict[str, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from focusllm.serving.api_errors import ApiError
+from focusllm.serving.bodies import Body, of_client
 
 IGNORED = frozenset(
     {
@@ -37,11 +38,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change the answer in a way that is not there, and their values that would not."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream has besides."""
 
     include_usage: bool = False
@@ -49,7 +46,7 @@ class StreamOptions(_Body):
     """Taken, without effect."""
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message."""
 
     type: str
@@ -64,7 +61,7 @@ class TextPart(_Body):
         return data
 
 
-class Message(_Body):
+class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -86,6 +83,11 @@ class Message(_Body):
         return data
 
     @property
+    def turn(self) -> dict[str, str]:
+        """As chat templates know it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+    @property
     def text(self) -> str:
         """All of its text."""
         if isinstance(self.content, str):
@@ -93,14 +95,14 @@ class Message(_Body):
         return "".join(part.text for part in self.content or [])
 
 
-class DocumentText(_Body):
+class DocumentText(Body):
     """A document that is sent along."""
 
     title: str | None = None
     text: str
 
 
-class _Generation(_Body):
+class _Generation(Body):
     model: str
     n: Annotated[int, Field(ge=1, le=128)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -118,14 +120,7 @@ class _Generation(_Body):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, neutral in UNSUPPORTED.items():
-            if name in data and data[name] is not None and data[name] not in neutral:
-                raise ApiError(400, f"{name} is not supported; leave it out.", name, "unsupported_parameter")
-        kept = set(data) - IGNORED - set(UNSUPPORTED)
-        # null means that nothing is said
-        return {name: data[name] for name in data if name in kept and (data[name] is not None or name == "model")}
+        return of_client(data, IGNORED, UNSUPPORTED)
 
     @model_validator(mode="after")
     def _stream_options_of_a_stream(self) -> Any:

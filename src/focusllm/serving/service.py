@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -24,6 +25,34 @@ from focusllm.serving.settings import ServerSettings
 from focusllm.serving.worker import Worker
 
 
+class Wishes(Protocol):
+    """How a request of any dialect wants its tokens chosen; None: it does not say."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+
+
+class FileObject(Protocol):
+    """A file that was sent to the server."""
+
+    id: str
+    filename: str
+
+
+class Files(Protocol):
+    """The files that owners have on the server."""
+
+    def documents(
+        self, owner: str, file_ids: Sequence[str] = (), vector_store_ids: Sequence[str] = ()
+    ) -> Sequence[Document | Source]:
+        """What is asked of these files, and of those in these vector stores; `ApiError` where one is not there."""
+
+    def find(self, owner: str, document_name: str) -> FileObject | None:
+        """The file whose document this is; None: it is no file's."""
+
+
 @dataclass
 class Service:
     """A model, its worker, and what it allows."""
@@ -33,6 +62,7 @@ class Service:
     prompts: Prompts
     library: Library | None = None
     """Whose sets of documents may be asked."""
+    files: Files | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -62,29 +92,39 @@ class Service:
                 *("model", "model_not_found"),
             )
         if is_plain:
-            raise ApiError(400, "A set of documents can be asked by /v1/chat/completions only.", "model")
+            raise ApiError(400, "A set of documents can be asked by conversations only.", "model")
 
-    def sampling(self, body: ChatRequest | CompletionRequest, max_tokens: int, top_logprobs: int | None) -> Sampling:
+    def sampling(
+        self,
+        body: Wishes,
+        max_tokens: int,
+        stop: tuple[str, ...] = (),
+        num_choices: int = 1,
+        top_logprobs: int | None = None,
+        param: str = "max_tokens",
+    ) -> Sampling:
         """How the tokens of an answer are chosen.
+
+        Args:
+            param: the field that said how many there may be.
 
         Raises:
             ApiError: more than this server gives.
         """
         most = self.settings.max_tokens
         if max_tokens > most:
-            raise ApiError(400, f"max_tokens is {max_tokens}, but this server gives at most {most}.", "max_tokens")
-        if body.n > self.settings.max_choices:
-            raise ApiError(400, f"n is {body.n}, but this server gives at most {self.settings.max_choices}.", "n")
-        top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None
+            raise ApiError(400, f"{param} is {max_tokens}, but this server gives at most {most}.", param)
+        if num_choices > self.settings.max_choices:
+            raise ApiError(400, f"n is {num_choices}, but this server gives at most {self.settings.max_choices}.", "n")
         return Sampling(
             max_tokens=max_tokens,
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=top_k,
+            top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
             seed=body.seed,
-            stop=body.stops,
+            stop=stop,
             top_logprobs=top_logprobs,
-            num_choices=body.n,
+            num_choices=num_choices,
         )
 
     async def chat_prompt(self, body: ChatRequest) -> Prompt:
@@ -93,31 +133,57 @@ class Service:
         Raises:
             ApiError: it cannot be read.
         """
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-            for message in body.messages
-        ]
-        switches, param = body.chat_template_kwargs, "messages"
+        messages = [message.turn for message in body.messages]
         try:
-            if body.model == self.settings.model_id and not body.documents:
+            sent = await run_in_threadpool(_documents, body)
+        except FocusError as error:
+            raise ApiError(400, str(error), "documents") from error
+        return await self.conversation(body.model, messages, sent, body.chat_template_kwargs)
+
+    async def conversation(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str]],
+        sent: Sequence[Document | Source] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """A conversation as the model reads it, about the documents that were sent, then those of the model's set.
+
+        Args:
+            model: what `check_model` takes. messages: of the roles system, user and assistant.
+
+        Raises:
+            ApiError: it cannot be read.
+        """
+        switches, param = template_kwargs or {}, "messages"
+        try:
+            if model == self.settings.model_id and not sent:
                 return await run_in_threadpool(self.prompts.of_chat, messages, switches)
             param = "documents"
-            documents = await run_in_threadpool(self._documents, body)
+            documents = [*sent, *await run_in_threadpool(self._of_set, model)]
             return await run_in_threadpool(self.prompts.of_documents, messages, documents, switches)
         except FocusError as error:
             raise ApiError(400, str(error), param) from error
 
-    def _documents(self, body: ChatRequest) -> list[Document | Source]:
-        """Those of the set that is named, then those that are sent along."""
-        found: list[Document | Source] = []
-        name = body.model.removeprefix(self.settings.model_id).removeprefix("@")
-        if name:
-            assert self.library is not None
-            found += self.library.documents(name)
-        for number, sent in enumerate(body.documents, 1):
-            title = sent.title or f"document {number}"
-            found.append(of_text(check_text(sent.text, title), title))
-        return found
+    def _of_set(self, model: str) -> Sequence[Document]:
+        name = model.removeprefix(self.settings.model_id).removeprefix("@")
+        return self.library.documents(name) if self.library is not None and name else []
+
+    def files_of(
+        self, owner: str, file_ids: Sequence[str] = (), vector_store_ids: Sequence[str] = ()
+    ) -> Sequence[Document | Source]:
+        """The documents of an owner's files.
+
+        Raises:
+            ApiError: 404, one is not there; or a file cannot be read.
+        """
+        if self.files is None:
+            raise ApiError(404, f"There is no {[*file_ids, *vector_store_ids][0]!r} here; this server keeps no files.")
+        return self.files.documents(owner, file_ids=file_ids, vector_store_ids=vector_store_ids)
+
+    def file_named(self, owner: str, document_name: str) -> FileObject | None:
+        """An owner's file whose document has this name; None: it is no file's."""
+        return self.files.find(owner, document_name) if self.files is not None else None
 
     async def text_prompts(self, body: CompletionRequest) -> list[Prompt]:
         """Texts that are to be gone on with, as the model reads them.
@@ -144,6 +210,12 @@ class Service:
             ApiError: there is no room.
         """
         return Listening(self.worker, prompts, sampling, request.state.owner)
+
+
+def _documents(body: ChatRequest) -> list[Document | Source]:
+    """Those that are sent along."""
+    titles = [sent.title or f"document {number}" for number, sent in enumerate(body.documents, 1)]
+    return [of_text(check_text(sent.text, title), title) for sent, title in zip(body.documents, titles, strict=True)]
 
 
 def tell_log(request: Request, usage: Usage) -> None:
