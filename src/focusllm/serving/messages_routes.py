@@ -33,11 +33,13 @@ from focusllm.serving.messages_schema import (
     DocumentBlock,
     FileSource,
     MessagesRequest,
+    TextBlock,
     TextSource,
 )
 from focusllm.serving.service import Service
 
-VERSION = "2023-06-01"
+FIRST_VERSION, NEW_VERSION = "2023-06-01", "2026-10-21"
+"""Of Anthropic's API: the one that is taken where none is named, and the one that does without sampling."""
 PLACE = re.compile(r"(page|block) (\d+)(?: to \1 (\d+))?")
 """A citation's part, of a PDF or of a document that came in blocks."""
 
@@ -48,7 +50,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("")
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        _check_version(request)
+        _check_version(request, body)
         service.check_model(body.model)
         sampling = service.sampling(body, body.max_tokens, body.stops)
         _check_citations(body.documents)
@@ -58,17 +60,25 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/count_tokens")
     async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
-        _check_version(request)
+        _check_version(request, body)
         service.check_model(body.model)
         return {"input_tokens": (await _prompt(service, body, request.state.owner)).num_tokens}
 
     return router
 
 
-def _check_version(request: Request) -> None:
-    asked = request.headers.get("anthropic-version", VERSION)
-    if asked != VERSION:
-        raise ApiError(400, f"anthropic-version {asked!r} is not supported; send {VERSION!r}.", "anthropic-version")
+def _check_version(request: Request, body: CountRequest) -> None:
+    """Refuse other versions than the two that there are, and what the newer one has no more."""
+    asked = request.headers.get("anthropic-version", FIRST_VERSION)
+    if asked not in (FIRST_VERSION, NEW_VERSION):
+        raise ApiError(400, f"anthropic-version {asked!r} is not supported; send {NEW_VERSION!r}.")
+    if asked == FIRST_VERSION:
+        return
+    for name in sorted({"temperature", "top_k", "top_p"} & body.model_fields_set):
+        raise ApiError(400, f"{name} is not in version {NEW_VERSION}; leave it out, or send {FIRST_VERSION!r}.", name)
+    blocks = (block for turn in body.messages if turn.role == "user" for block in turn.content)
+    if any(isinstance(block, TextBlock) and block.citations for block in blocks):
+        raise ApiError(400, "citations stand in the assistant's text blocks, not in the user's.", "messages")
 
 
 def _check_citations(documents: Sequence[DocumentBlock]) -> None:

@@ -30,6 +30,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that would change the answer in a way that is not there, and their values that would not."""
 OF_BLOCKS = frozenset({"cache_control"})
+"""The same of blocks."""
 
 
 class TextBlock(Body):
@@ -37,11 +38,13 @@ class TextBlock(Body):
 
     type: Literal["text"]
     text: str
+    citations: list[Any] = Field(default_factory=list)
+    """Of an answer that is sent back; they say nothing more."""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_the_past(cls, data: Any) -> Any:
-        return of_client(data, {*OF_BLOCKS, "citations"}, {})  # of an answer that is sent back
+    def _without_hints(cls, data: Any) -> Any:
+        return of_client(data, OF_BLOCKS, {})
 
 
 class TextSource(Body):
@@ -105,7 +108,7 @@ Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
 class InputMessage(Body):
     """A turn of a conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
     @model_validator(mode="before")
@@ -117,8 +120,8 @@ class InputMessage(Body):
             if isinstance(kind, str) and kind not in ("text", "document"):
                 what = f"Blocks of the type {kind!r} are not supported; give text or documents."
                 raise ApiError(400, what, "messages")
-            if kind == "document" and data.get("role") == "assistant":
-                raise ApiError(400, "Documents stand in messages of the user; this one is the assistant's.", "messages")
+            if kind == "document" and data.get("role") != "user":
+                raise ApiError(400, "Documents stand in messages of the user, not of others.", "messages")
         return data
 
 
@@ -136,7 +139,7 @@ class CountRequest(Body):
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> Any:
-        if self.messages[-1].role == "assistant":
+        if self.messages[-1].role != "user":
             raise ApiError(400, "The last message must be the user's; answers are not begun by clients.", "messages")
         return self
 
