@@ -109,6 +109,15 @@ def check_text(text: str, name: str) -> str:
     """
     if not text.strip():
         raise DocumentError(f"{name} has no text in it ({len(text)} characters of white space); give one with text.")
+    return check_unicode(text, name)
+
+
+def check_unicode(text: str, name: str) -> str:
+    """The text itself.
+
+    Raises:
+        DocumentError: it has halves of characters (lone surrogates).
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -15,7 +15,7 @@ from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, of_text
 from focusllm.errors import FocusError
 from focusllm.library.library import Library
-from focusllm.serving.api_errors import ApiError, of_error
+from focusllm.serving.api_errors import ApiError
 from focusllm.serving.job import Prompt, Usage
 from focusllm.serving.listening import Listening
 from focusllm.serving.openai_schema import ChatRequest, CompletionRequest
@@ -201,7 +201,7 @@ class Service:
                 for given in body.prompts
             ]
         except FocusError as error:
-            raise of_error(error) from error
+            raise ApiError(400, str(error), "prompt") from error
 
     def listen(self, request: Request, prompts: Sequence[Prompt], sampling: Sampling) -> Listening:
         """Put prompts to work.
