@@ -67,15 +67,14 @@ DRAWN = {"temperature": 1.0, "seed": 5}
 
 def ask(served: Running, messages: list[dict[str, Any]], **more: Any) -> Any:
     extra = {**DRAWN, **more.pop("extra_body", {})}
-    return client_of(served).messages.create(
-        **{"model": "tiny", "max_tokens": 40, "messages": messages, **more}, extra_body=extra
-    )
+    with client_of(served) as client:
+        how = {"model": "tiny", "max_tokens": 40, "messages": messages, **more}
+        return client.messages.create(**how, extra_body=extra)
 
 
 def streamed(served: Running, messages: list[dict[str, Any]], **more: Any) -> tuple[list[Any], Any]:
-    with client_of(served).messages.stream(
-        model="tiny", max_tokens=40, messages=messages, extra_body=DRAWN, **more
-    ) as stream:
+    how = {"model": "tiny", "max_tokens": 40, "messages": messages, **more}
+    with client_of(served) as client, client.messages.stream(**how, extra_body=DRAWN) as stream:
         events = [event for event in stream if event.type not in ("text", "citation")]  # the client's own
         return events, stream.get_final_message()
 

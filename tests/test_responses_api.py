@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,10 +20,9 @@ from focusllm.serving.keys import Keys
 
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
-from test_messages_api import talkative  # noqa: E402
-from test_server import Running, running, tiny, user  # noqa: E402
-
 from focusllm.serving.response_store import ResponseStore  # noqa: E402
+from test_messages_api import talkative  # noqa: E402
+from test_server import Running, running, user  # noqa: E402
 
 TEXT = "Some years ago I went to sea. A whale is not a fish! Call me Ishmael? "
 DRAWN = {"temperature": 1.0, "extra_body": {"seed": 5}}
@@ -40,7 +39,7 @@ class Sent:
 class SomeFiles:
     """Two files of `ann`'s, one of them in a vector store."""
 
-    texts = {"file-1": TEXT, "file-2": "Nobody was there. Quite alone. "}
+    texts: ClassVar = {"file-1": TEXT, "file-2": "Nobody was there. Quite alone. "}
 
     def documents(self, owner: str, file_ids: Any = (), vector_store_ids: Any = ()) -> list[Source]:
         names = [*file_ids, *("file-2" for _ in vector_store_ids)]
@@ -61,11 +60,13 @@ def served() -> Iterator[Running]:
 
 def ask(served: Running, given: Any, **more: Any) -> Any:
     how = {"model": "tiny", "input": given, "max_output_tokens": 30, **DRAWN, **more}
-    return served.client().responses.create(**how)
+    with served.client() as client:
+        return client.responses.create(**how)
 
 
 def chat(served: Running, messages: list[dict[str, Any]], count: int = 30) -> str:
-    answer = served.client().chat.completions.create(model="tiny", messages=messages, max_tokens=count, **DRAWN)
+    with served.client() as client:
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=count, **DRAWN)
     return answer.choices[0].message.content
 
 
@@ -125,7 +126,7 @@ def test_responses_can_be_looked_up(served: Running) -> None:
 def test_a_stream(served: Running) -> None:
     with served.client().responses.stream(model="tiny", input="Hi", max_output_tokens=30, **DRAWN) as stream:
         events = list(stream)
-        final = stream.get_final_response()
+    final = events[-1].response
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events]
     assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
@@ -138,6 +139,17 @@ def test_a_stream(served: Running) -> None:
     assert served.client().responses.retrieve(final.id).output_text == final.output_text
     raw = list(served.client().responses.create(model="tiny", input="Hi", max_output_tokens=30, stream=True, **DRAWN))
     assert [event.type for event in raw] == [event.type for event in events]
+
+
+def test_an_answer_that_ends_by_itself_is_complete() -> None:
+    llm = talkative()
+    llm.model.generation_config.suppress_tokens.remove(llm.model.generation_config.eos_token_id)
+    with running(llm=llm) as found, found.client() as client:
+        whole = client.responses.create(model="tiny", input="Hi", **DRAWN)
+        assert (whole.status, whole.incomplete_details) == ("completed", None)
+        assert whole.usage.output_tokens < 1024
+        with client.responses.stream(model="tiny", input="Hi", **DRAWN) as stream:
+            assert stream.get_final_response().output_text == whole.output_text
 
 
 def test_files_are_asked_and_cited(served: Running) -> None:
@@ -189,8 +201,8 @@ def test_a_search_in_vector_stores(served: Running) -> None:
     with served.client().responses.stream(
         model="tiny", input="Who was there?", max_output_tokens=30, **DRAWN, **how
     ) as stream:
-        kinds = [event.type.removeprefix("response.") for event in stream]
-        final = stream.get_final_response()
+        events = list(stream)
+    kinds, final = [event.type.removeprefix("response.") for event in events], events[-1].response
     assert [kind for kind in kinds if "search" in kind] == [
         f"file_search_call.{state}" for state in ("in_progress", "searching", "completed")
     ]
