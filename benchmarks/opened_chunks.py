@@ -92,6 +92,12 @@ def answer(
     return str(tokenizer.decode(made)), request
 
 
+def scaled(heads: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Another way to join both: each as a share of its best."""
+    words = words.to(heads)
+    return heads / heads.max() + words / words.max() if words.any() else heads
+
+
 def rank(scores: torch.Tensor, right: int) -> int:
     """How many chunks come before the right one; equals that stand before it too."""
     return int((scores > scores[right]).sum() + (scores[:right] == scores[right]).sum())
@@ -103,7 +109,7 @@ def case(number: int, kind: str, chunk: int, block: ChunkBlock, texts: list[str]
     fact, asked = FACTS[number], FACTS[number]["questions"][kind]
     question = frame_question(tokenizer, asked)[1]
     found: dict[str, object] = {"number": number, "words": kind, "chunk": chunk}
-    kept = raw.setdefault((number, kind), {})
+    kept, best = raw.setdefault((number, kind), {}), dict[str, int]()
     passage, read = answer(block.part(chunk, chunk + 1), question, None, 1)
     found |= {"passage": passage, "right with the passage": is_right(passage, fact)}
     cited, _ = cite_sentences(Context([document], read.blocks, [(0, chunk)], [], []), read.watched, 0, "", [])
@@ -114,7 +120,7 @@ def case(number: int, kind: str, chunk: int, block: ChunkBlock, texts: list[str]
         words = torch.from_numpy(WordIndex(texts[first : first + own.num_chunks]).scores(asked))
         request = start_request(base, [own], question, config, len(question))
         heads = looked(base, request, config).chunks
-        kept[count] = (heads, words, right)
+        kept[count], best[str(count)] = (heads, words, right), int(fused(heads, words).argmax())
         ranks = {"heads": rank(heads, right), "words": rank(words, right), "both": rank(fused(heads, words), right)}
         if count in arguments.lengths:
             found[f"rank in {count}"] = ranks
@@ -128,7 +134,15 @@ def case(number: int, kind: str, chunk: int, block: ChunkBlock, texts: list[str]
                 ways["condensed"] = answer(part(condensed, chunk, count)[0], question, None, None)[0]
             found[f"answers in {count}"] = ways
             found[f"right in {count}"] = {name: is_right(text, fact) for name, text in ways.items()}
+    found["best chunks"] = best
     return found
+
+
+def is_still_chosen(row: dict) -> bool:
+    """Whether a kept question would open what it opened then."""
+    found = raw.get((row["number"], row["words"]), {})
+    best = {str(count): int(fused(heads, words).argmax()) for count, (heads, words, _) in found.items()}
+    return best == row["best chunks"]
 
 
 def is_right(text: str, fact: dict[str, list[str]]) -> bool:
@@ -145,7 +159,7 @@ def summary(rows: list[dict[str, dict[str, int]]]) -> dict[str, object]:
     """Means of questions."""
     told: dict[str, object] = {"questions": len(rows)}
     for count in arguments.lengths:
-        for way in rows[0][f"rank in {count}"]:
+        for way in rows[-1][f"rank in {count}"]:
             ranks = np.array([row[f"rank in {count}"][way] for row in rows])
             told[f"right chunk of {count}, {way}"] = {
                 "first": float((ranks == 0).mean()),
@@ -161,6 +175,19 @@ def summary(rows: list[dict[str, dict[str, int]]]) -> dict[str, object]:
         "among four": float((cited < 4).mean()),
     }
     told["right answers with the passage"] = float(np.mean([row["right with the passage"] for row in rows]))
+    return told
+
+
+def keep(rows: list[dict]) -> dict[str, object]:
+    """Write all that is known; means by kinds of questions."""
+    for row in rows:
+        for count, (heads, words, right) in raw[row["number"], row["words"]].items():
+            if f"rank in {count}" in row:
+                row[f"rank in {count}"]["both"] = rank(fused(heads, words), right)
+                row[f"rank in {count}"]["scaled"] = rank(scaled(heads, words), right)
+    kinds = ("same", "other", "like")
+    told = {kind: summary(own) for kind in kinds if (own := [row for row in rows if row["words"] == kind])}
+    finish(arguments.output, {"settings": settings, "summary": told, "rows": rows}, quiet=True)
     return told
 
 
@@ -182,11 +209,11 @@ raw_path = arguments.store / f"{arguments.output}.pt"
 raw = torch.load(raw_path) if raw_path.exists() and rows else {}
 cases = [(number, kind) for number in range(len(places)) for kind in FACTS[number]["questions"]]
 cases = [cases[i] for i in np.random.default_rng(3).permutation(len(cases))]  # so that a part of a run has all kinds
-for number, kind in cases[len(rows) :]:
+rows = [row for row in rows if is_still_chosen(row)]
+done = {(row["number"], row["words"]) for row in rows}
+for number, kind in [one for one in cases if one not in done]:
     rows.append(case(number, kind, places[number], document.blocks[0], texts))
     print(rows[-1], flush=True)
     torch.save(raw, raw_path)
-    kinds = ("same", "other", "like")
-    told = {kind: summary(own) for kind in kinds if (own := [row for row in rows if row["words"] == kind])}
-    finish(arguments.output, {"settings": settings, "summary": told, "rows": rows}, quiet=True)
-print(json.dumps(told, indent=2))
+    keep(rows)
+print(json.dumps(keep(rows), indent=2))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import asked_about
 from focusllm import FocusLLM
-from focusllm.asking import about
 from focusllm.decoding.opened import choose, fused
 from focusllm.decoding.request import OpenSpan, Watched
 from focusllm.documents.citing import cite_sentences
@@ -64,7 +64,7 @@ def test_what_has_no_end_is_cut() -> None:
 def test_attention_to_tokens_becomes_attention_to_sentences(opening_llm: FocusLLM) -> None:
     """Against a count token by token, over two documents with an end in the local context each."""
     documents = [opening_llm.read_text(STORY, name="a"), opening_llm.read_text(STORY[:200], name="b")]
-    asked = about(documents, opening_llm.tokenizer, opening_llm.config, "Where?")
+    asked = asked_about(opening_llm, documents, "Where?")
     assert asked.context.near
     rng = np.random.default_rng(0)
     last = len(asked.context.far)
@@ -149,7 +149,7 @@ def test_a_chunk_is_chosen_by_words_too(opening_llm: FocusLLM) -> None:
     opening_llm.model.focus_config = opening_llm.config.replace(open_tokens=None)
     document = opening_llm.read_text(filler * 2 + "A zebra sleeps. " + filler * 2, name="fable")
     right = [i for i, text in enumerate(document.chunk_texts) if "zebra" in text]
-    asked = about([document], opening_llm.tokenizer, opening_llm.config, "zebra")
+    asked = asked_about(opening_llm, [document], "zebra")
     assert asked.word_scores is not None
     assert len(asked.word_scores) == len(asked.context.far)
     assert int(asked.word_scores.argmax()) in right
@@ -159,3 +159,13 @@ def test_a_chunk_is_chosen_by_words_too(opening_llm: FocusLLM) -> None:
     assert span.chunk in right
     assert torch.equal(fused(found.chunks, None), found.chunks)
     assert torch.equal(fused(found.chunks, torch.zeros(num_chunks)), found.chunks)
+
+
+def test_heads_and_words_are_joined_by_places() -> None:
+    """Against sums written out; equals go to words, and what words say nothing of is by heads alone."""
+    heads, words = torch.tensor([0.5, 0.1, 0.9, 0.0, 0.2]), torch.tensor([0.0, 3.0, 0.0, 1.0])
+    by_heads, by_words = {2: 1, 0: 2, 4: 3, 1: 4}, {1: 1, 3: 2}
+    wanted = [sum(1 / (60 + order[i]) for order in (by_heads, by_words) if i in order) for i in range(5)]
+    torch.testing.assert_close(fused(heads, words), torch.tensor(wanted, dtype=torch.float64), atol=2e-9, rtol=0)
+    swapped = fused(torch.tensor([0.9, 0.5]), torch.tensor([1.0, 2.0]))
+    assert int(swapped.argmax()) == 1

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
 from test_readers import pdf  # noqa: E402
-from test_server import Running, running, tiny, user  # noqa: E402
+from test_server import Running, clients_end, running, tiny, user  # noqa: E402, F401
 
 TEXT = "Some years ago I went to sea. A whale is not a fish! Call me Ishmael? " * 6
 OLD, NEW = "2023-06-01", "2026-10-21"
@@ -41,13 +41,15 @@ def served() -> Iterator[Running]:
 
 
 def client_of(served: Running, key: str = "none", version: str = OLD) -> Any:
-    return anthropic.Anthropic(
+    made = anthropic.Anthropic(
         base_url=f"http://127.0.0.1:{served.port}",
         api_key=key,
         max_retries=0,
         timeout=120,
         default_headers={"anthropic-version": version},
     )
+    served.clients.append(made)
+    return made
 
 
 def document(source: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -181,20 +183,18 @@ def test_pages_and_blocks_are_cited_as_such(served: Running) -> None:
     notes = document(source, title="Notes")
     texts = [{"type": "text", "text": f"Block {number} says so."} for number in range(3)]
     blocks = document({"type": "content", "content": texts}, context="What they say:")
-    found = ask(served, about(notes, blocks), max_tokens=80)
-    citations = [citation for block in found.content for citation in block.citations]
-    pages = [citation for citation in citations if citation.document_index == 0]
+    pages, cut = (
+        [citation for block in ask(served, about(one)).content for citation in block.citations]
+        for one in (notes, blocks)
+    )
     assert {citation.type for citation in pages} == {"page_location"}
     for citation in pages:
         page = 1 if "whale" in citation.cited_text else 3
         assert (citation.start_page_number, citation.end_page_number) == (page, page + 1)
-    cut = [citation for citation in citations if citation.document_index == 1]
     assert {citation.type for citation in cut} == {"content_block_location"}
     for citation in cut:
         spanned = "\n\n".join(block["text"] for block in texts[citation.start_block_index : citation.end_block_index])
         assert citation.cited_text in spanned
-    assert pages
-    assert cut
 
 
 def test_tokens_are_counted(served: Running) -> None:
@@ -228,7 +228,7 @@ BAD: list[tuple[Any, int, str]] = [
     ({**GOOD, "messages": about({"type": "tool_result"})}, 400, "'tool_result' are not supported"),
     ({**GOOD, "messages": about({"type": 5})}, 400, "messages.0.content"),
     ({**GOOD, "messages": about(document({"type": "url", "url": "http://x/y"}))}, 400, "fetches nothing"),
-    ({**GOOD, "messages": about(document({"type": "file", "file_id": "x"}))}, 404, "keeps no files"),
+    ({**GOOD, "messages": about(document({"type": "file", "file_id": "x"}))}, 400, "keeps no files"),
     ({**GOOD, "messages": about(document(plain(" \n")))}, 400, "no text in it"),
     ({**GOOD, "messages": about(document(plain("a \udc00")))}, 400, "not Unicode"),
     ({**GOOD, "messages": about(document({"type": "content", "content": []}))}, 400, "at least 1"),

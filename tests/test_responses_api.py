@@ -10,11 +10,11 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from focusllm.documents.sources import Source, of_text
+from focusllm import Library
 from focusllm.serving.api_errors import ApiError
 from focusllm.serving.keys import Keys
 
@@ -22,7 +22,7 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 from focusllm.serving.response_store import ResponseStore  # noqa: E402
 from test_messages_api import talkative  # noqa: E402
-from test_server import Running, running, user  # noqa: E402
+from test_server import Running, clients_end, running, user  # noqa: E402, F401
 
 TEXT = "Some years ago I went to sea. A whale is not a fish! Call me Ishmael? "
 DRAWN = {"temperature": 1.0, "extra_body": {"seed": 5}}
@@ -30,32 +30,35 @@ NODE_MODULES = os.environ.get("OPENAI_NODE_MODULES", "")
 """A folder `node_modules` with the npm package `openai`."""
 
 
+OTHER = "Nobody was there. Quite alone. "
+
+
 @dataclass
-class Sent:
-    id: str
-    filename: str
+class Kept:
+    """What was uploaded: a file, and one in a vector store."""
 
-
-class SomeFiles:
-    """Two files of `ann`'s, one of them in a vector store."""
-
-    texts: ClassVar = {"file-1": TEXT, "file-2": "Nobody was there. Quite alone. "}
-
-    def documents(self, owner: str, file_ids: Any = (), vector_store_ids: Any = ()) -> list[Source]:
-        names = [*file_ids, *("file-2" for _ in vector_store_ids)]
-        if set(names) - set(self.texts) or set(vector_store_ids) - {"vs-1"}:
-            raise ApiError(404, f"There is no {names[0]!r}.")
-        return [of_text(self.texts[name], name) for name in names]
-
-    def find(self, owner: str, document_name: str) -> Sent | None:
-        return Sent(document_name, f"{document_name}.txt") if document_name in self.texts else None
+    file: str
+    searched: str
+    store: str
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Running]:
-    with running(llm=talkative()) as found:
-        found.app.state.service.files = SomeFiles()
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    llm = talkative()
+    with running(library=Library(tmp_path_factory.mktemp("files") / "library", llm), llm=llm) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def kept(served: Running) -> Kept:
+    client = served.client()
+    names = [
+        client.files.create(file=(f"{name}.txt", text.encode()), purpose="assistants").id
+        for name, text in (("book", TEXT), ("other", OTHER))
+    ]
+    store = client.vector_stores.create(name="some")
+    client.vector_stores.files.create_and_poll(names[1], vector_store_id=store.id, poll_interval_ms=50)
+    return Kept(*names, store.id)
 
 
 def ask(served: Running, given: Any, **more: Any) -> Any:
@@ -152,7 +155,7 @@ def test_an_answer_that_ends_by_itself_is_complete() -> None:
             assert stream.get_final_response().output_text == whole.output_text
 
 
-def test_files_are_asked_and_cited(served: Running) -> None:
+def test_files_are_asked_and_cited(served: Running, kept: Kept) -> None:
     """By their bytes, by their id, and by a search in a vector store."""
     data = base64.b64encode(TEXT.encode()).decode()
     sent = {"type": "input_file", "filename": "book.txt", "file_data": data}
@@ -176,24 +179,23 @@ def test_files_are_asked_and_cited(served: Running) -> None:
         assert annotation.passage["text"] == TEXT[start:end] == sentence["citations"][0]["text"]
     address = {**sent, "file_data": f"data:text/plain;base64,{data}"}
     assert ask(served, [{"role": "user", "content": [address, question]}]).output_text == found.output_text
-    by_id = ask(served, [{"role": "user", "content": [{"type": "input_file", "file_id": "file-1"}, question]}])
-    assert by_id.output_text == found.output_text
+    by_id = ask(served, [{"role": "user", "content": [{"type": "input_file", "file_id": kept.file}, question]}])
     names = {(annotation.file_id, annotation.filename) for annotation in by_id.output[0].content[0].annotations}
-    assert names == {("file-1", "file-1.txt")}
+    assert names == {(kept.file, "book.txt")}
     again = ask(served, "And the sea?", previous_response_id=by_id.id)
     assert again.output[0].content[0].annotations  # the file is asked again
     assert again.usage.input_tokens > len(TEXT)
 
 
-def test_a_search_in_vector_stores(served: Running) -> None:
-    how: dict[str, Any] = {"tools": [{"type": "file_search", "vector_store_ids": ["vs-1"], "max_num_results": 1}]}
+def test_a_search_in_vector_stores(served: Running, kept: Kept) -> None:
+    how: dict[str, Any] = {"tools": [{"type": "file_search", "vector_store_ids": [kept.store], "max_num_results": 1}]}
     search, message = ask(served, "Who was there?", **how, include=["file_search_call.results"]).output
     assert (search.type, search.status, search.queries) == ("file_search_call", "completed", ["Who was there?"])
     (result,) = search.results
-    assert (result.file_id, result.filename) == ("file-2", "file-2.txt")
+    assert (result.file_id, result.filename) == (kept.searched, "other.txt")
     assert 0 < result.score <= 1
     span = slice(int(result.attributes["start"]), int(result.attributes["end"]))
-    assert result.text == SomeFiles.texts["file-2"][span]
+    assert result.text == OTHER[span]
     assert message.content[0].annotations
     unasked, same = ask(served, "Who was there?", **how).output
     assert unasked.results is None
@@ -242,7 +244,7 @@ BAD: list[tuple[Any, int, str, str | None]] = [
     ({**GOOD, "model": "other"}, 404, "'other' does not exist", "model"),
     ({**GOOD, "input": []}, 400, "at least 1", "input"),
     ({**GOOD, "input": 5}, 400, "valid", "input"),
-    ({**GOOD, "input": "a \ud800"}, 400, "not Unicode", "messages"),
+    ({**GOOD, "input": "a \ud800"}, 400, "not Unicode", "input"),
     ({**GOOD, "input": [{"role": "king", "content": "Hi"}]}, 400, "'user'", "input.0.role"),
     ({**GOOD, "input": [{"role": "user"}]}, 400, "is missing", "input"),
     ({**GOOD, "input": [{"type": "function_call_output"}]}, 400, "'function_call_output' are not supported", "input"),
@@ -251,9 +253,9 @@ BAD: list[tuple[Any, int, str, str | None]] = [
     (a_file(file_url="http://x"), 400, "fetches nothing", "input"),
     (a_file(), 400, "one of them", "input"),
     (a_file(file_id="file-1", file_data="eA=="), 400, "one of them", "input"),
-    (a_file(file_id="file-9"), 404, "no 'file-9'", None),
-    (a_file(file_data="%%%"), 400, "not base64", "file_data"),
-    (a_file(file_data="data:text/plain,abc"), 400, "without base64", "input"),
+    (a_file(file_id="file-9"), 404, "There is no file 'file-9'", "file_id"),
+    (a_file(file_data="%%%"), 400, "not base64", "input"),
+    (a_file(file_data="data:text/plain,abc"), 400, "not base64", "input"),
     (a_file(file_data="eA==", filename="x.pdf"), 400, "not a PDF", "input"),
     (a_file(file_data=base64.b64encode(b"\0\1\2\xff" * 99).decode(), filename="x.txt"), 400, "x.txt", "input"),
     (a_file(file_data="IA=="), 400, "no text in it", "input"),
@@ -269,7 +271,12 @@ BAD: list[tuple[Any, int, str, str | None]] = [
         "at least 1",
         "tools.0.vector_store_ids",
     ),
-    ({**GOOD, "tools": [{"type": "file_search", "vector_store_ids": ["vs-9"]}]}, 404, "There is no", None),
+    (
+        {**GOOD, "tools": [{"type": "file_search", "vector_store_ids": ["vs-9"]}]},
+        404,
+        "There is no vector store",
+        "vector_store_id",
+    ),
     ({**GOOD, "tool_choice": "required"}, 400, "tool_choice is not supported", "tool_choice"),
     ({**GOOD, "background": True}, 400, "background is not supported", "background"),
     ({**GOOD, "conversation": "c"}, 400, "conversation is not supported", "conversation"),
@@ -302,7 +309,7 @@ def test_each_key_has_its_own(tmp_path: Path) -> None:
                 call(found.id)
         with pytest.raises(openai.NotFoundError):
             ben.responses.create(**GOOD, previous_response_id=found.id)
-        with pytest.raises(openai.NotFoundError, match="keeps no files"):
+        with pytest.raises(openai.BadRequestError, match="keeps no files"):
             ann.responses.create(**a_file(file_id="file-1"))
 
 

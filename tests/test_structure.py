@@ -42,7 +42,7 @@ ROOMS = {
     "huggingface": [
         *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
     ],
-    "front": ["reading", "asking", "llm"],  # lies in no folder
+    "front": ["reading", "asking", "conversation", "llm"],  # lies in no folder
     "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
@@ -74,11 +74,13 @@ ROOMS = {
             "listening",
             "metrics",
             "gate",
+            "file_catalogue",
+            "files",
             "service",
             "answering",
             "response_answer",
         ),
-        *("openai_routes", "responses_routes", "messages_routes", "token_routes", "app"),
+        *("openai_routes", "file_routes", "responses_routes", "messages_routes", "token_routes", "app"),
     ],
     "cli": [
         "options",
@@ -106,7 +108,10 @@ WITHOUT_TORCH = [
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
     *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text", "words", "sentences")),
     *("huggingface.embedded", "library.cutting", "library.catalogue", "library.chunk_folder"),
-    *(f"serving.{name}" for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema")),
+    *(
+        f"serving.{name}"
+        for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema", "file_catalogue")
+    ),
     *(f"serving.{name}" for name in ("bodies", "messages_schema", "responses_schema", "response_store")),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),

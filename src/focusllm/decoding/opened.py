@@ -25,6 +25,11 @@ from focusllm.method.focus import local_pass, mover
 from focusllm.method.kv import GrowingKV, Segment
 from focusllm.method.opened import lay_out, look_up, read_start
 
+SMOOTHING = 60
+"""Of the reciprocals of places, as in the paper: the first place is worth little more than the second."""
+EQUALS = 1e-9
+"""Less than sums of reciprocals differ by, unless they are of the same places."""
+
 
 def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int) -> Tensor:
     """Open what the question asks for, then read the local context: logits [n, V]."""
@@ -217,12 +222,20 @@ def choose(
 
 
 def fused(by_heads: Tensor, word_scores: Tensor | None) -> Tensor:
-    """What every chunk is worth by look-up heads [R] and by words [<= R]."""
+    """What every chunk is worth by look-up heads [R] and by words [<= R]: the reciprocals of its places in both orders,
+    added (Cormack and others, SIGIR 2009). What gets nothing has no place; of equals words decide, which tell names
+    apart that heads take for one another.
+    """
     if word_scores is None or not word_scores.any():
         return by_heads
-    by_words = by_heads.new_zeros(len(by_heads))
-    by_words[: len(word_scores)] = word_scores.to(by_heads)
-    return by_heads / by_heads.max() + by_words / by_words.max()
+    by_words = by_heads.new_zeros(len(by_heads), dtype=torch.float64)
+    by_words[: len(word_scores)] = word_scores.to(by_words)
+    total = by_words * (EQUALS / by_words.max())
+    for scores in (by_heads, by_words):
+        order = scores.argsort(descending=True, stable=True)
+        places = torch.arange(1, len(order) + 1, dtype=torch.float64, device=order.device)
+        total[order] += (scores[order] > 0) / (SMOOTHING + places)
+    return total
 
 
 def _around(weights: Tensor, chunk: int, length: int) -> OpenSpan:

@@ -12,7 +12,7 @@ from focusllm.documents.encodings import decode_text
 from focusllm.documents.extracted import Extracted
 from focusllm.errors import DocumentError, first_line
 
-__all__ = ["DOCUMENT_SUFFIXES", "FORMATS", "Format", "check_text", "decode_text", "read_data", "read_file", "read_text"]
+__all__ = ["DOCUMENT_SUFFIXES", "FORMATS", "Format", "check_text", "decode_text", "read_file", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,7 @@ def read_file(path: str | Path, encoding: str | None = None) -> Extracted:
             damaged or protected document, a package that is not installed, or a file without any text.
     """
     name = str(path)
-    return read_data(name, _content(name, path), encoding)
-
-
-def read_data(name: str, data: bytes, encoding: str | None = None) -> Extracted:
-    """The text of a file's bytes, which its name may say more of.
-
-    Raises:
-        DocumentError: as of `read_file`.
-    """
+    data = _content(name, path)
     try:
         found = format_of(name, data).read(name, data, encoding)
     except (MemoryError, RecursionError) as error:
@@ -109,15 +101,6 @@ def check_text(text: str, name: str) -> str:
     """
     if not text.strip():
         raise DocumentError(f"{name} has no text in it ({len(text)} characters of white space); give one with text.")
-    return check_unicode(text, name)
-
-
-def check_unicode(text: str, name: str) -> str:
-    """The text itself.
-
-    Raises:
-        DocumentError: it has halves of characters (lone surrogates).
-    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

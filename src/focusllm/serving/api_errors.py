@@ -48,8 +48,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(status, shown(message), headers)
-        self.param, self.code = param, code
+        super().__init__(status, _whole(shown(message)), headers)
+        self.param, self.code = param and _whole(param), code
 
     def body(self, path: str = "", request_id: str | None = None) -> dict[str, Any]:
         """As the API says it that has this path: OpenAI's, if it is not Anthropic's."""
@@ -68,6 +68,11 @@ class ApiError(HTTPException):
 def is_anthropic(path: str) -> bool:
     """Whether a path is of Anthropic's dialect."""
     return path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/")
+
+
+def _whole(text: str) -> str:
+    """A text that can be sent: halves of characters, which JSON can name, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:

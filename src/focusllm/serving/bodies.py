@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from focusllm.serving.api_errors import ApiError
 
@@ -16,6 +16,19 @@ class Body(BaseModel):
     """A part of a request: types as they are said, nothing that is not known."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, data: Any) -> Any:
+        """JSON can name halves of characters, which no text has, and which could not be sent back."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                what = "There is half of a character"
+                raise ApiError(400, f"{name} is not Unicode text: {what} ({half}); send whole ones.", name) from error
+        return data
 
 
 def of_client(data: Any, ignored: Collection[str], unsupported: Mapping[str, Collection[Any]]) -> Any:
@@ -38,13 +51,19 @@ def of_client(data: Any, ignored: Collection[str], unsupported: Mapping[str, Col
     }
 
 
-def of_base64(data: str, param: str) -> bytes:
-    """A file that stands in a request.
+def of_base64(data: str, what: str, param: str) -> bytes:
+    """A file that stands in a request, as base64 or as a `data:` address of that.
+
+    Args:
+        what: it is called. param: the field that it stands in.
 
     Raises:
         ApiError: it is not base64.
     """
+    head, _, rest = data.partition(",") if data.startswith("data:") else (";base64", "", data)
     try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(400, f"{param} is not base64 ({error}).", param) from error
+        if not head.endswith(";base64"):
+            raise ValueError(head)
+        return base64.b64decode(rest, validate=True)
+    except ValueError as error:
+        raise ApiError(400, f"{what} is not base64; encode the file's bytes.", param) from error

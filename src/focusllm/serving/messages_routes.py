@@ -20,12 +20,13 @@ from starlette.concurrency import run_in_threadpool
 from focusllm.documents.answer import Citation
 from focusllm.documents.document import Document
 from focusllm.documents.extracted import joined
-from focusllm.documents.readers import check_text, read_data
+from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, of_extracted, of_text
 from focusllm.errors import FocusError
 from focusllm.serving.answering import NUM_CITATIONS, Told, answered, line_of
 from focusllm.serving.api_errors import ApiError
 from focusllm.serving.bodies import of_base64
+from focusllm.serving.files import read_bytes
 from focusllm.serving.job import Cited, Event, Finished, Piece, Prompt, Usage
 from focusllm.serving.messages_schema import (
     BlocksSource,
@@ -119,10 +120,10 @@ def _source(block: DocumentBlock, name: str) -> Source:
         check_text(extracted.text, name)
         return of_extracted(extracted, name)
     assert not isinstance(given, FileSource)
-    data = of_base64(given.data, "messages")
+    data = of_base64(given.data, name, "messages")
     if not data.startswith(b"%PDF-"):
         raise ApiError(400, f"{name} is no PDF; give its bytes as base64, or its text with the source 'text'.")
-    return of_extracted(read_data(name, data), name)
+    return read_bytes(data, name)
 
 
 class MessageAnswer:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from focusllm.serving.api_errors import ApiError
-from focusllm.serving.bodies import Body, of_client
+from focusllm.serving.bodies import Body, of_base64, of_client
 
 IGNORED = frozenset(
     {
@@ -46,26 +46,57 @@ class StreamOptions(Body):
     """Taken, without effect."""
 
 
-class TextPart(Body):
+class GivenFile(Body):
+    """A file that was uploaded, or is sent along."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+    """In base64, or as a data: address."""
+    filename: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> GivenFile:
+        if (self.file_id is None) == (self.file_data is None):
+            raise ApiError(400, "A file in a message has either file_id or file_data; give one of them.", "messages")
+        return self
+
+    def content(self) -> bytes:
+        """The bytes that are sent along.
+
+        Raises:
+            ApiError: they are not base64.
+        """
+        return of_base64(self.file_data or "", "file_data", "messages")
+
+
+class Part(Body):
     """A part of a message."""
 
-    type: str
+    type: Literal["text", "file"]
     text: str = ""
+    file: GivenFile | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _only_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("type", "text") != "text":
+    def _supported_type(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type", "text") not in ("text", "file"):
             kind = str(data["type"])
-            raise ApiError(400, f"Parts of messages of the type {kind!r} are not supported; give text.", "messages")
+            said = f"Parts of messages of the type {kind!r} are not supported; give text, or a file."
+            raise ApiError(400, said, "messages")
         return data
+
+    @model_validator(mode="after")
+    def _file_of_its_type(self) -> Part:
+        if (self.type == "file") != (self.file is not None):
+            raise ApiError(400, "A part of the type 'file' has a file, and no other part has.", "messages")
+        return self
 
 
 class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     refusal: str | None = None
 
@@ -93,6 +124,12 @@ class Message(Body):
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content or [])
+
+    @property
+    def files(self) -> list[GivenFile]:
+        """Its files."""
+        parts = [] if isinstance(self.content, str) else self.content or []
+        return [part.file for part in parts if part.file is not None]
 
 
 class DocumentText(Body):
@@ -149,8 +186,15 @@ class ChatRequest(_Generation):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     documents: Annotated[list[DocumentText], Field(max_length=64)] = Field(default_factory=list)
     """Not OpenAI's: texts that the conversation is about, and that the answer cites."""
+    vector_store_ids: Annotated[list[str], Field(max_length=64)] = Field(default_factory=list)
+    """Not OpenAI's here: all files of these are asked."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Not OpenAI's: switches of the model's chat template."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether it is about something besides itself."""
+        return bool(self.documents or self.vector_store_ids or any(message.files for message in self.messages))
 
     @model_validator(mode="after")
     def _top_logprobs_of_logprobs(self) -> ChatRequest:
@@ -172,3 +216,44 @@ class CompletionRequest(_Generation):
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             return [given]
         return list(given)
+
+
+def _without_chunking(data: Any) -> Any:
+    """Files are cut as the model reads them, and stay until they are removed."""
+    if not isinstance(data, dict):
+        return data
+    if data.get("chunking_strategy") not in (None, {"type": "auto"}):
+        raise ApiError(400, "chunking_strategy is not supported; leave it out.", "chunking_strategy")
+    if data.get("expires_after") is not None:
+        raise ApiError(400, "expires_after is not supported; leave it out.", "expires_after")
+    kept = set(data) - {"chunking_strategy", "expires_after"}
+    return {name: data[name] for name in data if name in kept and data[name] is not None}
+
+
+class NewStore(Body):
+    """The body of POST /v1/vector_stores."""
+
+    name: str | None = None
+    file_ids: Annotated[list[str], Field(max_length=500)] = Field(default_factory=list)
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    description: str | None = None
+
+    _supported = model_validator(mode="before")(_without_chunking)
+
+
+class StoreChange(Body):
+    """The body of POST /v1/vector_stores/ID."""
+
+    name: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    _supported = model_validator(mode="before")(_without_chunking)
+
+
+class NewStoreFile(Body):
+    """The body of POST /v1/vector_stores/ID/files."""
+
+    file_id: str
+    attributes: dict[str, Any] = Field(default_factory=dict)
+
+    _supported = model_validator(mode="before")(_without_chunking)

@@ -13,7 +13,6 @@ import torch
 from focusllm.config import FocusConfig
 from focusllm.documents.detokenizer import token_text
 from focusllm.documents.document import Document
-from focusllm.documents.readers import check_unicode
 from focusllm.documents.sources import Source
 from focusllm.documents.text import encode_chat, encode_ids, start_tokens
 from focusllm.documents.words import WordIndex
@@ -98,7 +97,6 @@ class Prompts:
         Raises:
             DocumentError: text that is no Unicode.
         """
-        check_unicode(text, "The prompt")
         with self._turn:
             start = start_tokens(self._tokenizer) if has_start else []
             return [*start, *encode_ids(self._tokenizer, text)]

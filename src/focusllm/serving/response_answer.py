@@ -11,20 +11,20 @@ from typing import Any
 from focusllm.documents.answer import Citation
 from focusllm.serving.answering import COMMENT, NUM_CITATIONS, Told
 from focusllm.serving.api_errors import ApiError
+from focusllm.serving.file_catalogue import StoredFile
 from focusllm.serving.job import Cited, Event, Finished, Piece, Progress, Usage
 from focusllm.serving.responses_schema import RESULTS, ResponsesRequest
-from focusllm.serving.service import FileObject
 
 
 class ResponseAnswer:
     """One response.
 
     Args:
-        find: the file whose document has this name, if it is one's. on_done: called with the whole.
+        find: the file that one of the documents is, by its number; None: it is none. on_done: called with the whole.
     """
 
     def __init__(
-        self, body: ResponsesRequest, find: Callable[[str], FileObject | None], on_done: Callable[[Told], None]
+        self, body: ResponsesRequest, find: Callable[[int], StoredFile | None], on_done: Callable[[Told], None]
     ):
         self._body, self._find, self._on_done = body, find, on_done
         self._number = 0
@@ -188,9 +188,9 @@ class ResponseAnswer:
         """Where each sentence ends, the files that were looked at as it was written, each by its first passage."""
         found = []
         for cited in self._sentences:
-            files: dict[str, Citation] = {}
+            files: dict[tuple[int, str], Citation] = {}
             for citation in cited.sentence.citations[:NUM_CITATIONS]:
-                files.setdefault(citation.document, citation)
+                files.setdefault((citation.document_index, citation.document), citation)
             for citation in files.values():
                 passage = {
                     "start": citation.start,
@@ -204,7 +204,7 @@ class ResponseAnswer:
 
     def _file(self, citation: Citation) -> dict[str, str]:
         """A file that was sent along, or is of a set, has no id but its name."""
-        known = self._find(citation.document)
+        known = self._find(citation.document_index)
         return {
             "file_id": known.id if known else citation.document,
             "filename": known.filename if known else citation.document,

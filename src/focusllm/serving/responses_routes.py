@@ -16,12 +16,12 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from focusllm.documents.document import Document
-from focusllm.documents.readers import read_data
-from focusllm.documents.sources import Source, of_extracted
+from focusllm.documents.sources import Source
 from focusllm.errors import FocusError
 from focusllm.serving.answering import answered
 from focusllm.serving.api_errors import ApiError
 from focusllm.serving.bodies import of_base64
+from focusllm.serving.files import read_bytes
 from focusllm.serving.response_answer import ResponseAnswer
 from focusllm.serving.response_store import ResponseStore
 from focusllm.serving.responses_schema import Item, Part, ResponsesRequest
@@ -46,11 +46,13 @@ def routes(service: Service) -> APIRouter:
         documents = await run_in_threadpool(_documents, service, owner, items, body)
         prompt = await service.conversation(body.model, [*told, *turns], documents)
 
+        names = [document.name for document in prompt.context.documents] if prompt.context is not None else []
+
         def done(whole: dict[str, Any]) -> None:
             if body.store:
                 store.add(owner, whole, _input_items(body), items)
 
-        answer = ResponseAnswer(body, lambda name: service.file_named(owner, name), done)
+        answer = ResponseAnswer(body, lambda number: service.file_named(owner, names[number]), done)
         return await answered(request, service, service.listen(request, [prompt], sampling), answer, body.stream)
 
     @router.get("/{name}")
@@ -96,19 +98,12 @@ def _documents(service: Service, owner: str, items: list[Item], body: ResponsesR
         raise ApiError(400, str(error), "input") from error
     ids = list(dict.fromkeys(part.file_id for part in parts if part.file_id is not None))
     stores = list(dict.fromkeys(name for tool in body.tools for name in tool.vector_store_ids))
-    if ids or stores:
-        found += service.files_of(owner, ids, stores)
-    return found
+    return [*found, *service.files_of(owner, ids, stores)]
 
 
 def _sent(part: Part, number: int) -> Source:
-    """A file whose bytes stand in the request, as base64 or as a `data:` address of that."""
-    name, data = part.filename or f"file {number}", part.file_data or ""
-    if data.startswith("data:"):
-        head, _, data = data.partition(",")
-        if not head.endswith(";base64"):
-            raise ApiError(400, "file_data is a data: address without base64; encode it.", "input")
-    return of_extracted(read_data(name, of_base64(data, "file_data")), name)
+    """A file whose bytes stand in the request."""
+    return read_bytes(of_base64(part.file_data or "", "file_data", "input"), part.filename or f"file {number}")
 
 
 def _input_items(body: ResponsesRequest) -> list[dict[str, Any]]:

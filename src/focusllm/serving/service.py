@@ -15,11 +15,14 @@ from focusllm.documents.readers import check_text
 from focusllm.documents.sources import Source, of_text
 from focusllm.errors import FocusError
 from focusllm.library.library import Library
-from focusllm.serving.api_errors import ApiError
+from focusllm.serving.api_errors import ApiError, of_error
+from focusllm.serving.file_catalogue import StoredFile
+from focusllm.serving.files import Files, read_bytes
 from focusllm.serving.job import Prompt, Usage
 from focusllm.serving.listening import Listening
 from focusllm.serving.openai_schema import ChatRequest, CompletionRequest
 from focusllm.serving.prompts import Prompts
+from focusllm.serving.refusals import ClosedError
 from focusllm.serving.sampling import Sampling
 from focusllm.serving.settings import ServerSettings
 from focusllm.serving.worker import Worker
@@ -34,25 +37,6 @@ class Wishes(Protocol):
     seed: int | None
 
 
-class FileObject(Protocol):
-    """A file that was sent to the server."""
-
-    id: str
-    filename: str
-
-
-class Files(Protocol):
-    """The files that owners have on the server."""
-
-    def documents(
-        self, owner: str, file_ids: Sequence[str] = (), vector_store_ids: Sequence[str] = ()
-    ) -> Sequence[Document | Source]:
-        """What is asked of these files, and of those in these vector stores; `ApiError` where one is not there."""
-
-    def find(self, owner: str, document_name: str) -> FileObject | None:
-        """The file whose document this is; None: it is no file's."""
-
-
 @dataclass
 class Service:
     """A model, its worker, and what it allows."""
@@ -63,6 +47,7 @@ class Service:
     library: Library | None = None
     """Whose sets of documents may be asked."""
     files: Files | None = None
+    """What clients upload."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -127,17 +112,31 @@ class Service:
             num_choices=num_choices,
         )
 
-    async def chat_prompt(self, body: ChatRequest) -> Prompt:
+    def kept_files(self) -> Files:
+        """What clients upload.
+
+        Raises:
+            ApiError: nothing is kept here.
+        """
+        if self.files is None:
+            what = "a library that can only be read" if self.library is not None else "no library"
+            raise ApiError(400, f"This server has {what}, so it keeps no files; see --library.", code="no_files")
+        return self.files
+
+    async def chat_prompt(self, body: ChatRequest, owner: str) -> Prompt:
         """A conversation as the model reads it.
+
+        Args:
+            owner: whose files may be asked.
 
         Raises:
             ApiError: it cannot be read.
         """
         messages = [message.turn for message in body.messages]
         try:
-            sent = await run_in_threadpool(_documents, body)
+            sent = await run_in_threadpool(self._documents, body, owner)
         except FocusError as error:
-            raise ApiError(400, str(error), "documents") from error
+            raise _refusal(error, "documents") from error
         return await self.conversation(body.model, messages, sent, body.chat_template_kwargs)
 
     async def conversation(
@@ -163,7 +162,7 @@ class Service:
             documents = [*sent, *await run_in_threadpool(self._of_set, model)]
             return await run_in_threadpool(self.prompts.of_documents, messages, documents, switches)
         except FocusError as error:
-            raise ApiError(400, str(error), param) from error
+            raise _refusal(error, param) from error
 
     def _of_set(self, model: str) -> Sequence[Document]:
         name = model.removeprefix(self.settings.model_id).removeprefix("@")
@@ -171,19 +170,36 @@ class Service:
 
     def files_of(
         self, owner: str, file_ids: Sequence[str] = (), vector_store_ids: Sequence[str] = ()
-    ) -> Sequence[Document | Source]:
-        """The documents of an owner's files.
+    ) -> Sequence[Document]:
+        """The documents of an owner's files; nothing is looked for where none are named.
 
         Raises:
             ApiError: 404, one is not there; or a file cannot be read.
         """
-        if self.files is None:
-            raise ApiError(404, f"There is no {[*file_ids, *vector_store_ids][0]!r} here; this server keeps no files.")
-        return self.files.documents(owner, file_ids=file_ids, vector_store_ids=vector_store_ids)
+        if not file_ids and not vector_store_ids:
+            return []
+        try:
+            return self.kept_files().documents(owner, file_ids, vector_store_ids)
+        except FocusError as error:
+            raise _refusal(error, "file_id") from error
 
-    def file_named(self, owner: str, document_name: str) -> FileObject | None:
-        """An owner's file whose document has this name; None: it is no file's."""
-        return self.files.find(owner, document_name) if self.files is not None else None
+    def file_named(self, owner: str, document: str) -> StoredFile | None:
+        """An owner's file that a document is; None: it is none."""
+        found = self.files.find(document) if self.files is not None else None
+        return found if found is not None and found.owner == owner else None
+
+    def _documents(self, body: ChatRequest, owner: str) -> list[Document | Source]:
+        """Uploaded files, and what is sent along."""
+        given = [file for message in body.messages for file in message.files]
+        ids = [file.file_id for file in given if file.file_id is not None]
+        found: list[Document | Source] = [*self.files_of(owner, ids, body.vector_store_ids)]
+        for number, file in enumerate(given, 1):
+            if file.file_data is not None:
+                found.append(read_bytes(file.content(), file.filename or f"file {number}"))
+        for number, sent in enumerate(body.documents, 1):
+            title = sent.title or f"document {number}"
+            found.append(of_text(check_text(sent.text, title), title))
+        return found
 
     async def text_prompts(self, body: CompletionRequest) -> list[Prompt]:
         """Texts that are to be gone on with, as the model reads them.
@@ -212,10 +228,9 @@ class Service:
         return Listening(self.worker, prompts, sampling, request.state.owner)
 
 
-def _documents(body: ChatRequest) -> list[Document | Source]:
-    """Those that are sent along."""
-    titles = [sent.title or f"document {number}" for number, sent in enumerate(body.documents, 1)]
-    return [of_text(check_text(sent.text, title), title) for sent, title in zip(body.documents, titles, strict=True)]
+def _refusal(error: FocusError, param: str) -> ApiError:
+    """Of what a client sent, by the field that it stands in, or of a server that ends."""
+    return of_error(error) if isinstance(error, ClosedError) else ApiError(400, str(error), param)
 
 
 def tell_log(request: Request, usage: Usage) -> None:
