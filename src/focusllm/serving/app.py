@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from focusllm.errors import ConfigError
 from focusllm.library.library import Library
 from focusllm.llm import FocusLLM
-from focusllm.serving import openai_routes
+from focusllm.serving import openai_routes, page_routes
 from focusllm.serving.api_errors import ApiError, of_validation
 from focusllm.serving.gate import Gate
 from focusllm.serving.keys import Keys
@@ -77,6 +77,7 @@ def create_app(
     app = FastAPI(title="FocusLLM", lifespan=working, docs_url=None, redoc_url=None, middleware=[Middleware(gate)])
     app.state.worker = worker
     app.include_router(openai_routes.routes(service))
+    app.include_router(page_routes.routes())
 
     @app.get("/health")
     async def health() -> JSONResponse:

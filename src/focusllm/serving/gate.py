@@ -11,13 +11,14 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from focusllm.serving import page_routes
 from focusllm.serving.api_errors import ApiError
 from focusllm.serving.keys import Keys
 from focusllm.serving.metrics import Metrics
 from focusllm.serving.settings import ServerSettings, is_loopback
 
-OPEN_ROUTES = ("/health", "/ready")
-"""What a supervisor asks, without a key."""
+OPEN_ROUTES = frozenset({"/health", "/ready", *page_routes.FILES})
+"""What needs no key: what a supervisor asks, and the page that asks people for theirs."""
 log = logging.getLogger("focusllm.access")
 
 
