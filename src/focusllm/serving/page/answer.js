@@ -6,6 +6,7 @@ import { counted, element, percent } from "./dom.js";
 import { Strip } from "./strip.js";
 
 const MOST_STRIPS = 8;
+const LAST_WORD = /\S{1,16}$/; // stays in a line with the numbers behind it
 
 export class Answer {
   /** `documents`: whose contents the strips show; `open(citation, number)` shows a passage. */
@@ -63,9 +64,9 @@ export class Answer {
 
   #cost() {
     const { prompt_tokens: prompt, completion_tokens: said, prompt_tokens_details: details } = this.usage;
-    const words = [`${counted(said, "token")} written`, `${prompt.toLocaleString("en")} in view`];
-    if (details?.cached_tokens) words.push(`${details.cached_tokens.toLocaleString("en")} of them kept from before`);
-    return words.join(" · ");
+    const kept = details?.cached_tokens;
+    const before = kept ? `, ${kept.toLocaleString("en")} of which had been read before` : "";
+    return `${counted(said, "token")} written behind ${prompt.toLocaleString("en")}${before}`;
   }
 
   /** Put sentences into the text's place, each with buttons for its passages. */
@@ -76,7 +77,10 @@ export class Answer {
     for (const sentence of sentences) {
       const [start, end] = [at(sentence.start), at(sentence.end)];
       const buttons = sentence.passages.map(({ number, citation }) => this.#button(number, citation));
-      const part = element("span", { class: "sentence" }, this.text.slice(start, end), ...buttons);
+      const words = this.text.slice(start, end);
+      const [last] = words.match(LAST_WORD) ?? [""];
+      const together = element("span", { class: "together" }, last, ...buttons);
+      const part = element("span", { class: "sentence" }, words.slice(0, words.length - last.length), together);
       const show = () => this.#look(sentence, part);
       const rest = () => this.#look(null);
       part.addEventListener("pointerenter", show);
@@ -134,6 +138,8 @@ export class Answer {
     this.caption.textContent = sentence
       ? "Where the model looked while it wrote this sentence"
       : "Where the model looked";
-    for (const [id, strip] of this.strips) strip.show(weightsOf(sentence ? [sentence] : this.marked, id));
+    const weights = new Map([...this.strips.keys()].map((id) => [id, weightsOf(sentence ? [sentence] : this.marked, id)]));
+    const most = Math.max(...[...weights.values()].flatMap((own) => [...own.values()]));
+    for (const [id, strip] of this.strips) strip.show(weights.get(id), most);
   }
 }

@@ -23,8 +23,3 @@ export function counted(number, noun) {
 export function percent(share) {
   return `${Math.round(100 * share)}%`;
 }
-
-/** Whether people asked for less movement. */
-export function isStill() {
-  return matchMedia("(prefers-reduced-motion: reduce)").matches;
-}

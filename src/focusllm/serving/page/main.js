@@ -38,6 +38,7 @@ async function start() {
   const chosen = select.value;
   select.replaceChildren(...names.map((name) => element("option", { value: name }, name)));
   if (names.includes(chosen)) select.value = chosen;
+  select.disabled = names.length < 2;
   byId("key-form").hidden = true;
   byId("workspace").hidden = false;
   await documents.load();

@@ -1,6 +1,6 @@
 // A document's text, at a passage that is marked; a document that is text can be edited.
 
-import { byId, element, isStill } from "./dom.js";
+import { byId, element } from "./dom.js";
 
 const PART = 8000; // characters of an element: what is out of sight is not laid out
 const WIDE = "(min-width: 75rem)"; // where there is room beside the conversation
@@ -86,7 +86,7 @@ export class Reader {
       from = to;
     }
     const mark = root.querySelector("mark");
-    if (mark) mark.scrollIntoView({ block: "center", behavior: isStill() ? "instant" : "smooth" });
+    if (mark) mark.scrollIntoView({ block: "center" });
     else root.scrollTop = 0;
   }
 

@@ -21,12 +21,12 @@ export class Strip {
     this.root = element("div", { class: "strip", role: "img" }, ...this.cells);
   }
 
-  /** Show how much each chunk was looked at: a Map of chunk numbers to shares. */
-  show(weights) {
+  /** Show how much each chunk was looked at: a Map of chunk numbers to shares. `most`: the share that is darkest. */
+  show(weights, most) {
     const sums = this.cells.map(() => 0);
     for (const [chunk, weight] of weights) sums[Math.floor(chunk / this.perCell)] += weight;
     this.cells.forEach((cell, index) => {
-      cell.style.setProperty("--weight", Math.min(1, sums[index]).toFixed(3));
+      cell.style.setProperty("--weight", Math.min(1, sums[index] / most).toFixed(3));
       cell.classList.toggle("seen", sums[index] > 0);
     });
     this.root.setAttribute("aria-label", this.words(weights));
