@@ -17,11 +17,19 @@ export class Answer {
     this.status = element("p", { class: "status", role: "status" }, "Waits for the model …");
     this.body = element("div", { class: "said" });
     this.foot = element("footer");
+    this.title = element("h3");
     this.root = element(
       "article",
-      { class: "answer", "aria-busy": "true", "aria-label": title },
-      ...[element("h3", {}, title), this.status, this.body, this.foot],
+      { class: "answer", "aria-busy": "true" },
+      ...[this.title, this.status, this.body, this.foot],
     );
+    this.rename(title);
+  }
+
+  /** Say what kind of answer it is. */
+  rename(title) {
+    this.title.textContent = title;
+    this.root.setAttribute("aria-label", title);
   }
 
   /** Take an event of the stream. */
@@ -138,8 +146,8 @@ export class Answer {
     this.caption.textContent = sentence
       ? "Where the model looked while it wrote this sentence"
       : "Where the model looked";
-    const weights = new Map([...this.strips.keys()].map((id) => [id, weightsOf(sentence ? [sentence] : this.marked, id)]));
-    const most = Math.max(...[...weights.values()].flatMap((own) => [...own.values()]));
-    for (const [id, strip] of this.strips) strip.show(weights.get(id), most);
+    const rows = [...this.strips].map(([id, strip]) => [strip, weightsOf(sentence ? [sentence] : this.marked, id)]);
+    const most = Math.max(...rows.flatMap(([, weights]) => [...weights.values()]));
+    for (const [strip, weights] of rows) strip.show(weights, most);
   }
 }

@@ -6,11 +6,12 @@ import { element } from "./dom.js";
 
 export class Conversation {
   /**
-   * `root`: where turns are shown. `documents`: those that are asked. `open`: see Answer.
-   * `models`: {asked, plain}, the one that is chosen, and the one that knows no documents.
+   * `root`: where turns are shown. `documents`: those that are asked. `models()`: {asked, plain}, the one that is
+   * chosen and the one that knows no documents. `open(citation, number)` shows a passage. `onBusy(isBusy)` is told
+   * whether answers are being written.
    */
-  constructor(root, documents, open, onBusy) {
-    Object.assign(this, { root, documents, open, onBusy });
+  constructor(root, { documents, models, open, onBusy }) {
+    Object.assign(this, { root, documents, models, open, onBusy });
     this.turns = [];
     this.running = new Set();
   }
@@ -28,34 +29,57 @@ export class Conversation {
   }
 
   /** Ask a question; resolves when its answer is there. */
-  async ask(question, models) {
-    const turn = { question, models, answers: element("div", { class: "answers" }) };
-    turn.root = element("section", { class: "turn" }, element("h2", { class: "question" }, question), turn.answers);
-    const history = [...this.turns];
-    this.turns.push(turn);
-    this.root.append(turn.root);
-    turn.root.scrollIntoView({ block: "start" });
+  async ask(question) {
+    const { asked, plain } = this.models();
     const files = this.documents.asked.map(({ id, name }) => ({ id, name }));
-    const hasDocuments = files.length > 0 || models.asked !== models.plain;
-    turn.answer = new Answer("Answer", this.documents, this.open);
+    const history = [...this.turns];
+    history.at(-1)?.again?.remove();
+    const turn = {
+      question,
+      answer: new Answer("Answer", this.documents, this.open),
+      answers: element("div", { class: "answers" }),
+      actions: element("div", { class: "actions" }),
+    };
+    this.turns.push(turn);
+    const root = element("section", { class: "turn" }, element("h2", {}, question), turn.answers, turn.actions);
+    this.root.append(root);
+    root.scrollIntoView({ block: "start" });
     const messages = [...said(history, "answer"), { role: "user", content: question }];
-    if (files.length) messages[0] = { role: "user", content: [...files.map(filePart), textPart(messages[0].content)] };
-    await this.#answered(turn, turn.answer, { model: models.asked, messages }, files);
-    if (hasDocuments) this.#offerWithout(turn, history);
+    if (files.length) messages[0] = { ...messages[0], content: withFiles(messages[0].content, files) };
+    await this.#answered(turn, turn.answer, { model: asked, messages }, files);
+    if (!this.turns.includes(turn)) return; // another conversation has begun
+    if (files.length || asked !== plain) this.#offerAlone(turn, plain, history);
+    if (turn === this.turns.at(-1)) this.#offerAgain(turn);
   }
 
   /** A button for the same question to the model alone. */
-  #offerWithout(turn, history) {
-    const button = element("button", { type: "button", class: "quiet without" }, "Ask the same without the documents");
-    button.addEventListener("click", async () => {
-      button.remove();
-      turn.answer.root.querySelector("h3").textContent = "With the documents";
+  #offerAlone(turn, model, history) {
+    this.#offer(turn, "Ask the same without the documents", () => {
+      turn.answer.rename("With the documents");
       turn.answers.classList.add("beside");
       turn.alone = new Answer("Without the documents", this.documents, this.open);
       const messages = [...said(history, "alone"), { role: "user", content: turn.question }];
-      await this.#answered(turn, turn.alone, { model: turn.models.plain, messages }, []);
+      return this.#answered(turn, turn.alone, { model, messages }, []);
     });
-    turn.root.append(button);
+  }
+
+  /** A button for the same question as if it had not been asked: of documents that were changed since. */
+  #offerAgain(turn) {
+    turn.again = this.#offer(turn, "Ask again", () => {
+      this.turns = this.turns.filter((other) => other !== turn);
+      return this.ask(turn.question);
+    });
+  }
+
+  #offer(turn, words, act) {
+    const button = element("button", { type: "button", class: "quiet" }, words);
+    button.addEventListener("click", () => {
+      if (this.running.size) return;
+      button.remove();
+      act();
+    });
+    turn.actions.append(button);
+    return button;
   }
 
   async #answered(turn, answer, body, files) {
@@ -87,10 +111,7 @@ function said(turns, kind) {
     ]);
 }
 
-function filePart({ id }) {
-  return { type: "file", file: { file_id: id } };
-}
-
-function textPart(text) {
-  return { type: "text", text };
+/** What a message says, with files before it. */
+function withFiles(text, files) {
+  return [...files.map(({ id }) => ({ type: "file", file: { file_id: id } })), { type: "text", text }];
 }

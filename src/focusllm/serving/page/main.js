@@ -13,12 +13,12 @@ const list = new DocumentList(byId("documents"), {
   open: (entry) => reader.openEntry(entry),
   remove: (entry) => told(documents.remove(entry)),
 });
-const conversation = new Conversation(
-  byId("conversation"),
+const conversation = new Conversation(byId("conversation"), {
   documents,
-  (citation, number) => reader.openCitation(citation, number),
-  setBusy,
-);
+  models: () => ({ asked: byId("model").value, plain }),
+  open: (citation, number) => reader.openCitation(citation, number),
+  onBusy: setBusy,
+});
 let plain = ""; // the model's own name
 
 /** Wait for something of the documents; what goes wrong is said beside them. */
@@ -83,7 +83,7 @@ byId("ask").addEventListener("submit", (event) => {
   byId("question").value = "";
   fitQuestion();
   byId("intro").hidden = true;
-  conversation.ask(question, { asked: byId("model").value, plain });
+  conversation.ask(question);
 });
 byId("question").addEventListener("input", fitQuestion);
 byId("question").addEventListener("keydown", (event) => {
