@@ -43,13 +43,15 @@ LONG = "Some years ago I went to sea, and saw the watery part of the world. " * 
 SECRET = "the-word-nobody-may-log"
 
 
-def tiny() -> FocusLLM:
-    """A model that writes ASCII and never ends by itself."""
+def tiny(alphabet: str = "") -> FocusLLM:
+    """A model that writes ASCII, or an alphabet, and never ends by itself."""
     model = FocusForCausalLM(
         with_candidates(build(max_position_embeddings=512)), SMALL.replace(local_length=64, far_context="opened")
     )
     settings = model.generation_config
     settings.suppress_tokens, settings.eos_token_id = [*range(3), *UNREADABLE, 259], 259
+    if alphabet:
+        settings.suppress_tokens = sorted(set(range(260)) - set(byte_tokenizer()(alphabet).input_ids))
     return FocusLLM(model, byte_tokenizer(), "tiny")
 
 
@@ -80,10 +82,12 @@ class Running:
 
 
 @contextmanager
-def running(keys: Keys | None = None, library: Library | None = None, **limits: Any) -> Iterator[Running]:
+def running(
+    keys: Keys | None = None, library: Library | None = None, llm: FocusLLM | None = None, **limits: Any
+) -> Iterator[Running]:
     settings = ServerSettings(**{"port": 0, "model_id": "tiny", "grace_seconds": 1, **limits})
     with listener(settings) as taken:
-        ours = Server(create_app(tiny(), settings, keys, library), settings)
+        ours = Server(create_app(llm or tiny(), settings, keys, library), settings)
         thread = threading.Thread(target=ours.run, kwargs={"sockets": [taken]})
         thread.start()
         while not ours.started:

@@ -101,7 +101,10 @@ WITHOUT_TORCH = [
     *(f"documents.{name}" for name in ("extracted", "encodings", "markup", "pdf", "archives", "messages", "readers")),
     *(f"documents.{name}" for name in ("folders", "sources", "detokenizer", "text", "words", "sentences")),
     *("huggingface.embedded", "library.cutting", "library.catalogue", "library.chunk_folder"),
-    *(f"serving.{name}" for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema", "page_routes")),
+    *(
+        f"serving.{name}"
+        for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema", "page_routes")
+    ),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),

@@ -1,4 +1,4 @@
-"""The page for people: its files are in `page/`, and all that it does goes by the routes that programs use. No torch."""
+"""The page for people: its files are in `page/`, and all it does goes by the routes that programs use. No torch."""
 
 from __future__ import annotations
 

@@ -122,17 +122,18 @@ export class Answer {
     const cited = new Map(sentences.flatMap(({ citations }) => citations).map((found) => [origin(found), found]));
     const shown = files.length > MOST_STRIPS ? files.filter(({ id }) => cited.has(id)) : files;
     const contents = await Promise.allSettled(shown.map(({ id }) => this.documents.content(id)));
-    this.strips = new Map();
+    const strips = new Map();
     const rows = [];
     contents.forEach(({ value }, index) => {
       if (!value?.chunks.length) return; // it is gone meanwhile
       const { id, name } = shown[index];
       const open = (start, end) => this.open({ file_id: id, document: name, place: { start, end } });
       const strip = new Strip(name, value.chunks, open);
-      this.strips.set(id, strip);
+      strips.set(id, strip);
       rows.push(element("div", { class: "strip-row" }, element("span", { class: "strip-name" }, name), strip.root));
     });
     if (!rows.length) return;
+    this.strips = strips;
     this.caption = element("p", { class: "caption" });
     this.foot.prepend(element("section", { class: "looked" }, this.caption, ...rows));
     this.#look(null);
