@@ -399,8 +399,7 @@ def test_an_answer_can_be_stopped(visit: Callable[..., Visitor], locked: tuple[R
     expect(page.locator(".said")).to_have_text(re.compile(".{5}", re.S))
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".status")).to_have_text("Stopped.")
-    expect(page.locator("#send")).to_be_visible()
-    expect(page.locator("#question")).to_be_focused()
+    expect(page.locator("#send")).to_be_focused()
     assert len(page.locator(".said").inner_text()) < 3000
 
 

@@ -73,8 +73,8 @@ export class Answer {
   #cost() {
     const { prompt_tokens: prompt, completion_tokens: said, prompt_tokens_details: details } = this.usage;
     const kept = details?.cached_tokens;
-    const before = kept ? `, ${kept.toLocaleString("en")} of which had been read before` : "";
-    return `${counted(said, "token")} written behind ${prompt.toLocaleString("en")}${before}`;
+    const before = kept ? ` (${kept.toLocaleString("en")} of them before)` : "";
+    return `${counted(said, "token")} written, ${prompt.toLocaleString("en")} read${before}`;
   }
 
   /** Put sentences into the text's place, each with buttons for its passages. */

@@ -94,7 +94,8 @@ export function upload(file, name, onProgress) {
     request.open("POST", "v1/files");
     for (const [header, value] of Object.entries(authorization())) request.setRequestHeader(header, value);
     request.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
-    request.onerror = () => reject(unreachable());
+    request.onerror = () =>
+      reject(new ApiError("It could not be sent; the server is gone, or takes no file as large as this."));
     request.onload = () =>
       request.status < 300
         ? resolve(JSON.parse(request.responseText))

@@ -45,10 +45,11 @@ async function start() {
 }
 
 function setBusy(isBusy) {
-  const hadFocus = document.activeElement === byId("stop");
-  byId("stop").hidden = !isBusy;
-  byId("send").hidden = isBusy;
-  if (hadFocus && !isBusy) byId("question").focus();
+  const [shown, other] = isBusy ? [byId("stop"), byId("send")] : [byId("send"), byId("stop")];
+  const isFree = [other, document.body].includes(document.activeElement); // of a button that goes away
+  shown.hidden = false;
+  if (isFree) shown.focus({ preventScroll: true });
+  other.hidden = true;
 }
 
 function fitQuestion() {
