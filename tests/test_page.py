@@ -34,10 +34,13 @@ LOG = "\n\n".join(
 NOTES = "\n\n".join(f"Note {number} says that the harbour was closed in winter {1800 + number}." for number in range(9))
 QUESTION = "Which of these many days is the one on which the harbour was closed?"
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+SECONDS = 20_000
+"""Of waiting, at most, in milliseconds: other processes may be busy too."""
 VIOLATIONS = """
 addEventListener("securitypolicyviolation", (event) => console.error(`policy: ${event.violatedDirective}`));
 """
 expect = playwright.expect
+expect.set_options(timeout=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ class Visitor:
             files.append({"name": name, "mimeType": "text/plain", "buffer": content})
         self.page.set_input_files("#files", files)
         for name in texts:
-            expect(self.entry(name)).to_have_attribute("data-status", re.compile("completed|failed"), timeout=20_000)
+            expect(self.entry(name)).to_have_attribute("data-status", re.compile("completed|failed"))
 
     def entry(self, name: str) -> Any:
         return self.page.locator("#documents li").filter(has=self.page.get_by_role("button", name=name, exact=True))
@@ -107,7 +110,7 @@ def visit(browser: Any, served: Running, tmp_path: Path) -> Iterator[Callable[..
 
     def open_page(port: int = served.port, refused: str = "", **settings: Any) -> Visitor:
         context = browser.new_context(**{"viewport": DESKTOP, **settings})
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(SECONDS)
         contexts.append(context)
         page, origin = context.new_page(), f"http://127.0.0.1:{port}/"
         page.add_init_script(VIOLATIONS)
@@ -276,7 +279,7 @@ def test_edit_a_document_and_ask_again(visit: Callable[..., Visitor], served: Ru
     page.fill("#edited", LOG.replace("Day 20.", "Day 20, a Sunday."))
     page.click("#save")
     place = page.locator("#reader-place")
-    expect(place).to_have_text(re.compile(r"^\d+ of \d+ chunks new$"), timeout=20_000)
+    expect(place).to_have_text(re.compile(r"^\d+ of \d+ chunks new$"))
     fresh, count = map(int, re.findall(r"\d+", place.inner_text()))
     assert 1 <= fresh <= 4 < count / 4
     expect(page.locator("#reader-text")).to_contain_text("Day 20, a Sunday.")
@@ -364,7 +367,7 @@ def test_files_are_dropped_and_their_progress_is_shown(visit: Callable[..., Visi
     }""",
         ["big.txt", LOG * 3],
     )
-    expect(page.locator("#documents li")).to_have_attribute("data-status", "completed", timeout=30_000)
+    expect(page.locator("#documents li")).to_have_attribute("data-status", "completed")
     seen = "\n".join(states.json_value())
     assert "Sent" in seen
     assert re.search(r"Read \d+%", seen)
@@ -478,7 +481,7 @@ def test_the_keyboard_is_enough(visit: Callable[..., Visitor]) -> None:
     with page.expect_file_chooser() as chosen:
         page.keyboard.press("Enter")
     chosen.value.set_files(path)
-    expect(page.locator("#documents li")).to_have_attribute("data-status", "completed", timeout=20_000)
+    expect(page.locator("#documents li")).to_have_attribute("data-status", "completed")
     tab_to("#question")
     page.keyboard.type(QUESTION)
     visitor.asked(lambda: page.keyboard.press("Enter"))

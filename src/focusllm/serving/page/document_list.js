@@ -63,7 +63,7 @@ class Item {
 
   words() {
     const { status, share, error, note } = this.entry;
-    if (status === "uploading") return `Sent ${percent(share)}`;
+    if (status === "uploading") return share ? `Sent ${percent(share)}` : "Waits to be sent";
     if (status === "in_progress") return share ? `Read ${percent(share)}` : "Waits to be read";
     return status === "completed" ? note : error || "It was not read.";
   }

@@ -12,6 +12,7 @@ export class Documents {
   constructor(onChange) {
     this.list = [];
     this.onChange = onChange;
+    this.sending = Promise.resolve();
     this.contents = new Map(); // by file id; those of replaced files stay, for the answers that cite them
   }
 
@@ -37,6 +38,7 @@ export class Documents {
     const entry = this.#entry(name);
     try {
       await this.#send(entry, file);
+      await this.#follow(entry);
     } catch (error) {
       this.#fail(entry, error);
     }
@@ -104,21 +106,21 @@ export class Documents {
     return entry;
   }
 
-  async #send(entry, file) {
+  /** Files go one after another, so that the server has them in our order. */
+  #send(entry, file) {
+    const sent = this.sending.then(() => this.#attach(entry, file));
+    this.sending = sent.catch(() => {}); // the next one goes all the same
+    return sent;
+  }
+
+  async #attach(entry, file) {
     const sent = await api.upload(file, entry.name, (share) => {
       entry.share = share;
       this.onChange();
     });
     entry.id = sent.id;
-    this.store ??= (await this.#ownStore()).id;
+    this.store ??= (await api.create("vector_stores", { name: STORE })).id;
     this.#take(entry, await api.create(`vector_stores/${this.store}/files`, { file_id: sent.id }));
-    await this.#follow(entry);
-  }
-
-  /** The store, made once also when several files come at once. */
-  #ownStore() {
-    this.making ??= api.create("vector_stores", { name: STORE });
-    return this.making;
   }
 
   async #follow(entry) {
