@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { places } from "./characters.js";
 
 const STORE = "Documents of the page";
-const POLL = 400; // milliseconds
+const POLL = 200; // milliseconds
 const TEXT = /(\.(txt|md|rst|tex|json|csv|tsv|log|py)|^[^.]+)$/i;
 
 export class Documents {
