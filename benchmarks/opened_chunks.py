@@ -92,6 +92,15 @@ def answer(
     return str(tokenizer.decode(made)), request
 
 
+def by_ranks(*ways: torch.Tensor) -> torch.Tensor:
+    """Reciprocal ranks added (Cormack and others, SIGIR 2009, k = 60); what gets nothing has no rank."""
+    total = torch.zeros(len(ways[0]), dtype=torch.float64)
+    for scores in ways:
+        places = scores.argsort(descending=True, stable=True)
+        total[places] += (1 / (61 + torch.arange(len(places), dtype=torch.float64))) * (scores[places] > 0)
+    return total
+
+
 def rank(scores: torch.Tensor, right: int) -> int:
     """How many chunks come before the right one; equals that stand before it too."""
     return int((scores > scores[right]).sum() + (scores[:right] == scores[right]).sum())
@@ -145,7 +154,7 @@ def summary(rows: list[dict[str, dict[str, int]]]) -> dict[str, object]:
     """Means of questions."""
     told: dict[str, object] = {"questions": len(rows)}
     for count in arguments.lengths:
-        for way in rows[0][f"rank in {count}"]:
+        for way in rows[-1][f"rank in {count}"]:
             ranks = np.array([row[f"rank in {count}"][way] for row in rows])
             told[f"right chunk of {count}, {way}"] = {
                 "first": float((ranks == 0).mean()),
@@ -187,6 +196,10 @@ for number, kind in cases[len(rows) :]:
     print(rows[-1], flush=True)
     torch.save(raw, raw_path)
     kinds = ("same", "other", "like")
+    for row in rows:
+        for count, (heads, words, right) in raw[row["number"], row["words"]].items():
+            if f"rank in {count}" in row:
+                row[f"rank in {count}"]["by ranks"] = rank(by_ranks(heads, words), right)
     told = {kind: summary(own) for kind in kinds if (own := [row for row in rows if row["words"] == kind])}
     finish(arguments.output, {"settings": settings, "summary": told, "rows": rows}, quiet=True)
 print(json.dumps(told, indent=2))

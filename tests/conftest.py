@@ -16,8 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from focusllm import AdapterConfig, FocusConfig, FocusForCausalLM, FocusLLM, TrainConfig, cli, inject
+from focusllm import AdapterConfig, Document, FocusConfig, FocusForCausalLM, FocusLLM, TrainConfig, cli, inject
+from focusllm.asking import Asked, about
 from focusllm.evaluation.example import Setting
+from focusllm.memory.chunks import ChunkBlock
 from focusllm.method.adapter import injected
 from training import TEXT, tiny
 
@@ -168,6 +170,15 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     if chat:
         fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
     return fast
+
+
+def asked_about(llm: FocusLLM, documents: list[Document], question: str) -> Asked:
+    """The first question of a conversation."""
+
+    def no_turns(token_ids: list[int], start_ids: list[int]) -> list[ChunkBlock]:
+        raise AssertionError("there are no earlier turns")
+
+    return about(documents, llm.tokenizer, llm.config, [{"role": "user", "content": question}], no_turns)
 
 
 @pytest.fixture

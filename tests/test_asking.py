@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from conftest import SMALL, byte_tokenizer, random_ids
+from conftest import SMALL, asked_about, byte_tokenizer, random_ids
 from focusllm import Answer, ConfigError, FocusLLM
-from focusllm.asking import about
 from focusllm.decoding.engine import Request, decode, prefill, start_request
 from focusllm.documents.extracted import Extracted
 from focusllm.documents.text import encode_ids, encode_text, frame_question
@@ -25,7 +24,7 @@ TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i i
 
 def local_text(llm: FocusLLM, *texts: str) -> str:
     documents = [llm.read_text(text) for text in texts]
-    return llm.tokenizer.decode(about(documents, llm.tokenizer, llm.config, "Q?").input_ids)
+    return llm.tokenizer.decode(asked_about(llm, documents, "Q?").input_ids)
 
 
 @pytest.mark.parametrize("before", ["", TEXT])
@@ -43,7 +42,7 @@ def test_the_boundary_counts_in_the_local_context(tiny_llm: FocusLLM) -> None:
     room = tiny_llm.config.local_length - len(before) - len(after)
     chunk = SMALL.chunk_length
     first, second = [tiny_llm.read_text("a" * (room - chunk)), tiny_llm.read_text("b" * chunk)]
-    asked = about([first, second], tiny_llm.tokenizer, tiny_llm.config, "Q?")
+    asked = asked_about(tiny_llm, [first, second], "Q?")
     assert len(asked.input_ids) <= tiny_llm.config.local_length
     assert asked.context.far == [(0, 0)]
 
@@ -54,7 +53,7 @@ def test_the_end_of_a_document_can_be_cited(tiny_llm: FocusLLM) -> None:
     answer = tiny_llm.ask(documents, "What?", max_new_tokens=1)
     found = {(c.document_index, c.chunk): c for c in answer.citations}
     assert set(found) == {(d, i) for d, document in enumerate(documents) for i in range(len(document.chunks))}
-    asked = about(documents, tiny_llm.tokenizer, tiny_llm.config, "What?")
+    asked = asked_about(tiny_llm, documents, "What?")
     assert 0 < len(asked.context.near) < len(documents[1].chunks)
     model, config = tiny_llm.model.base, tiny_llm.config
     request = start_request(model, asked.blocks, asked.input_ids, config, asked.prompt_length)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import asked_about
 from focusllm import FocusLLM
-from focusllm.asking import about
 from focusllm.decoding.opened import choose, fused
 from focusllm.decoding.request import OpenSpan, Watched
 from focusllm.documents.citing import cite_sentences
@@ -64,7 +64,7 @@ def test_what_has_no_end_is_cut() -> None:
 def test_attention_to_tokens_becomes_attention_to_sentences(opening_llm: FocusLLM) -> None:
     """Against a count token by token, over two documents with an end in the local context each."""
     documents = [opening_llm.read_text(STORY, name="a"), opening_llm.read_text(STORY[:200], name="b")]
-    asked = about(documents, opening_llm.tokenizer, opening_llm.config, "Where?")
+    asked = asked_about(opening_llm, documents, "Where?")
     assert asked.context.near
     rng = np.random.default_rng(0)
     last = len(asked.context.far)
@@ -149,7 +149,7 @@ def test_a_chunk_is_chosen_by_words_too(opening_llm: FocusLLM) -> None:
     opening_llm.model.focus_config = opening_llm.config.replace(open_tokens=None)
     document = opening_llm.read_text(filler * 2 + "A zebra sleeps. " + filler * 2, name="fable")
     right = [i for i, text in enumerate(document.chunk_texts) if "zebra" in text]
-    asked = about([document], opening_llm.tokenizer, opening_llm.config, "zebra")
+    asked = asked_about(opening_llm, [document], "zebra")
     assert asked.word_scores is not None
     assert len(asked.word_scores) == len(asked.context.far)
     assert int(asked.word_scores.argmax()) in right

@@ -12,7 +12,7 @@ from conftest import SMALL, build, random_ids, with_candidates
 from focusllm import ConfigError, MemoryLimitError
 from focusllm.decoding.engine import decode, prefill, start_request
 from focusllm.machine import memory_limits
-from focusllm.memory.chunks import encode, tokens_at_once
+from focusllm.memory.chunks import Place, encode, tokens_at_once
 from focusllm.memory.cost import (
     check_read,
     estimate,
@@ -22,6 +22,8 @@ from focusllm.memory.cost import (
     peak_memory,
     total_memory,
 )
+from focusllm.memory.lookup import Heads
+from focusllm.method.base import layout
 from focusllm.method.packed import pack
 
 
@@ -45,6 +47,31 @@ def test_estimate_equals_what_is_held(
     assert cost.rows == pytest.approx(request.nbytes, rel=0.1)
     assert cost.total == cost.weights + cost.chunks + cost.rows + cost.scratch
     assert cost.to_dict()["total"] == cost.total
+
+
+@pytest.mark.parametrize("usual", [False, True])
+@pytest.mark.parametrize("kv_place", ["device", "disk"])
+def test_what_opened_chunks_are_chosen_by_counts(usual: bool, kv_place: str, tmp_path: Path) -> None:
+    """By the heads that choose, wherever the chunks lie."""
+    model, config = build(), SMALL.replace(far_context="opened", chunk_overlap=0)
+    heads = Heads.of(model, [(0, 0), (0, 1), (1, 3)]).asking([[5, 6], [7]] if usual else [])
+    cost = estimate(model, config, 24 * 8, place=kv_place, heads=heads)
+    blocks = encode(model, random_ids(24 * 8), config, place=Place(kv_place, tmp_path), heads=heads)
+    held = [block.lookup.nbytes for block in blocks if block.lookup is not None]
+    in_memory = sum(block.kv.nbytes for block in blocks) if kv_place == "device" else 0
+    assert cost.chunks == in_memory + sum(held) - blocks[0].lookup.usual_start.nbytes  # type: ignore[union-attr]
+
+
+def test_of_opened_chunks_on_disk_only_what_is_opened_is_brought() -> None:
+    model, config = build(), SMALL.replace(far_context="opened", chunks_per_batch=8)
+    heads = Heads.of(model, [(0, 0)])
+    per_token = layout(model).kv_bytes_per_token * 4
+    many = estimate(model, config, 24 * 8, place="disk", heads=heads)
+    condensed = estimate(model, config.replace(far_context="condensed"), 24 * 8, place="disk")
+    assert condensed.scratch - many.scratch >= 7 * 24 * per_token
+    opening = config.replace(open_tokens=4 * config.chunk_length)
+    more = estimate(model, opening, 24 * 8, place="disk", heads=heads)
+    assert more.scratch - many.scratch >= 3 * 24 * per_token
 
 
 @pytest.mark.parametrize("refresh_rows", [2, 12])

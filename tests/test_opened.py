@@ -419,8 +419,12 @@ def test_the_question_goes_on_choosing(llama: nn.Module, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("with_start", [True, False])
-def test_what_usual_questions_pay_is_subtracted(llama: nn.Module, with_start: bool) -> None:
+@pytest.mark.parametrize("at_once", [10, 1000])
+def test_what_usual_questions_pay_is_subtracted(
+    llama: nn.Module, with_start: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against a softmax of every question over the start and all chunks at once, which were read in two goes."""
+    monkeypatch.setattr("focusllm.memory.lookup.TOKENS_AT_ONCE", at_once)
     heads = Heads.of(llama, [(0, 0), (1, 3), (2, 1), (2, 2), (1, 0)]).asking([random_ids(5, 1), random_ids(7, 2)])
     start = read_start(llama, START) if with_start else None
     num_start = len(START) if with_start else 0

@@ -126,7 +126,7 @@ def test_small_models_are_packed_when_loaded(model_folder) -> None:
     assert sizes["auto"] == sizes["packed"] == packable_bytes(found["packed"].model)
     assert (sizes["packed"] > 0) == supported(torch.float32)
     costs = {weights: estimate(llm.model.base, llm.config, 4096).weights for weights, llm in found.items()}
-    _, skeleton, config = describe(model_folder, None, "float32", {})  # before it is loaded
+    _, skeleton, config, _ = describe(model_folder, None, "float32", {})  # before it is loaded
     for weights, cost in costs.items():
         assert cost - costs["plain"] == packed_bytes(found[weights].model.base)
         assert estimate(skeleton, config, 4096, weights=weights).weights == cost

@@ -18,7 +18,7 @@ from focusllm.serving.keys import Keys
 pytest.importorskip("fastapi")
 playwright = pytest.importorskip("playwright.sync_api")
 from focusllm.serving import page_routes  # noqa: E402
-from test_server import Running, running, tiny  # noqa: E402
+from test_server import Running, clients_end, running, tiny  # noqa: E402, F401
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

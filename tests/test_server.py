@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -58,11 +58,13 @@ def tiny(alphabet: str = "") -> FocusLLM:
 @dataclass
 class Running:
     port: int
+    clients: ClassVar[list[Any]] = []
+    """Those that were made."""
 
     def client(self, key: str = "none", **settings: Any) -> Any:
-        return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, **{"max_retries": 0, "timeout": 120, **settings}
-        )
+        how = {"max_retries": 0, "timeout": 120, **settings}
+        self.clients.append(openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, **how))
+        return self.clients[-1]
 
     def send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -98,6 +100,15 @@ def running(
             ours.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clients_end() -> Iterator[None]:
+    """Their sockets are closed when the module's tests are done, with those that servers that are gone have left."""
+    yield
+    for client in Running.clients:
+        client.close()
+    Running.clients.clear()
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +284,9 @@ BAD: list[tuple[Any, int, str, str | None]] = [
     ({**GOOD, "messages": [{"role": "tool", "content": "Hi"}]}, 400, "role 'tool' are not supported", "messages"),
     ({**GOOD, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'image_url'", "messages"),
     ({**GOOD, "messages": [{"role": "user", "content": "a \ud800"}]}, 400, "not Unicode text", "messages"),
+    ({**GOOD, "stop": ["\udfff"]}, 400, "stop is not Unicode text: There is half of a character", "stop"),
+    ({**GOOD, "model": "ti\ud800ny"}, 400, "model is not Unicode text", "model"),
+    ({**GOOD, "x\ud800": 1}, 400, "not Unicode text", "x\\ud800"),
     ({**GOOD, "max_tokens": 0}, 400, "greater than or equal to 1", "max_tokens"),
     ({**GOOD, "max_tokens": 10**30}, 400, "this server gives at most 4096", "max_tokens"),
     ({**GOOD, "max_tokens": "5"}, 400, "valid integer", "max_tokens"),

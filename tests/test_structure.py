@@ -42,7 +42,7 @@ ROOMS = {
     "huggingface": [
         *("adapter_files", "embedded", "head_files", "loading", "modeling", "pretrained", "custom_generate"),
     ],
-    "front": ["reading", "asking", "llm"],  # lies in no folder
+    "front": ["reading", "asking", "conversation", "llm"],  # lies in no folder
     "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
         *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
@@ -71,9 +71,11 @@ ROOMS = {
             "metrics",
             "page_routes",
             "gate",
+            "file_catalogue",
+            "files",
             "service",
         ),
-        *("openai_routes", "app"),
+        *("openai_routes", "file_routes", "app"),
     ],
     "cli": [
         "options",
@@ -103,7 +105,16 @@ WITHOUT_TORCH = [
     *("huggingface.embedded", "library.cutting", "library.catalogue", "library.chunk_folder"),
     *(
         f"serving.{name}"
-        for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema", "page_routes")
+        for name in (
+            "refusals",
+            "stops",
+            "settings",
+            "keys",
+            "api_errors",
+            "openai_schema",
+            "file_catalogue",
+            "page_routes",
+        )
     ),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),

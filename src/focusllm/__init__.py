@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from focusllm.config import FocusConfig
+    from focusllm.conversation import Conversation
     from focusllm.documents.answer import Answer, AnswerStream, Citation
     from focusllm.documents.document import Document
     from focusllm.errors import (
@@ -48,6 +49,7 @@ _HOMES = {
     "Answer": "documents.answer",
     "AnswerStream": "documents.answer",
     "Citation": "documents.answer",
+    "Conversation": "conversation",
     "Document": "documents.document",
     "FocusLLM": "llm",
     "Library": "library.library",
@@ -64,6 +66,7 @@ __all__ = [
     "AnswerStream",
     "Citation",
     "ConfigError",
+    "Conversation",
     "Document",
     "DocumentError",
     "FocusConfig",

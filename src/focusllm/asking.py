@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from focusllm.decoding.request import Request
 from focusllm.documents.answer import Answer, AnswerStreamer, Citation, Sentence
 from focusllm.documents.citing import cite_chunks, cite_sentences
 from focusllm.documents.document import Context, Document, divide, words_of
-from focusllm.documents.text import BETWEEN_DOCUMENTS, encode_ids, frame_ids, frame_question
+from focusllm.documents.text import BETWEEN_DOCUMENTS, encode_ids, frame_conversation, frame_ids
 from focusllm.errors import ConfigError, DocumentError
 from focusllm.huggingface.modeling import FocusForCausalLM, FocusState
 from focusllm.memory.chunks import ChunkBlock
@@ -45,32 +46,54 @@ class Asked:
 
 
 def frame(
-    tokenizer: Any, config: FocusConfig, question: str, template_kwargs: Mapping[str, Any] | None = None
-) -> tuple[list[int], list[int]]:
-    """The tokens that stand before and after the documents, with the question among the latter.
+    tokenizer: Any,
+    config: FocusConfig,
+    messages: Sequence[Mapping[str, str]],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[int], list[int], int]:
+    """`frame_conversation`, if its last question fits.
 
     Raises:
-        DocumentError: an empty question, or one longer than the local context.
+        DocumentError: an empty question, or one longer than the local context has room for.
         ConfigError: a switch that the chat template does not have.
     """
-    before, after = frame_question(tokenizer, question, template_kwargs)
-    count = len(before) + len(after)
-    if count > config.local_length:
+    before, turns, num_last = frame_conversation(tokenizer, messages, template_kwargs)
+    count, others = len(before) + num_last, 0 if len(messages) == 1 else turn_length(config)
+    if count > config.local_length - others:
+        beside = f" beside {others} of what was said before" if others else ""
         raise DocumentError(
             f"the question takes {count} tokens with the chat template, but the local context holds "
-            f"{config.local_length}; ask a shorter one, or set local_length to at least {count}."
+            f"{config.local_length}{beside}; ask a shorter one, or set local_length to at least {count + others}."
         )
-    return before, after
+    return before, turns, num_last
+
+
+def turn_length(config: FocusConfig) -> int:
+    """How many tokens of a conversation become a chunk at once: its chunks are the same in every later question."""
+    return min(config.chunk_length, max(1, config.local_length // 2))
+
+
+ReadTurns = Callable[[list[int], list[int]], list[ChunkBlock]]
+"""Reads tokens of a conversation as one chunk, behind a start."""
 
 
 def about(
     documents: Sequence[Document],
     tokenizer: Any,
     config: FocusConfig,
-    question: str,
+    messages: Sequence[Mapping[str, str]],
+    read_turns: ReadTurns,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Asked:
-    """A question about documents.
+    """A question about documents, and what was said before it.
+
+        [ documents ............ | earlier turns ]  [ end of the documents | newest turns | question ]
+          far context, in chunks                      local context
+
+    The turns that the local context does not hold are chunks behind those of the documents, which are all far then.
+
+    Args:
+        messages: of user and assistant in turns; the last one is the question.
 
     Raises:
         ConfigError: no documents, or some that were read with other switches of the chat template. And what `frame`
@@ -78,16 +101,23 @@ def about(
     """
     if not documents:
         raise ConfigError("there are no documents; read at least one.")
-    before, after = frame(tokenizer, config, question, template_kwargs)
-    context = divide(documents, len(before) + len(after), encode_ids(tokenizer, BETWEEN_DOCUMENTS), config)
+    before, turns, num_last = frame(tokenizer, config, messages, template_kwargs)
     num_tokens = sum(document.num_tokens for document in documents)
-    if context.blocks and context.blocks[0].start is not None:  # it stands before opened chunks
+    step, num_far = turn_length(config), 0
+    over = len(before) + len(turns) - config.local_length
+    if over > 0 and not config.is_plain(num_tokens + len(before) + len(turns)):
+        num_far = -(-over // step) * step
+    local = turns[num_far:]
+    context = divide(documents, len(before) + len(local), encode_ids(tokenizer, BETWEEN_DOCUMENTS), config)
+    start, blocks = before, context.blocks
+    if blocks and blocks[0].start is not None:  # it stands before opened chunks
         _check_start(documents, tokenizer, before)
         before = []
-    input_ids = [*before, *context.token_ids, *after]
+    blocks = [*blocks, *chain.from_iterable(read_turns(turns[n : n + step], start) for n in range(0, num_far, step))]
     is_chosen_from = bool(context.blocks) and context.blocks[0].lookup is not None
-    words = word_scores(context, question) if is_chosen_from else None
-    return Asked(input_ids, context.blocks, len(after), num_tokens, context, len(after), words)
+    asked = " ".join(message["content"] for message in messages[-3:] if message["role"] == "user")
+    words = word_scores(context, asked) if is_chosen_from else None
+    return Asked([*before, *context.token_ids, *local], blocks, num_last, num_tokens, context, len(local), words)
 
 
 def _check_start(documents: Sequence[Document], tokenizer: Any, before: list[int]) -> None:

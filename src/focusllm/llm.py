@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from focusllm.asking import about, decoder, frame, going_on
+from focusllm.asking import decoder, frame, going_on
 from focusllm.config import FocusConfig, KvDtype, KvPlace
+from focusllm.conversation import Conversation
 from focusllm.documents.answer import Answer, AnswerStream
 from focusllm.documents.document import Document
 from focusllm.documents.readers import check_text
@@ -199,7 +200,7 @@ class FocusLLM:
             ConfigError: no documents, one that another model or chunk length has read, or arguments that do not fit.
             MemoryLimitError: what a question takes beside so many documents would not fit.
         """
-        return self._question(documents, question, template_kwargs, generate)(on_text)
+        return self.conversation(documents, template_kwargs=template_kwargs).decoder(question, **generate)(on_text)
 
     def stream(
         self,
@@ -214,7 +215,24 @@ class FocusLLM:
         It decodes in a thread, which on the CPU is slower than `ask(..., on_text=...)` in one's own: two threads that
         compute share the cores badly even if one is idle.
         """
-        return AnswerStream(self._question(documents, question, template_kwargs, generate))
+        return AnswerStream(self.conversation(documents, template_kwargs=template_kwargs).decoder(question, **generate))
+
+    def conversation(
+        self,
+        documents: Document | Sequence[Document],
+        messages: Sequence[Mapping[str, str]] = (),
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Conversation:
+        """Questions of which each sees what was said before: `conversation.ask("And then?")`.
+
+        Args:
+            messages: what was said earlier (`load_messages` of a file that `Conversation.save` wrote).
+
+        Raises:
+            ConfigError: one that another model or chunk length has read, or messages that are no conversation.
+        """
+        return Conversation(self._reader, documents, messages, template_kwargs)
 
     def continue_text(
         self,
@@ -244,7 +262,7 @@ class FocusLLM:
             DocumentError: an empty question, or one longer than the local context.
             ConfigError: a switch that the chat template does not have.
         """
-        return frame(self.tokenizer, self.config, question, template_kwargs)
+        return frame(self.tokenizer, self.config, [{"role": "user", "content": question}], template_kwargs)[:2]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write base model, candidate projections, settings and tokenizer into a folder."""
@@ -253,17 +271,3 @@ class FocusLLM:
     @property
     def _reader(self) -> Reader:
         return Reader(self.model, self.tokenizer, self.name, self.notify)
-
-    def _question(
-        self,
-        documents: Document | Sequence[Document],
-        question: str,
-        template_kwargs: Mapping[str, Any] | None,
-        generate: Mapping[str, Any],
-    ) -> Callable[..., Answer]:
-        given = [documents] if isinstance(documents, Document) else list(documents)
-        reader = self._reader
-        for document in given:
-            reader.check(document)
-        asked = about(given, self.tokenizer, self.config, question, template_kwargs)
-        return decoder(self.model, self.tokenizer, asked, generate)

@@ -74,8 +74,8 @@ class Focus:
 
     def turn(self, document: Sequence[int], new_tokens: int) -> Turn:
         """Read, ask, ask again."""
-        from focusllm.asking import about
         from focusllm.bench.measure import bytes_of_weights
+        from focusllm.documents.document import divide
         from focusllm.memory.chunks import count_alike
         from focusllm.method.base import layout
 
@@ -83,8 +83,9 @@ class Focus:
         read = llm.read(document)
         first = llm.ask(read, QUESTIONS[0], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         second = llm.ask(read, QUESTIONS[1], max_new_tokens=1)
-        far = count_alike(about([read], llm.tokenizer, config, QUESTIONS[0]).blocks)
-        prompt = min(config.most_prompt_tokens, len(llm.frame(QUESTIONS[0])[1]))
+        before, asked = llm.frame(QUESTIONS[0])
+        far = count_alike(divide([read], len(before) + len(asked), [], config).blocks)
+        prompt = min(config.most_prompt_tokens, len(asked))
         most = config.refresh_rows if config.decoding == "cached" else None  # of each length; the others are not read
         behind = prompt + new_tokens // 2
         rows = sum(min(count, most or count) * (length + behind) for length, count in far.items())

@@ -42,6 +42,7 @@ from focusllm.huggingface.loading import cannot_load, parse_device
 from focusllm.machine import machine, readable_bytes
 from focusllm.memory.chunking import count_chunks
 from focusllm.memory.cost import check_read, estimate, find_place
+from focusllm.memory.lookup import Heads
 from focusllm.method.base import layout
 
 Report = Callable[[str, int, int], None]
@@ -75,7 +76,7 @@ def run(
         ConfigError: a setting that no length allows, or a length that a contender's settings cannot hold.
         ModelError, AdapterError: as loading the model would.
     """
-    facts, skeleton, config = describe(plan.model, plan.adapter, plan.dtype, {}, notify, plan.device)
+    facts, skeleton, config, heads = describe(plan.model, plan.adapter, plan.dtype, {}, notify, plan.device)
     tokenizer = _tokenizer(plan.model, notify)
     frames = [frame_question(tokenizer, question) for question in QUESTIONS]
     configs = {spec.name: config.replace(**spec.settings) for spec in plan.specs if spec.kind == "focus"}
@@ -87,7 +88,7 @@ def run(
     plan, absent = _with_gguf(plan, notify)
     for contender, reason in absent.items():
         notify(f"{contender} is left out: {reason}.")
-    bench = _Bench(plan, skeleton, configs, frames, ids, report)
+    bench = _Bench(plan, skeleton, heads, configs, frames, ids, report)
     bench.given_up |= absent
     about = {
         "machine": {**machine(bench.device), "threads": bench.threads, "cores": torch.multiprocessing.cpu_count()},
@@ -110,11 +111,13 @@ class _Bench:
         self,
         plan: Plan,
         skeleton: nn.Module,
+        heads: Heads | None,
         configs: dict[str, FocusConfig],
         frames: Sequence[tuple[list[int], list[int]]],
         ids: list[int],
         report: Report,
     ):
+        self.about: dict[str, Any] = {"weights": plan.weights, "heads": heads}  # of all estimates
         self.plan, self.skeleton, self.configs, self.frames, self.ids = plan, skeleton, configs, frames, ids
         self.report = report
         self.shapes: Shapes = linear_shapes(skeleton)
@@ -215,7 +218,7 @@ class _Bench:
             return f"a turn would take about {expected / 60:.1f} minutes (--limit-minutes {self.plan.limit_minutes:g})"
         if spec.name in self.configs:
             try:
-                check_read(self.skeleton, self.configs[spec.name], length, cache_folder(), weights=self.plan.weights)
+                check_read(self.skeleton, self.configs[spec.name], length, cache_folder(), **self.about)
             except MemoryLimitError as error:
                 return str(error).rstrip(".")
             return None
@@ -240,9 +243,9 @@ class _Bench:
         row["peak_memory"] = last["peak_memory"]
         if spec.name in self.configs:
             config = self.configs[spec.name]
-            place = find_place(self.skeleton, config, length, cache_folder(), weights=self.plan.weights) or "device"
+            place = find_place(self.skeleton, config, length, cache_folder(), **self.about) or "device"
             row["estimated_memory"] = estimate(
-                self.skeleton, config, length, self.plan.new_tokens, place, self.plan.weights
+                self.skeleton, config, length, self.plan.new_tokens, place, **self.about
             ).total
         flops = last["linear_tokens"] and last["linear_tokens"] * flops_per_token(self.shapes)
         rate = limits["flops_per_second"]["median"]

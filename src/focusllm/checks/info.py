@@ -14,7 +14,16 @@ from focusllm.config import FocusConfig
 from focusllm.decoding.opened import check_settings
 from focusllm.huggingface.adapter_files import read_adapter_config
 from focusllm.huggingface.embedded import ADAPTERS, resolve_model
-from focusllm.huggingface.loading import cannot_load, computing_dtype, find_saved, parse_device, parse_dtype
+from focusllm.huggingface.head_files import known_heads
+from focusllm.huggingface.loading import (
+    cannot_load,
+    computing_dtype,
+    find_saved,
+    parse_device,
+    parse_dtype,
+    saved_folder,
+)
+from focusllm.memory.lookup import Heads
 from focusllm.method.adapter import AdapterConfig, inject
 from focusllm.method.base import layout
 
@@ -26,8 +35,9 @@ def describe(
     settings: dict[str, Any],
     notify: Callable[[str], None] = lambda _: None,
     device: str | None = None,
-) -> tuple[dict[str, Any], nn.Module, FocusConfig]:
-    """A model's facts, its skeleton on the meta device (shapes only), and the settings that it would be used with.
+) -> tuple[dict[str, Any], nn.Module, FocusConfig, Heads | None]:
+    """A model's facts, its skeleton on the meta device (shapes only), the settings that it would be used with, and the
+    look-up heads that are known of it.
 
     Args:
         device: where it would compute; None: a GPU if there is one, else the CPU.
@@ -70,7 +80,7 @@ def describe(
         "adapter_rank": "" if adapter_config is None else adapter_config.rank or "full copies",
         **{name: value for name, value in config.resolved().to_dict().items() if value is not None},
     }
-    return facts, skeleton, config
+    return facts, skeleton, config, known_heads(skeleton, str(model), saved_folder(path, None), notify)
 
 
 def _origin(source: str | Path | None) -> str:

@@ -17,7 +17,16 @@ from focusllm.errors import FocusError
 from focusllm.machine import readable_bytes
 
 if TYPE_CHECKING:
+    from focusllm.conversation import Conversation
     from focusllm.documents.answer import Answer
+
+ConversationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--conversation", help="File of the conversation: gone on with, also by -q, and kept after each answer."
+    ),
+]
+Alone = Annotated[bool, typer.Option("--alone", help="Typed questions stand alone, too.")]
 
 
 @grouped
@@ -42,10 +51,14 @@ def ask(
         list[str] | None,
         typer.Option(help="Switch of the chat template, NAME=VALUE (enable_thinking=false); may be repeated."),
     ] = None,
+    conversation: ConversationFile = None,
+    alone: Alone = False,
     as_json: Json = False,
 ) -> None:
-    """Read documents once and answer questions about them."""
+    """Read documents once and answer questions about them: typed ones are a conversation, those of -q stand alone."""
     from focusllm.documents.sources import open_source, short_names
+
+    said = earlier(conversation, alone)
 
     if question is None and "-" in documents:
         raise FocusError("standard input is the document, so questions cannot be typed; give them with -q.")
@@ -61,7 +74,11 @@ def ask(
         for name, source in zip(names, sources, strict=True):
             with reading_progress(name, quiet=as_json) as progress:
                 read.append(llm.read(source, name=name, progress=progress, store=store, template_kwargs=switches))
-    answers = answered(partial(llm.ask, read), question, sampling, switches, num_citations, as_json)
+    if (question is not None and conversation is None) or alone:
+        ask_next: Callable[..., Answer] = partial(llm.ask, read, template_kwargs=switches)
+    else:
+        ask_next = spoken(llm.conversation(read, said, template_kwargs=switches), conversation)
+    answers = answered(ask_next, question, sampling, num_citations, as_json)
     if as_json:
         described = [
             {
@@ -105,7 +122,6 @@ def answered(
     ask: Callable[..., Answer],
     questions: list[str] | None,
     sampling: SamplingOptions,
-    switches: dict[str, Any],
     num_citations: int,
     as_json: bool,
 ) -> list[dict[str, Any]]:
@@ -120,7 +136,7 @@ def answered(
             print()
         try:
             arguments = sampling.arguments()  # seeds anew: an answer does not depend on what was asked before
-            answer = ask(text, on_text=_printer(as_json), template_kwargs=switches, **arguments)
+            answer = ask(text, on_text=_printer(as_json), **arguments)
         except FocusError as error:
             if questions is not None:
                 raise
@@ -132,6 +148,29 @@ def answered(
             say("")
             _show_origin(answer, num_citations)
     return answers
+
+
+def earlier(file: Path | None, alone: bool) -> list[dict[str, str]]:
+    """What was said in the conversation of a file, if there is one."""
+    if file is None:
+        return []
+    if alone:
+        raise FocusError("--alone and --conversation contradict each other; leave one out.")
+    from focusllm.conversation import load_messages
+
+    return load_messages(file) if file.exists() else []
+
+
+def spoken(conversation: Conversation, file: Path | None) -> Callable[..., Answer]:
+    """What asks the next question of a conversation, and keeps it in a file."""
+
+    def ask(question: str, **arguments: Any) -> Answer:
+        answer = conversation.ask(question, **arguments)
+        if file is not None:
+            conversation.save(file)
+        return answer
+
+    return ask
 
 
 def switches_of(given: list[str]) -> dict[str, Any]:

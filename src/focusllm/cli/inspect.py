@@ -37,11 +37,11 @@ def info(
 
     kept = parse_weights(weights)
     lengths = tokens or [8192, 32768, 131072, 409600, 1048576]
-    found, skeleton, config = describe(model or default_model(notify), adapter, dtype, focus.given(), notify)
+    found, skeleton, config, heads = describe(model or default_model(notify), adapter, dtype, focus.given(), notify)
     costs = []
     for length in lengths:
-        place = find_place(skeleton, config, length, cache_folder(), weights=kept)
-        cost = estimate(skeleton, config, length, place=place or "device", weights=kept)
+        place = find_place(skeleton, config, length, cache_folder(), weights=kept, heads=heads)
+        cost = estimate(skeleton, config, length, place=place or "device", weights=kept, heads=heads)
         try:
             if not config.is_opened:
                 config.check_num_chunks(count_chunks(length, config), layout(skeleton).max_positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from focusllm.cli.ask import answered, switches_of
+from focusllm.cli.ask import Alone, ConversationFile, answered, earlier, spoken, switches_of
 from focusllm.cli.options import Device, Encoding, Json, ModelOptions, SamplingOptions, WeightsOption, grouped
 from focusllm.cli.terminal import console, if_stopped, load, notify, reading_progress, visible
 from focusllm.errors import FocusError
@@ -21,6 +22,7 @@ from focusllm.machine import readable_bytes
 from focusllm.options import parse_bytes
 
 if TYPE_CHECKING:
+    from focusllm.documents.answer import Answer
     from focusllm.library.library import Change, Library
     from focusllm.library.syncing import Synced
 
@@ -133,9 +135,12 @@ def ask(
     template_arg: Annotated[
         list[str] | None, typer.Option(help="Switch of the chat template, NAME=VALUE; may be repeated.")
     ] = None,
+    conversation: ConversationFile = None,
+    alone: Alone = False,
     as_json: Json = False,
 ) -> None:
-    """Answer questions about documents; what is not there any more is read again."""
+    """Answer questions about documents; what is not there any more is read again. Typed ones are a conversation."""
+    said = earlier(conversation, alone)
     meant = Catalogue(folder, read_only=True).names(names or None)
     switches = switches_of(template_arg or [])
     opened = reader.open(folder, as_json)
@@ -143,7 +148,11 @@ def ask(
         for name in meant:
             with reading_progress(name, quiet=as_json) as progress:
                 opened.document(name, progress=progress)
-    answers = answered(partial(opened.ask, meant), question, sampling, switches, num_citations, as_json)
+    if (question is not None and conversation is None) or alone:
+        ask_next: Callable[..., Answer] = partial(opened.ask, meant, template_kwargs=switches)
+    else:
+        ask_next = spoken(opened.conversation(meant, said, template_kwargs=switches), conversation)
+    answers = answered(ask_next, question, sampling, num_citations, as_json)
     if as_json:
         print(json.dumps({"documents": meant, "answers": answers}, indent=2))
 

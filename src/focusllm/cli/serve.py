@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -27,7 +29,8 @@ def serve(
     keys: Annotated[Path | None, typer.Option(help="File of API keys (see `focusllm key`); without: no keys.")] = None,
     is_open: Annotated[bool, typer.Option("--open", help="Listen beyond this machine without keys.")] = False,
     library: Annotated[
-        Path | None, typer.Option(help="Library of documents: each of its sets can be asked as MODEL@SET.")
+        Path | None,
+        typer.Option(help="Library: its sets can be asked as MODEL@SET, and files are kept in it; else until the end."),
     ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that are worked on at once.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that wait for that; more are refused.")] = 64,
@@ -65,12 +68,16 @@ def serve(
     given = focus.given() if library is None else {"far_context": "opened", **focus.given()}
     llm = load(model, given, quiet=False)
     settings = replace(settings, model_id=name or llm.name)  # where the default cannot be fetched, another stands in
-    kept = Library(library, llm, notify=notify) if library is not None else None
     access = logging.getLogger("focusllm.access")
     access.setLevel(logging.INFO)
     access.addHandler(logging.StreamHandler(sys.stderr))
     access.propagate = False
-    run(llm, settings, known, kept, lambda address: notify(f"Serving {settings.model_id} at {address}/v1"))
+    with ExitStack() as until_the_end:
+        folder = library
+        if folder is None and llm.model.settings.is_opened:  # what is uploaded has to lie somewhere
+            folder = Path(until_the_end.enter_context(TemporaryDirectory(prefix="focusllm-"))) / "library"
+        kept = Library(folder, llm, notify=notify) if folder is not None else None
+        run(llm, settings, known, kept, lambda address: notify(f"Serving {settings.model_id} at {address}/v1"))
 
 
 def key(

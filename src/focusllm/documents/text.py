@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -113,13 +114,42 @@ def frame_question(
         DocumentError: an empty question, or one that is not Unicode text.
         ConfigError: a switch that the chat template does not have.
     """
+    return frame_conversation(tokenizer, [{"role": "user", "content": question}], template_kwargs)[:2]
+
+
+def frame_conversation(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[list[int], list[int], int]:
+    """The tokens before documents, those after them, which are the conversation's, and how many of these the last
+    question takes with all behind it.
+
+    Args:
+        messages: `role` (user and assistant in turns) and `content` each, the last one a question.
+
+    Raises:
+        DocumentError: an empty question, or a message that is not Unicode text.
+        ConfigError: a switch that the chat template does not have, or a template that takes no such messages.
+    """
+    question = messages[-1]["content"]
     if not question.strip():
         raise DocumentError("the question is empty; ask something.")
-    check_text(question, "the question")
-    before, after = frame_ids(tokenizer, template_kwargs)
+    for message in messages:
+        check_text(message["content"], "the question" if message is messages[-1] else "a message")
     if chat_frame(tokenizer, template_kwargs)[0] is None:
-        return before, encode_ids(tokenizer, f"{BETWEEN_DOCUMENTS}Question: {question.strip()}\nAnswer:")
-    return before, [*encode_ids(tokenizer, f"{BETWEEN_DOCUMENTS}{question.strip()}"), *after]
+        turns = [_plain_turn(message) for message in messages]
+        last = encode_ids(tokenizer, f"{turns[-1]}\nAnswer:")
+        earlier = [encode_ids(tokenizer, turn) for turn in turns[:-1]]
+        return frame_ids(tokenizer, template_kwargs)[0], [*chain.from_iterable(earlier), *last], len(last)
+    first, *others = messages
+    begun = {**first, "content": f"{BETWEEN_DOCUMENTS}{first['content'].strip()}"}
+    ids, starts = encode_chat(tokenizer, [begun, *others], template_kwargs)
+    return ids[: starts[0]], ids[starts[0] :], len(ids) - starts[-1]
+
+
+def _plain_turn(message: Mapping[str, str]) -> str:
+    """What stands for a message where there is no chat template."""
+    said = message["content"].strip()
+    return f"{BETWEEN_DOCUMENTS}Question: {said}" if message["role"] == "user" else f"\nAnswer: {said}"
 
 
 def usual_ids(tokenizer: Any) -> list[list[int]]:

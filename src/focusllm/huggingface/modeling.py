@@ -286,7 +286,7 @@ class FocusForCausalLM(PreTrainedModel, GenerationMixin):
         name = document_key(self.base, token_ids, config, start_ids) if store else None
         try:
             written = sum(path.stat().st_size for path in folder.glob(f"{name}-*.rows")) if name else 0
-            kind = check_read(self.base, config, len(token_ids), folder, written)
+            kind = check_read(self.base, config, len(token_ids), folder, written, heads=self.lookup_heads)
         except OSError as error:
             reason = error.strerror or error
             raise DocumentError(f"chunks cannot be kept in {folder} ({reason}); choose another folder.") from error

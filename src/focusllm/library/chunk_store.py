@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
 import torch
 import xxhash
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from focusllm.config import FocusConfig
 from focusllm.library.chunk_folder import KEYS, ROWS, ChunkFolder, KeptFile
@@ -77,31 +78,42 @@ class ChunkStore:
         Raises:
             DocumentError: the disk is full, or cannot be written to.
         """
+        kept = self.kept(token_ids, key)
+        if kept is not None:
+            return kept, False
+        ids, rows, found = self._empty(token_ids, key)
+        block, is_new = ChunkBlock(ids, rows, notify=self.notify, start=self.start), not rows.path.is_file()
+        if is_new:
+            kv = read_behind(self.model, self._start_ids, ids)
+            if self._keeps:
+                rows.write(0, kv, ids)
+            kv = self._packing.unpack(self._packing.pack(kv))  # as it will come from the file
+        else:
+            kv = block.rows(self.model, 0, 1)
+        found.write(0, kv)
+        if self._keeps:
+            with suppress(OSError, SafetensorError):  # they are made of the rows the next time
+                found.save(self.folder.path(key, KEYS), key)
+        self._in_use[key] = block = replace(block, lookup=found)
+        return block, is_new
+
+    def kept(self, token_ids: Sequence[int], key: str) -> ChunkBlock | None:
+        """A chunk whose look-up keys are there; the model is not needed for it. None: they are not, or of others."""
         path, known = self.folder.path(key, KEYS), self._in_use.get(key)
         if known is not None and (path.exists() or not self._keeps):  # documents in memory share it
-            return known, False
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([list(token_ids)], device=device)
-        rows = ChunkFile(self._packing, ids.shape[1], self.folder.path(key, ROWS), key)
-        empty = LookupKeys.of(self.model, self.heads, 1, ids.shape[1], self._longest, self.start)
-        found, is_new = LookupKeys.load(path, key, empty), False
+            return known
+        ids, rows, empty = self._empty(token_ids, key)
+        found = LookupKeys.load(path, key, empty)
         if found is None:
-            found, is_new = empty, not rows.path.is_file()
-            block = ChunkBlock(ids, rows, notify=self.notify, start=self.start)
-            if is_new:
-                kv = read_behind(self.model, self._start_ids, ids)
-                if self._keeps:
-                    rows.write(0, kv, ids)
-                kv = self._packing.unpack(self._packing.pack(kv))  # as it will come from the file
-            else:
-                kv = block.rows(self.model, 0, 1)
-            found.write(0, kv)
-            if self._keeps:
-                with suppress(OSError, SafetensorError):  # they are made of the rows the next time
-                    found.save(path, key)
-        block = ChunkBlock(ids, rows, notify=self.notify, start=self.start, lookup=found)
-        self._in_use[key] = block
-        return block, is_new
+            return None
+        self._in_use[key] = block = ChunkBlock(ids, rows, notify=self.notify, start=self.start, lookup=found)
+        return block
+
+    def _empty(self, token_ids: Sequence[int], key: str) -> tuple[Tensor, ChunkFile, LookupKeys]:
+        """A chunk's tokens [1, C], its file, and room for its look-up keys."""
+        ids = torch.tensor([list(token_ids)], device=next(self.model.parameters()).device)
+        rows = ChunkFile(self._packing, ids.shape[1], self.folder.path(key, ROWS), key)
+        return ids, rows, LookupKeys.of(self.model, self.heads, 1, ids.shape[1], self._longest, self.start)
 
 
 def is_whole(file: KeptFile) -> bool:

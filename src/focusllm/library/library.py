@@ -17,11 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from focusllm.conversation import Conversation
 from focusllm.decoding.opened import check_positions
 from focusllm.documents.answer import Answer, AnswerStream
 from focusllm.documents.document import Chunk, Document
@@ -44,6 +46,16 @@ from focusllm.reading import Reader, shown_progress
 
 LONGEST_TOKEN = 5
 """Characters of a token; a text of longer ones is cut into somewhat shorter chunks."""
+
+
+Result = TypeVar("Result")
+
+
+class Run(Protocol):
+    """Does work, and gives what it gives."""
+
+    def __call__(self, work: Callable[[], Result], /) -> Result:
+        """Until it is done."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ class Library:
         memory_budget: most bytes that documents hold in this process between questions; None: no limit.
         read_only: write nothing; None: if the folder cannot be written to.
         notify: called with a sentence about what is worth knowing.
+        run: does work that needs the model, one chunk's reading, where the model is (a server's worker, say). None: one
+            thread at a time does it, where it is.
 
     Raises:
         LibraryError: no library, another model's, one of a newer format, or one that is damaged.
@@ -93,6 +107,7 @@ class Library:
         memory_budget: int | None = None,
         read_only: bool | None = None,
         notify: Notify = lambda _: None,
+        run: Run | None = None,
     ):
         self.folder, self.memory_budget, self.notify = Path(folder), memory_budget, notify
         self.llm = _opening(llm) if llm is not None else None
@@ -101,7 +116,8 @@ class Library:
         self.read_only = unwritable if read_only is None else read_only
         self.catalogue = Catalogue(self.folder, self.read_only)
         self.chunks = ChunkFolder(self.folder / "chunks")
-        self._turn = threading.Lock()  # one thread reads a chunk at a time
+        self.run = run or self._one_at_a_time
+        self._turn, self._reading = threading.Lock(), threading.Lock()
         self._open: dict[str, tuple[str, Document]] = {}  # by name, with the version; the last asked at the end
         self._store = self._store_of(self.llm) if self.llm is not None else None
         if disk_budget is not None:
@@ -290,6 +306,12 @@ class Library:
         """`ask` as an iterator over the pieces of the answer."""
         return self._reading_llm().stream(self.documents(names), question, **arguments)
 
+    def conversation(self, names: str | Sequence[str] | None, *arguments: Any, **named: Any) -> Conversation:
+        """Questions that follow one another; arguments are those of `FocusLLM.conversation`. The documents stay as they
+        are now for it.
+        """
+        return self._reading_llm().conversation(self.documents(names), *arguments, **named)
+
     # Keeping in order
 
     def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Verified:
@@ -348,7 +370,8 @@ class Library:
             self.notify(remark)
         content = self._cut(source)
         config = llm.model.settings.replace(kv_place="disk")
-        check_read(llm.model.base, config, content.num_tokens, self.folder, self.nbytes())
+        heads = llm.model.lookup_heads
+        check_read(llm.model.base, config, content.num_tokens, self.folder, self.nbytes(), heads=heads)
         entry = self.catalogue.put(source.name, content, source.path, source.digest, into)
         return Change(entry, self._read(entry, content, progress)[1])
 
@@ -400,7 +423,9 @@ class Library:
         with shown_progress(progress, content.num_tokens) as report:
             for chunk in content.chunks:
                 with self._turn:
-                    block, is_new = self._store.block(chunk.token_ids, chunk.key)
+                    kept = self._store.kept(chunk.token_ids, chunk.key)
+                read = partial(self._store.block, chunk.token_ids, chunk.key)
+                block, is_new = (kept, False) if kept is not None else self.run(read)
                 blocks.append(block)
                 chunks.append(Chunk(chunk.start, chunk.end, len(ids), len(ids) + len(chunk.token_ids)))
                 ids += chunk.token_ids
@@ -415,6 +440,10 @@ class Library:
         with self._turn:
             self._remember(entry.name, entry.version, document)
         return document, num_read
+
+    def _one_at_a_time(self, work: Callable[[], Result]) -> Result:
+        with self._reading:
+            return work()
 
     def _make_room(self) -> int:
         """Keep to the budget of the disk."""

@@ -18,7 +18,7 @@ from focusllm.errors import MemoryLimitError
 from focusllm.machine import computes_on_cpu, forget_peak_resident, memory_limits, peak_resident, readable_bytes
 from focusllm.memory.chunking import count_by_length, count_chunks
 from focusllm.memory.chunks import ChunkBlock, count_alike, tokens_at_once
-from focusllm.memory.lookup import Heads, LookupKeys, middle_heads
+from focusllm.memory.lookup import Heads, LookupKeys, looking_bytes, middle_heads
 from focusllm.memory.store import Packing
 from focusllm.method.attention import SCORES_BY_FORMULA
 from focusllm.method.base import layout
@@ -75,6 +75,7 @@ def estimate(
     num_new_tokens: int = 256,
     place: str = "device",
     weights: Weights = "auto",
+    heads: Heads | None = None,
 ) -> Cost:
     """The memory that reading `num_tokens` tokens and answering one question takes.
 
@@ -83,35 +84,36 @@ def estimate(
     Args:
         place: where the chunks' keys and values are kept; on the device they count as memory, elsewhere they do not.
         weights: for a model on the meta device, what copies of its weights loading it is to make.
+        heads: by which opened chunks are chosen; None: those of some middle layers.
     """
     found, base_config = layout(model), model.config
     dtype = next(model.parameters()).dtype
     per_token = found.kv_bytes_per_token * dtype.itemsize
     num_chunks = count_chunks(num_tokens, config)
     chunks = stored_bytes(model, config, num_tokens)
-    brought = min(num_chunks, config.chunks_per_batch) * config.chunk_length
+    brought = config.budget if config.is_opened else min(num_chunks, config.chunks_per_batch) * config.chunk_length
     in_place = place == "device" and config.kv_dtype == "same"
     bringing = 0 if in_place else brought * per_token
     if place == "disk":  # as they are in the file: these rows, and the next ones
-        bringing += 2 * Packing.of(model, config.kv_dtype).row_bytes(brought)
+        bringing += (1 if config.is_opened else 2) * Packing.of(model, config.kv_dtype).row_bytes(brought)
     alike = count_by_length(num_tokens, config)
     prompt = config.most_prompt_tokens
     at_once = tokens_at_once(config, next(model.parameters()).device)
     in_flight = min(num_tokens, max(config.chunk_length, at_once))
     hidden: int = base_config.hidden_size  # type: ignore[union-attr,assignment]
     inner: int = getattr(base_config, "intermediate_size", 4 * hidden)
-    heads = max(layer.num_heads * (layer.key_dim + layer.value_dim) for layer in found.layers)
-    widths = 6 * hidden + 3 * inner + heads  # live at once in a layer
+    all_heads = max(layer.num_heads * (layer.key_dim + layer.value_dim) for layer in found.layers)
+    widths = 6 * hidden + 3 * inner + all_heads  # live at once in a layer
     scores = 0
     if not computes_on_cpu(next(model.parameters()).device):  # of a prompt behind chunks: scores, and two of their size
         of_a_row = found.layers[0].num_heads * prompt * (config.chunk_length + prompt)
         scores = 3 * 4 * max(of_a_row, min(SCORES_BY_FORMULA, of_a_row * min(num_chunks, at_once // prompt)))
     lookup = looking = 0
-    if config.is_opened:  # what chunks are chosen by lies in memory, and is unpacked and scored a head at a time
-        middle = middle_heads(model)
-        a_token = LookupKeys.of(model, Heads.of(model, middle.pairs[:1]), 1, 1, 1, None).nbytes
-        lookup = num_tokens * len(middle.key_heads) * a_token
-        looking = num_tokens * 4 * (layout(model).layers[0].key_dim + 3 * prompt)
+    if config.is_opened:  # what chunks are chosen by lies in the processor's memory
+        choosing = heads or middle_heads(model)
+        if computes_on_cpu(next(model.parameters()).device):
+            lookup = _lookup_bytes(model, choosing, num_tokens, num_chunks)
+            looking = looking_bytes(choosing, num_tokens, prompt)
     return Cost(
         weights=sum(parameter.nbytes for parameter in model.parameters()) + _copies(model, weights),
         chunks=(chunks if place == "device" else 0) + lookup,
@@ -121,6 +123,13 @@ def estimate(
         runtime=_runtime(next(model.parameters()).device),
         loaded=next(model.parameters()).device.type != "meta",
     )
+
+
+def _lookup_bytes(model: nn.Module, heads: Heads, num_tokens: int, num_chunks: int) -> int:
+    """Bytes of look-up keys: those of a token, and what usual questions pay to a chunk."""
+    alone = LookupKeys.of(model, heads, 1, 1, 1, None)
+    usual = alone.usual.nbytes
+    return num_tokens * (alone.nbytes - usual - alone.usual_start.nbytes) + num_chunks * usual
 
 
 def _tokens_of_a_request(config: FocusConfig, alike: Mapping[int, int], in_place: bool, num_new_tokens: int) -> int:
@@ -196,6 +205,7 @@ def check_read(
     folder: Path,
     written: int = 0,
     weights: Weights = "auto",
+    heads: Heads | None = None,
 ) -> str:
     """Where the chunks of a text go (see `find_place`); refuses what fits nowhere, before anything is computed.
 
@@ -205,14 +215,14 @@ def check_read(
     """
     if not config.is_opened:  # what is not open takes no position
         config.check_num_chunks(count_chunks(num_tokens, config), layout(model).max_positions)
-    place = find_place(model, config, num_tokens, folder, written, weights)
+    place = find_place(model, config, num_tokens, folder, written, weights, heads)
     if place is not None:
         return place
-    cost = estimate(model, config, num_tokens, place=_places(model, config)[0], weights=weights)
+    cost = estimate(model, config, num_tokens, place=_places(model, config)[0], weights=weights, heads=heads)
     stored = stored_bytes(model, config, num_tokens)
     memory = f"needs about {readable_bytes(cost.needed)} of memory, but {readable_bytes(cost.free)} are free"
     disk = f"needs about {readable_bytes(stored)} on disk, but {readable_bytes(free_disk(folder))} are free in {folder}"
-    remedies = _remedies(model, config, num_tokens, folder, weights)
+    remedies = _remedies(model, config, num_tokens, folder, weights, heads)
     raise MemoryLimitError(
         f"reading {num_tokens:,} tokens {disk if config.kv_place == 'disk' and cost.needed <= cost.free else memory}; "
         f"use {' or '.join(remedies)}."
@@ -230,7 +240,8 @@ def check_question(
     alike = count_alike(blocks)
     in_place = all(block.resident is not None for block in blocks)
     num_tokens = sum(block.token_ids.numel() for block in blocks)
-    cost = estimate(model, config, num_tokens, place="device" if in_place else "disk")
+    heads = next((block.lookup.heads for block in blocks if block.lookup is not None), None)
+    cost = estimate(model, config, num_tokens, place="device" if in_place else "disk", heads=heads)
     per_token = layout(model).kv_bytes_per_token * next(model.parameters()).itemsize
     needed = cost.scratch + _tokens_of_a_request(config, alike, in_place, num_new_tokens) * per_token
     if needed > cost.free:
@@ -249,16 +260,17 @@ def find_place(
     folder: Path,
     written: int = 0,
     weights: Weights = "auto",
+    heads: Heads | None = None,
 ) -> str | None:
     """The first of device, host and disk (or the one that is set) that has room for a text's chunks; None: none has.
 
     Args:
         folder: where files would go.
         written: bytes of them that are there already.
-        weights: as `estimate` takes it.
+        weights, heads: as `estimate` takes them.
     """
-    places = _places(model, config)
-    return next((place for place in places if _fits(model, config, num_tokens, place, folder, written, weights)), None)
+    about = folder, written, weights, heads
+    return next((place for place in _places(model, config) if _fits(model, config, num_tokens, place, *about)), None)
 
 
 def _places(model: nn.Module, config: FocusConfig) -> list[str]:
@@ -275,8 +287,9 @@ def _fits(
     folder: Path,
     written: int,
     weights: Weights,
+    heads: Heads | None,
 ) -> bool:
-    cost = estimate(model, config, num_tokens, place=place, weights=weights)
+    cost = estimate(model, config, num_tokens, place=place, weights=weights, heads=heads)
     if cost.needed > cost.free:
         return False
     stored = stored_bytes(model, config, num_tokens)
@@ -285,12 +298,14 @@ def _fits(
     return place == "device" or stored <= free_disk(folder) + written
 
 
-def _remedies(model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, weights: Weights) -> list[str]:
+def _remedies(
+    model: nn.Module, config: FocusConfig, num_tokens: int, folder: Path, weights: Weights, heads: Heads | None
+) -> list[str]:
     def fits(tokens: int, **changes: Any) -> bool:
-        return find_place(model, config.replace(**changes), tokens, folder, weights=weights) is not None
+        return find_place(model, config.replace(**changes), tokens, folder, 0, weights, heads) is not None
 
     remedies = [f"{name}={value!r}" for name, value in REMEDIES.items() if fits(num_tokens, **{name: value})]
-    cost = estimate(model, config, num_tokens, weights=weights)
+    cost = estimate(model, config, num_tokens, weights=weights, heads=heads)
     if next(model.parameters()).dtype == torch.float32 and config.kv_place != "disk" and cost.new / 2 <= cost.free:
         remedies.append("dtype='bfloat16'")
     fitting = num_tokens

@@ -12,7 +12,7 @@ Letters: R chunks, C tokens of a chunk, T of the question, D head dimension.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ from focusllm.method.opened import Start, look_up
 
 ROWS_AT_ONCE = 8
 """Chunks that are brought at once for their keys."""
+TOKENS_AT_ONCE = 1 << 14
+"""Of which keys are unpacked at once."""
 KNOWN_STARTS = 16
 """Shared starts behind which the usual questions are kept: few where documents are asked, many where texts go on."""
 SURE_HEADS = 4
@@ -204,6 +206,11 @@ class LookupKeys:
         packed, scales, usual = self.packed[:, start:stop], self.scales[:, start:stop], self.usual[:, start:stop]
         return replace(self, packed=packed, scales=scales, usual=usual)
 
+    def pieces(self) -> Iterator[LookupKeys]:
+        """All chunks, so many at a time as are unpacked at once."""
+        at_once = max(1, TOKENS_AT_ONCE // max(self.length, 1))
+        return (self.rows(first, first + at_once) for first in range(0, self.num_rows, at_once))
+
     def unpacked(self, place: int) -> Tensor:
         """The keys [R * C, D] of a key head, by its place among `heads.key_heads`."""
         return from_int8(self.packed[place], self.scales[place], torch.float32).flatten(0, 1)
@@ -258,24 +265,35 @@ def look(keys: Sequence[LookupKeys], queries: Mapping[int, Tensor], start: Start
         start: the shared start, if there is one.
     """
     heads, num_start = keys[0].heads, start.length if start is not None else 0
-    num_chunks = sum(found.num_rows for found in keys)
-    total = torch.zeros(sum(found.num_rows * found.length for found in keys))
-    by_head = -_usual_share(keys) if heads.usual else torch.zeros(len(heads.pairs), num_chunks)
     sizes = [found.num_rows * found.length for found in keys]
+    total = torch.zeros(sum(sizes))
+    by_head = -_usual_share(keys) if heads.usual else torch.zeros(len(heads.pairs), sum(f.num_rows for f in keys))
     for place, (layer, key_head) in enumerate(heads.key_heads):
-        parts = [start.kv.keys[layer][0, key_head].float().cpu()] if start is not None else []
-        told = torch.cat([*parts, *(found.unpacked(place) for found in keys)])  # [S + R * C, D]
-        for i, ((own_layer, head), shared) in enumerate(zip(heads.pairs, heads.shared, strict=True)):
-            if (own_layer, shared) != (layer, key_head):
-                continue
-            scores = queries[layer][head].float().cpu() @ told.T
-            weights = scores.softmax(-1).mean(0)[num_start:]
+        own = [i for i, pair in enumerate(heads.pairs) if (pair[0], heads.shared[i]) == (layer, key_head)]
+        asked = torch.stack([queries[layer][heads.pairs[i][1]] for i in own]).float().cpu()  # [n, T, D]
+        scores = torch.empty(*asked.shape[:2], num_start + len(total))
+        if start is not None:
+            scores[..., :num_start] = asked @ start.kv.keys[layer][0, key_head].float().cpu().T
+        stop = num_start
+        for part in (part for found in keys for part in found.pieces()):
+            told = part.unpacked(place)  # [c, D]
+            torch.matmul(asked, told.T, out=scores[..., stop : stop + len(told)])
+            stop += len(told)
+        scores -= scores.logsumexp(-1, keepdim=True)
+        for i, own_scores in zip(own, scores, strict=True):
+            weights = own_scores.exp_().mean(0)[num_start:]
             total += weights
             rows = zip(torch.split(weights, sizes), keys, strict=True)
             by_head[i] += torch.cat([part.view(-1, found.length).sum(1) for part, found in rows])
     chunks = by_head.topk(min(SURE_HEADS, len(by_head)), 0).values.sum(0).clamp(min=0)
     tokens = [part.view(-1, found.length) for part, found in zip(torch.split(total, sizes), keys, strict=True)]
     return Looked(tokens, chunks)
+
+
+def looking_bytes(heads: Heads, num_tokens: int, num_asking: int) -> int:
+    """What `look` takes in passing: of the query heads that share one key head the scores of every token, twice."""
+    most = max(Counter((layer, shared) for (layer, _), shared in zip(heads.pairs, heads.shared, strict=True)).values())
+    return 2 * 4 * most * num_asking * num_tokens
 
 
 def _usual_share(keys: Sequence[LookupKeys]) -> Tensor:

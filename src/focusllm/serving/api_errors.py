@@ -42,8 +42,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(status, shown(message), headers)
-        self.param, self.code = param, code
+        super().__init__(status, _whole(shown(message)), headers)
+        self.param, self.code = param and _whole(param), code
 
     def body(self) -> dict[str, Any]:
         """As OpenAI's API says it."""
@@ -53,6 +53,11 @@ class ApiError(HTTPException):
     def response(self) -> JSONResponse:
         """The whole of it."""
         return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def _whole(text: str) -> str:
+    """A text that can be sent: halves of characters, which JSON can name, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:

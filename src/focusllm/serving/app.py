@@ -22,8 +22,9 @@ from starlette.types import ASGIApp
 from focusllm.errors import ConfigError
 from focusllm.library.library import Library
 from focusllm.llm import FocusLLM
-from focusllm.serving import openai_routes, page_routes
+from focusllm.serving import file_routes, openai_routes, page_routes
 from focusllm.serving.api_errors import ApiError, of_validation
+from focusllm.serving.files import Files
 from focusllm.serving.gate import Gate
 from focusllm.serving.keys import Keys
 from focusllm.serving.metrics import Metrics
@@ -61,15 +62,23 @@ def create_app(
     worker = Worker(llm.model, llm.tokenizer, Scheduler(settings.max_running, settings.max_waiting))
     vocabulary = int(llm.model.config.vocab_size)
     prompts = Prompts(llm.tokenizer, llm.model.settings, vocabulary, settings.max_prompt_tokens)
-    service, metrics = Service(settings, worker, prompts, library), Metrics(worker)
+    files = None
+    if library is not None:
+        library.run = worker.run
+        files = Files(library) if not library.read_only else None
+    service, metrics = Service(settings, worker, prompts, library, files), Metrics(worker)
 
     @asynccontextmanager
     async def working(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        if files is not None:
+            await run_in_threadpool(files.start)
         try:
             yield
         finally:
             await run_in_threadpool(worker.close)
+            if files is not None:
+                await run_in_threadpool(files.close)
 
     def gate(app: ASGIApp) -> Gate:
         return Gate(app, settings, keys, metrics)
@@ -77,6 +86,7 @@ def create_app(
     app = FastAPI(title="FocusLLM", lifespan=working, docs_url=None, redoc_url=None, middleware=[Middleware(gate)])
     app.state.worker = worker
     app.include_router(openai_routes.routes(service))
+    app.include_router(file_routes.routes(service))
     app.include_router(page_routes.routes())
 
     @app.get("/health")

@@ -18,8 +18,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from focusllm.documents.answer import Citation
 from focusllm.serving.api_errors import ApiError
-from focusllm.serving.job import Event, Finished, Piece, Progress, Usage
+from focusllm.serving.job import Event, Finished, Piece, Progress, Prompt, Usage
 from focusllm.serving.listening import Listening, while_connected
 from focusllm.serving.openai_schema import ChatRequest, CompletionRequest
 from focusllm.serving.sampling import Chosen
@@ -53,8 +54,9 @@ def routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         most = body.max_completion_tokens or body.max_tokens or service.default_tokens
         sampling = service.sampling(body, most, (body.top_logprobs or 0) if body.logprobs else None)
-        listening = service.listen(request, [await service.chat_prompt(body)], sampling)
-        return await _answered(request, service, body, listening, _Chat(service, body))
+        prompt = await service.chat_prompt(body, request.state.owner)
+        listening = service.listen(request, [prompt], sampling)
+        return await _answered(request, service, body, listening, _Chat(service, body, prompt))
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -105,12 +107,14 @@ class _Form:
 class _Chat(_Form):
     kind, id_prefix = "chat.completion", "chatcmpl"
 
-    def __init__(self, service: Service, body: ChatRequest):
+    def __init__(self, service: Service, body: ChatRequest, prompt: Prompt):
         super().__init__(service, body)
         self.has_logprobs = body.logprobs
+        documents = prompt.context.documents if prompt.context is not None else ()
+        self.file_ids = [service.file_id(document.name) for document in documents]
 
     def choice(self, index: int, text: str, tokens: Sequence[Chosen], finished: Finished) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None, "annotations": [], **_cited(finished)}
+        message = {"role": "assistant", "content": text, "refusal": None, "annotations": [], **self._cited(finished)}
         return {
             "index": index,
             "message": message,
@@ -127,7 +131,18 @@ class _Chat(_Form):
         return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
 
     def last(self, index: int, finished: Finished) -> dict[str, Any]:
-        return {"index": index, "delta": _cited(finished), "logprobs": None, "finish_reason": finished.reason}
+        return {"index": index, "delta": self._cited(finished), "logprobs": None, "finish_reason": finished.reason}
+
+    def _cited(self, finished: Finished) -> dict[str, Any]:
+        """Where an answer about documents looked: the most attended passages, for all of it and for each sentence."""
+        if finished.citations is None:
+            return {}
+        sentences = [{**asdict(one), "citations": self._citations(one.citations)} for one in finished.sentences]
+        return {"citations": self._citations(finished.citations), "sentences": sentences}
+
+    def _citations(self, found: Sequence[Citation]) -> list[dict[str, Any]]:
+        shown = [(asdict(one), self.file_ids[one.document_index]) for one in found[:NUM_CITATIONS]]
+        return [{**one, **({"file_id": file_id} if file_id else {})} for one, file_id in shown]
 
     def _logprobs(self, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
         if not self.has_logprobs:
@@ -245,17 +260,6 @@ async def _stream(
         yield f"data: {json.dumps(error.body())}\n\n"
     finally:
         tell_log(request, listening.usage)
-
-
-def _cited(finished: Finished) -> dict[str, Any]:
-    """Where an answer about documents looked: the most attended passages, for all of it and for each sentence."""
-    if finished.citations is None:
-        return {}
-    sentences = [
-        {**asdict(sentence), "citations": [asdict(found) for found in sentence.citations[:NUM_CITATIONS]]}
-        for sentence in finished.sentences
-    ]
-    return {"citations": [asdict(found) for found in finished.citations[:NUM_CITATIONS]], "sentences": sentences}
 
 
 def _index(told: tuple[int, Event], num_choices: int) -> int:

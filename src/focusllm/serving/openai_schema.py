@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -40,6 +42,19 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, data: Any) -> Any:
+        """JSON can name halves of characters, which no text has, and which could not be sent back."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                what = "There is half of a character"
+                raise ApiError(400, f"{name} is not Unicode text: {what} ({half}); send whole ones.", name) from error
+        return data
+
 
 class StreamOptions(_Body):
     """What a stream has besides."""
@@ -49,26 +64,61 @@ class StreamOptions(_Body):
     """Taken, without effect."""
 
 
-class TextPart(_Body):
+class GivenFile(_Body):
+    """A file that was uploaded, or is sent along."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+    """In base64, or as a data: address."""
+    filename: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> GivenFile:
+        if (self.file_id is None) == (self.file_data is None):
+            raise ApiError(400, "A file in a message has either file_id or file_data; give one of them.", "messages")
+        return self
+
+    def content(self) -> bytes:
+        """The bytes that are sent along.
+
+        Raises:
+            ApiError: they are not base64.
+        """
+        try:
+            data = (self.file_data or "").removeprefix("data:").rpartition(",")[2]
+            return base64.b64decode(data, validate=True)
+        except ValueError as error:
+            raise ApiError(400, "file_data is not base64; encode the file's bytes.", "messages") from error
+
+
+class Part(_Body):
     """A part of a message."""
 
-    type: str
+    type: Literal["text", "file"]
     text: str = ""
+    file: GivenFile | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _only_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("type", "text") != "text":
+    def _supported_type(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type", "text") not in ("text", "file"):
             kind = str(data["type"])
-            raise ApiError(400, f"Parts of messages of the type {kind!r} are not supported; give text.", "messages")
+            said = f"Parts of messages of the type {kind!r} are not supported; give text, or a file."
+            raise ApiError(400, said, "messages")
         return data
+
+    @model_validator(mode="after")
+    def _file_of_its_type(self) -> Part:
+        if (self.type == "file") != (self.file is not None):
+            raise ApiError(400, "A part of the type 'file' has a file, and no other part has.", "messages")
+        return self
 
 
 class Message(_Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     refusal: str | None = None
 
@@ -91,6 +141,12 @@ class Message(_Body):
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content or [])
+
+    @property
+    def files(self) -> list[GivenFile]:
+        """Its files."""
+        parts = [] if isinstance(self.content, str) else self.content or []
+        return [part.file for part in parts if part.file is not None]
 
 
 class DocumentText(_Body):
@@ -154,8 +210,15 @@ class ChatRequest(_Generation):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     documents: Annotated[list[DocumentText], Field(max_length=64)] = Field(default_factory=list)
     """Not OpenAI's: texts that the conversation is about, and that the answer cites."""
+    vector_store_ids: Annotated[list[str], Field(max_length=64)] = Field(default_factory=list)
+    """Not OpenAI's here: all files of these are asked."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Not OpenAI's: switches of the model's chat template."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether it is about something besides itself."""
+        return bool(self.documents or self.vector_store_ids or any(message.files for message in self.messages))
 
     @model_validator(mode="after")
     def _top_logprobs_of_logprobs(self) -> ChatRequest:
@@ -177,3 +240,44 @@ class CompletionRequest(_Generation):
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             return [given]
         return list(given)
+
+
+def _without_chunking(data: Any) -> Any:
+    """Files are cut as the model reads them, and stay until they are removed."""
+    if not isinstance(data, dict):
+        return data
+    if data.get("chunking_strategy") not in (None, {"type": "auto"}):
+        raise ApiError(400, "chunking_strategy is not supported; leave it out.", "chunking_strategy")
+    if data.get("expires_after") is not None:
+        raise ApiError(400, "expires_after is not supported; leave it out.", "expires_after")
+    kept = set(data) - {"chunking_strategy", "expires_after"}
+    return {name: data[name] for name in data if name in kept and data[name] is not None}
+
+
+class NewStore(_Body):
+    """The body of POST /v1/vector_stores."""
+
+    name: str | None = None
+    file_ids: Annotated[list[str], Field(max_length=500)] = Field(default_factory=list)
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    description: str | None = None
+
+    _supported = model_validator(mode="before")(_without_chunking)
+
+
+class StoreChange(_Body):
+    """The body of POST /v1/vector_stores/ID."""
+
+    name: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    _supported = model_validator(mode="before")(_without_chunking)
+
+
+class NewStoreFile(_Body):
+    """The body of POST /v1/vector_stores/ID/files."""
+
+    file_id: str
+    attributes: dict[str, Any] = Field(default_factory=dict)
+
+    _supported = model_validator(mode="before")(_without_chunking)

@@ -1,17 +1,20 @@
 """Whose turn it is. It knows jobs by their owners and in what state they are, and no model.
 
 waiting   admitted as there is room: of the owner first who has fewest under way, then in order
-reading   a chunk each, in turns
+reading   a chunk each, in turns; and in turns with them what else needs the model (a document that is read, say)
 decoding  all together, a token each
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from focusllm.serving.job import Choice, Job
 from focusllm.serving.refusals import QueueFullError
+
+Task = Callable[[], None]
+"""What else needs the model, no longer than reading a chunk takes."""
 
 
 class Scheduler:
@@ -26,6 +29,8 @@ class Scheduler:
         self.waiting: list[Job] = []
         self.reading: deque[Job] = deque()
         self.decoding: list[Choice] = []
+        self.tasks: deque[Task] = deque()
+        self._is_turn_of_tasks = True
         self._owed = 0.0  # seconds that were read, while others decoded, more than they have had since
 
     @property
@@ -36,7 +41,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.waiting or self.reading or self.decoding)
+        return not (self.waiting or self.reading or self.decoding or self.tasks)
 
     def submit(self, job: Job) -> None:
         """Take a job.
@@ -60,11 +65,19 @@ class Scheduler:
             admitted.append(job)
         return admitted
 
-    def next_to_read(self) -> Job | None:
-        """The job whose turn it is to read a chunk; the others come first the next time. None: it is nobody's."""
+    def next_to_read(self) -> Job | Task | None:
+        """The job whose turn it is to read a chunk, or a task; the others come first the next time. None: it is
+        nobody's.
+        """
         if not self.decoding:
             self._owed = 0.0
-        if not self.reading or self._owed > 0:
+        if self._owed > 0:
+            return None
+        if self.tasks and (self._is_turn_of_tasks or not self.reading):
+            self._is_turn_of_tasks = False
+            return self.tasks.popleft()
+        self._is_turn_of_tasks = True
+        if not self.reading:
             return None
         self.reading.rotate(-1)
         return self.reading[-1]

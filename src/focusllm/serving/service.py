@@ -15,10 +15,12 @@ from focusllm.documents.sources import Source, of_text
 from focusllm.errors import FocusError
 from focusllm.library.library import Library
 from focusllm.serving.api_errors import ApiError, of_error
+from focusllm.serving.files import Files, read_bytes
 from focusllm.serving.job import Prompt, Usage
 from focusllm.serving.listening import Listening
 from focusllm.serving.openai_schema import ChatRequest, CompletionRequest
 from focusllm.serving.prompts import Prompts
+from focusllm.serving.refusals import ClosedError
 from focusllm.serving.sampling import Sampling
 from focusllm.serving.settings import ServerSettings
 from focusllm.serving.worker import Worker
@@ -33,6 +35,8 @@ class Service:
     prompts: Prompts
     library: Library | None = None
     """Whose sets of documents may be asked."""
+    files: Files | None = None
+    """What clients upload."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -87,8 +91,27 @@ class Service:
             num_choices=body.n,
         )
 
-    async def chat_prompt(self, body: ChatRequest) -> Prompt:
+    def kept_files(self) -> Files:
+        """What clients upload.
+
+        Raises:
+            ApiError: nothing is kept here.
+        """
+        if self.files is None:
+            what = "a library that can only be read" if self.library is not None else "no library"
+            raise ApiError(400, f"This server has {what}, so it keeps no files; see --library.", code="no_files")
+        return self.files
+
+    def file_id(self, document: str) -> str | None:
+        """The uploaded file that a document is; None: it is none."""
+        file = self.files.find(document) if self.files is not None else None
+        return file.id if file is not None else None
+
+    async def chat_prompt(self, body: ChatRequest, owner: str) -> Prompt:
         """A conversation as the model reads it.
+
+        Args:
+            owner: whose files may be asked.
 
         Raises:
             ApiError: it cannot be read.
@@ -99,21 +122,31 @@ class Service:
         ]
         switches, param = body.chat_template_kwargs, "messages"
         try:
-            if body.model == self.settings.model_id and not body.documents:
+            is_alone = body.model == self.settings.model_id and not body.has_documents
+            if is_alone:
                 return await run_in_threadpool(self.prompts.of_chat, messages, switches)
             param = "documents"
-            documents = await run_in_threadpool(self._documents, body)
+            documents = await run_in_threadpool(self._documents, body, owner)
             return await run_in_threadpool(self.prompts.of_documents, messages, documents, switches)
+        except ClosedError as error:
+            raise of_error(error) from error
         except FocusError as error:
             raise ApiError(400, str(error), param) from error
 
-    def _documents(self, body: ChatRequest) -> list[Document | Source]:
-        """Those of the set that is named, then those that are sent along."""
+    def _documents(self, body: ChatRequest, owner: str) -> list[Document | Source]:
+        """Those of the set that is named, uploaded files, and what is sent along."""
         found: list[Document | Source] = []
         name = body.model.removeprefix(self.settings.model_id).removeprefix("@")
         if name:
             assert self.library is not None
             found += self.library.documents(name)
+        given = [file for message in body.messages for file in message.files]
+        ids = [file.file_id for file in given if file.file_id is not None]
+        if ids or body.vector_store_ids:
+            found += self.kept_files().documents(owner, ids, body.vector_store_ids)
+        for number, file in enumerate(given, 1):
+            if file.file_data is not None:
+                found.append(read_bytes(file.content(), file.filename or f"file {number}"))
         for number, sent in enumerate(body.documents, 1):
             title = sent.title or f"document {number}"
             found.append(of_text(check_text(sent.text, title), title))

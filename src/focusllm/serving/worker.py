@@ -3,8 +3,8 @@
     step:  one chunk of one job that reads, if it is reading's turn   ->   one token of every choice that is decoded
 
 So a long text keeps nobody waiting for longer than a chunk, and takes no more than half of the time from those who
-decode; jobs join between steps, and one that is cancelled is gone with the step under way. It knows prompts and jobs,
-and nothing of HTTP.
+decode; jobs join between steps, and one that is cancelled is gone with the step under way. What else needs the model
+(`run`) takes turns with jobs that read. It knows prompts and jobs, and nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from focusllm.serving.stops import StopStrings
 KEPT_SHARE = 0.5
 """Of the memory that is free when the worker begins, so much may hold chunks for later requests."""
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -113,6 +115,29 @@ class Worker:
             job.cancel()
             self._changed.notify()
 
+    def run(self, work: Callable[[], Result]) -> Result:
+        """What work gives that needs the model for no longer than a chunk takes; it is done between two steps.
+
+        Raises:
+            ClosedError: the worker ends. And what the work raises.
+        """
+        if self._thread is None or threading.current_thread() is self._thread:
+            return work()
+        done: Future[Result] = Future()
+
+        def task() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # raised where it is waited for
+                done.set_exception(error)
+
+        with self._changed:
+            if self._is_closing:
+                raise ClosedError("the server is shutting down; ask another one, or later.")
+            self.scheduler.tasks.append(task)
+            self._changed.notify()
+        return done.result()
+
     def close(self, seconds: float = 0.0) -> int:
         """Take no more jobs, finish those that there are, and after so many seconds end them; how many that were."""
         with self._changed:
@@ -140,19 +165,21 @@ class Worker:
                 self._end(job, Failed(self._ended) if self._ended else Done(job.usage()))
                 self.totals.cancelled_jobs += 1
             admitted = self.scheduler.admit()
-            reading, decoding = self.scheduler.next_to_read(), list(self.scheduler.decoding)
+            turn, decoding = self.scheduler.next_to_read(), list(self.scheduler.decoding)
         for job in admitted:
             self._preparing[job] = self._prepare(job)
         times = [time.perf_counter()]
-        if reading is not None:
-            self._go_on(reading)
+        if isinstance(turn, Job):
+            self._go_on(turn)
+        elif turn is not None:
+            turn()
         times.append(time.perf_counter())
         if decoding:
             self._decode(decoding)
             times.append(time.perf_counter())
             self.scheduler.spent(times[1] - times[0], times[2] - times[1])
-        self.totals.steps += reading is not None or bool(decoding)
-        return reading is not None or bool(decoding)
+        self.totals.steps += turn is not None or bool(decoding)
+        return turn is not None or bool(decoding)
 
     def _run(self) -> None:
         while True:
