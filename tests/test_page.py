@@ -150,6 +150,16 @@ def test_only_the_files_of_the_page_are_given_out(served: Running, locked: tuple
         assert locked[0].send("GET", path)[0] == 401
 
 
+def test_nothing_is_taken_from_other_sites(served: Running, locked: tuple[Running, str]) -> None:
+    """A form of theirs would reach a server that asks for no key."""
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\na\r\n--x--\r\n'
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 400)):
+        headers = {"Content-Type": "multipart/form-data; boundary=x", "Sec-Fetch-Site": site}
+        assert served.send("POST", "/v1/files", form, headers)[0] == status  # 400: the purpose is missing
+        assert locked[0].send("POST", "/v1/files", form, headers)[0] == 401
+    assert served.send("GET", "/", headers={"Sec-Fetch-Site": "cross-site"})[0] == 200  # a link to the page
+
+
 def test_the_page_is_complete_in_itself() -> None:
     """No script or style in the HTML, nothing of other origins, and no text that is taken as HTML."""
     for file in page_routes.FILES.values():
@@ -431,6 +441,17 @@ def test_errors_are_sentences(visit: Callable[..., Visitor]) -> None:
 
 
 @needs_chromium
+def test_a_server_without_a_library(visit: Callable[..., Visitor]) -> None:
+    with running(llm=tiny("aeiostn .\n"), default_tokens=24) as bare:
+        visitor = visit(bare.port, refused="400")
+        expect(visitor.page.get_by_role("alert").filter(has_text="it keeps no files")).to_be_visible()
+        expect(visitor.page.locator("#drop")).to_be_hidden()
+        sent, _, turn = visitor.ask("Who?")
+        assert sent["messages"] == [{"role": "user", "content": "Who?"}]
+        expect(turn.get_by_role("button", name="without")).to_have_count(0)
+
+
+@needs_chromium
 def test_everything_stays_text(visit: Callable[..., Visitor]) -> None:
     """A name, a document, a question, an answer and a citation that would be HTML."""
     visitor = visit()
@@ -476,11 +497,10 @@ def test_the_keyboard_is_enough(visit: Callable[..., Visitor]) -> None:
                 return
         raise AssertionError(f"{selector} is not reached")
 
+    page.on("filechooser", lambda chooser: chooser.set_files(path))
     expect(page.locator("#model option")).to_have_count(2)
     tab_to("#files")
-    with page.expect_file_chooser() as chosen:
-        page.keyboard.press("Enter")
-    chosen.value.set_files(path)
+    page.keyboard.press("Enter")
     expect(page.locator("#documents li")).to_have_attribute("data-status", "completed")
     tab_to("#question")
     page.keyboard.type(QUESTION)

@@ -4,9 +4,10 @@ const KEY = "focusllm-key";
 let needKey = () => {};
 
 export class ApiError extends Error {
-  constructor(message, status = 0) {
+  /** `code`: the server's word for programs. */
+  constructor(message, status = 0, code = "") {
     super(message);
-    this.status = status;
+    Object.assign(this, { status, code });
   }
 }
 
@@ -30,14 +31,14 @@ function unreachable() {
 }
 
 function refusal(status, text) {
-  let message = `The server refused this (status ${status}).`;
+  let error = { message: `The server refused this (status ${status}).` };
   try {
-    message = JSON.parse(text).error.message;
+    error = JSON.parse(text).error;
   } catch {
     // something before the server answered
   }
-  if (status === 401) needKey(message);
-  return new ApiError(message, status);
+  if (status === 401) needKey(error.message);
+  return new ApiError(error.message, status, error.code);
 }
 
 async function send(path, options = {}) {

@@ -50,8 +50,8 @@ export class Documents {
     const before = await this.content(old.id);
     const entry = await this.add(new Blob([text], { type: "text/plain" }), old.name);
     if (entry.status !== "completed") {
-      this.#drop(entry);
-      throw new api.ApiError(entry.error);
+      await this.remove(entry).catch(() => this.#drop(entry));
+      throw new api.ApiError(entry.error || "The new text was not read; the old one is still there.");
     }
     entry.isAsked = old.isAsked;
     const after = await this.content(entry.id);
@@ -118,6 +118,7 @@ export class Documents {
       entry.share = share;
       this.onChange();
     });
+    if (!this.list.includes(entry)) return api.remove(`files/${sent.id}`); // removed meanwhile
     entry.id = sent.id;
     this.store ??= (await api.create("vector_stores", { name: STORE })).id;
     this.#take(entry, await api.create(`vector_stores/${this.store}/files`, { file_id: sent.id }));

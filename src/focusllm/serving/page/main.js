@@ -41,7 +41,10 @@ async function start() {
   select.disabled = names.length < 2;
   byId("key-form").hidden = true;
   byId("workspace").hidden = false;
-  await documents.load();
+  await documents.load().catch((error) => {
+    byId("drop").hidden = error.code === "no_files"; // there is only the model
+    throw error;
+  });
 }
 
 function setBusy(isBusy) {

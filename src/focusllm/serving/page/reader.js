@@ -42,8 +42,10 @@ export class Reader {
     byId("reader-error").textContent = "";
     byId("edit").hidden = !(this.entry?.isText && this.entry.status === "completed");
     this.#present();
+    this.shown = citation;
     try {
       const content = id ? await this.documents.content(id) : { text, at: () => 0 };
+      if (this.shown !== citation) return; // another one was opened meanwhile
       const { start, end } = citation.place ?? this.#place(citation, content);
       this.#show(content.text, start, end);
     } catch (error) {
@@ -118,6 +120,7 @@ export class Reader {
     const edited = byId("edited").value; // whose lines end in \n alone
     const ends = text.includes("\r\n") ? edited.replaceAll("\n", "\r\n") : edited;
     byId("save").disabled = true;
+    byId("save").textContent = "It is read …";
     try {
       const entry = ends === text ? old : await this.documents.replace(old, ends);
       if (this.entry !== old) return; // another one was opened meanwhile
@@ -127,6 +130,7 @@ export class Reader {
       byId("reader-error").textContent = error.message;
     } finally {
       byId("save").disabled = false;
+      byId("save").textContent = "Save and read";
     }
   }
 }
