@@ -43,13 +43,15 @@ LONG = "Some years ago I went to sea, and saw the watery part of the world. " * 
 SECRET = "the-word-nobody-may-log"
 
 
-def tiny() -> FocusLLM:
-    """A model that writes ASCII and never ends by itself."""
+def tiny(alphabet: str = "") -> FocusLLM:
+    """A model that writes ASCII, or an alphabet, and never ends by itself."""
     model = FocusForCausalLM(
         with_candidates(build(max_position_embeddings=512)), SMALL.replace(local_length=64, far_context="opened")
     )
     settings = model.generation_config
     settings.suppress_tokens, settings.eos_token_id = [*range(3), *UNREADABLE, 259], 259
+    if alphabet:
+        settings.suppress_tokens = sorted(set(range(260)) - set(byte_tokenizer()(alphabet).input_ids))
     return FocusLLM(model, byte_tokenizer(), "tiny")
 
 

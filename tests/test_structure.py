@@ -73,6 +73,7 @@ ROOMS = {
             "prompts",
             "listening",
             "metrics",
+            "page_routes",
             "gate",
             "file_catalogue",
             "files",
@@ -110,7 +111,16 @@ WITHOUT_TORCH = [
     *("huggingface.embedded", "library.cutting", "library.catalogue", "library.chunk_folder"),
     *(
         f"serving.{name}"
-        for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema", "file_catalogue")
+        for name in (
+            "refusals",
+            "stops",
+            "settings",
+            "keys",
+            "api_errors",
+            "openai_schema",
+            "file_catalogue",
+            "page_routes",
+        )
     ),
     *(f"serving.{name}" for name in ("bodies", "messages_schema", "responses_schema", "response_store")),
     *(name for name in ORDER if name.startswith("cli")),

@@ -22,7 +22,14 @@ from starlette.types import ASGIApp
 from focusllm.errors import ConfigError
 from focusllm.library.library import Library
 from focusllm.llm import FocusLLM
-from focusllm.serving import file_routes, messages_routes, openai_routes, responses_routes, token_routes
+from focusllm.serving import (
+    file_routes,
+    messages_routes,
+    openai_routes,
+    page_routes,
+    responses_routes,
+    token_routes,
+)
 from focusllm.serving.api_errors import ApiError, of_validation
 from focusllm.serving.files import Files
 from focusllm.serving.gate import Gate
@@ -87,6 +94,7 @@ def create_app(
     app.state.worker = worker
     for dialect in (openai_routes, file_routes, responses_routes, messages_routes, token_routes):
         app.include_router(dialect.routes(service))
+    app.include_router(page_routes.routes())
 
     @app.get("/health")
     async def health() -> JSONResponse:

@@ -11,13 +11,14 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from focusllm.serving import page_routes
 from focusllm.serving.api_errors import ApiError, is_anthropic
 from focusllm.serving.keys import Keys
 from focusllm.serving.metrics import Metrics
 from focusllm.serving.settings import ServerSettings, is_loopback
 
-OPEN_ROUTES = ("/health", "/ready")
-"""What a supervisor asks, without a key."""
+OPEN_ROUTES = frozenset({"/health", "/ready", *page_routes.FILES})
+"""What needs no key: what a supervisor asks, and the page that asks people for theirs."""
 log = logging.getLogger("focusllm.access")
 
 
@@ -49,6 +50,7 @@ class Gate:
 
         try:
             self._check_host(Headers(scope=scope))
+            self._check_site(scope["method"], Headers(scope=scope))
             state["owner"] = self._owner(scope)
             await self.app(scope, self._limited(scope, receive), sent)
         except ApiError as error:
@@ -66,6 +68,12 @@ class Gate:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.settings.is_loopback and not self.keys and not is_loopback(name):
             raise ApiError(403, "This server answers this machine only; call it by localhost.")
+
+    def _check_site(self, method: str, headers: Headers) -> None:
+        """Without keys, a browser lets a page of another site send a form here, a file too; it says where that is."""
+        is_other = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        if is_other and not self.keys and method not in ("GET", "HEAD"):
+            raise ApiError(403, "This server takes nothing from pages of other sites.")
 
     def _owner(self, scope: Scope) -> str:
         """The name of the key; nobody's where there are none."""
