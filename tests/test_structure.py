@@ -45,7 +45,8 @@ ROOMS = {
     "front": ["reading", "asking", "conversation", "llm"],  # lies in no folder
     "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
-        *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
+        *("config", "corpus", "wordings", "tasks", "divergence", "dense", "sampling", "checkpoint", "sharding", "loss"),
+        *("generating", "teacher", "loop", "report", "run", "questions"),
     ],
     "checks": ["info", "verify", "conformance", "needles", "heads"],
     "evaluation": [
@@ -81,6 +82,7 @@ ROOMS = {
         "library",
         "heads",
         "train",
+        "questions",
         "bench",
         "evaluate",
         "inspect",
@@ -102,7 +104,7 @@ WITHOUT_TORCH = [
     *("huggingface.embedded", "library.cutting", "library.catalogue", "library.chunk_folder"),
     *(f"serving.{name}" for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema")),
     *(name for name in ORDER if name.startswith("cli")),
-    *("training.config", "training.corpus", "training.tasks", "training.report"),
+    *("training.config", "training.corpus", "training.wordings", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),
     "evaluation.report",
     *(name for name in ORDER if name.startswith("evaluation.tasks.")),
