@@ -46,9 +46,8 @@ def train(
     given = locals()
     from focusllm.training.config import TrainConfig
 
-    names = ("model", "init_adapter", "dtype", "steps", "learning_rate", "rank", "projections", "memories_per_step")
-    names += ("seed", "objective", "temperature", "top_k")
-    changes = {name: value for name in names if (value := given[name]) is not None}
+    not_settings = ("sources", "output", "config", "as_json")
+    changes = {name: value for name, value in given.items() if name not in not_settings and value is not None}
     if sources:
         changes["sources"] = sources
     settings = TrainConfig.from_file(config, **changes) if config else TrainConfig.from_dict(changes)

@@ -143,7 +143,9 @@ def _passage(rng: Rng, tokenizer: Any, corpora: Sequence[tuple[Corpus, float]]) 
     weights = np.array([weight for _, weight in corpora])
     for _ in range(200):
         corpus, _ = corpora[int(rng.choice(len(weights), p=weights / weights.sum()))]
-        tokens = corpus.document(by_length(rng, corpus, corpus.answers < 0)) if (corpus.answers < 0).any() else []
+        if (corpus.answers >= 0).all():  # prompts with answers
+            continue
+        tokens = corpus.document(by_length(rng, corpus, corpus.answers < 0))
         length = min(int(rng.choice(LENGTHS)), len(tokens))
         start = int(rng.integers(len(tokens) - length + 1))
         text = re.search(r"(?<=[.!?\n])\s.*[.!?\n]", tokenizer.decode(tokens[start : start + length]), re.DOTALL)
