@@ -28,6 +28,7 @@ from focusllm.training.tasks import says
 from focusllm.training.teacher import Teacher
 from training import TEXT, losses, weights
 
+ROOT = Path(__file__).parent.parent
 MIXED = {"repetition": 0.3, "continuation": 0.3, "facts": 0.4}
 
 
@@ -310,6 +311,20 @@ def test_nothing_held_out_is_trained_on(train_settings: Callable[..., TrainConfi
     assert found["train"]
     assert not any(found["train"])
     assert all(found["held-out"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "distilled").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_train_on_nothing_that_is_evaluated_on(path: Path) -> None:
+    config = TrainConfig.from_file(path)
+    assert config.objective == "distill"
+    for named in (*(source.path for source in config.sources), *config.questions):
+        assert not {"test", "bench"} & set(Path(named).parts)
+    assert not config.stories
+    assert not config.multihop
+    assert config.questions == (f"runs/questions-{path.stem}.jsonl",)
+    commands = (path.parent / "README.md").read_text()
+    asked = next(line.split() for line in commands.splitlines() if f"questions-{path.stem}.jsonl" in line)
+    assert not any({"test", "bench"} & set(Path(word).parts) for word in asked)
 
 
 def test_the_log_tells_right_answers_from_true_tokens(
