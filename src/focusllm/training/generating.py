@@ -51,10 +51,12 @@ def _generate(
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     end: int | None = tokenizer.eos_token_id
-    settings: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     # All that a model's own settings might change is said here: the teacher is the model, not its usual sampling.
     config = GenerationConfig(
-        max_new_tokens=most, eos_token_id=end, pad_token_id=end or 0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        max_new_tokens=most, eos_token_id=end, pad_token_id=end or 0, repetition_penalty=1.0,
         return_dict_in_generate=True, output_logits=True, **settings,
     )  # fmt: skip
     generate: Any = model.generate
