@@ -6,6 +6,10 @@ Every variant trains for the same processor time (with OMP_WAIT_POLICY=PASSIVE o
 examples/presets/laptop.toml, and is then evaluated on the same held-out memories. Finished variants are kept in the
 result file and left out when the program is run again; `--only NAME ...` takes some of them.
 
+The distilled variants spend their time on the teacher's passes too. All variants are measured twice: by the true tokens
+of the preset's samples (`held_out`), and by what the teacher says to distilled ones (`taught`): the divergence from it,
+and how many of its answers' tokens are the likeliest ones.
+
 Three variants change the method itself:
 
     recurrent   a row grows by its candidates alone: each sees the chunk, the prompt and the sample's earlier
@@ -17,13 +21,13 @@ Three variants change the method itself:
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,14 +40,16 @@ from focusllm.method.focus import Over, encode_chunks, mover
 from focusllm.method.kv import KV, Segment
 from focusllm.training.config import TrainConfig
 from focusllm.training.corpus import load_corpus
-from focusllm.training.dense import Places, Sample, local_logits, ordinary_pass, packs_of
+from focusllm.training.dense import Places, Sample, answer_losses, local_logits, ordinary_pass, packs_of
 from focusllm.training.loop import learning_rate
 from focusllm.training.loss import Meter
 from focusllm.training.sampling import Memory, Sampler
+from focusllm.training.teacher import Teacher
 
 PRESET = Path(__file__).parent.parent / "examples" / "presets" / "laptop.toml"
-RESULT = "training_experiments"
 QUESTIONS = {"facts": 0.2, "tables": 0.2}
+SHORT = {"answer_length": 48}
+DISTILLED = {"objective": "distill", "teacher_lengths": (256, 512), **SHORT}
 LONG_LOCAL = {"local_lengths": (512,), "samples_per_memory": 4}
 
 Settings = dict[str, Any]
@@ -67,6 +73,17 @@ VARIANTS: dict[str, tuple[Settings, str]] = {
     "repetition 100%": ({"objectives": {"repetition": 1.0}}, ""),
     "both objectives alone": ({"objectives": {"repetition": 0.5, "continuation": 0.5}}, ""),
     "continuation alone": ({"objectives": {"continuation": 1.0}}, ""),
+    "labels, 48 tokens": (SHORT, ""),
+    "distilled": (DISTILLED, ""),
+    "distilled, kept": ({**DISTILLED, "kept_memories": 8}, ""),
+    "distilled, top 8": ({**DISTILLED, "top_k": 8}, ""),
+    "distilled, all tokens": ({**DISTILLED, "top_k": 0}, ""),
+    "distilled, temperature 2": ({**DISTILLED, "temperature": 2.0}, ""),
+    "distilled, answers drawn": ({**DISTILLED, "answer_temperature": 0.7}, ""),
+    "distilled, repetition 50%": (
+        {**DISTILLED, "objectives": {"repetition": 0.5, "continuation": 0.2, "facts": 0.15, "tables": 0.15}},
+        "",
+    ),
     "local 512, prompt 16": ({**LONG_LOCAL, "prompt_lengths": (16,)}, ""),
     "local 512, prompt 64": ({**LONG_LOCAL, "prompt_lengths": (64,)}, ""),
     "local 512, prompt 512": ({**LONG_LOCAL, "prompt_lengths": (512,)}, ""),
@@ -108,7 +125,7 @@ def candidates_of(model: nn.Module, chunk_kv: KV, ordinary: KV, places: Places, 
 
 
 def losses_of(model: nn.Module, memory: Memory, method: str) -> tuple[list[Sample], Tensor, Tensor]:
-    """The samples in the order worked on, and the cross entropies and hits of all their labels."""
+    """The samples in the order worked on, and the losses and hits of all their labels."""
     kv = encode_chunks(model, torch.as_tensor(memory.chunks, dtype=torch.long))
     first = encode_chunks(model, torch.ones(1, 1, dtype=torch.long)) if method == "sink" else None
     in_order, logits = [], []
@@ -122,9 +139,7 @@ def losses_of(model: nn.Module, memory: Memory, method: str) -> tuple[list[Sampl
         sets = candidates_of(model, kv, ordinary, places, width, int(first is not None))
         logits.append(local_logits(model, sets, places, torch.arange(sets.num_rows), sets.num_rows, first))
         in_order += samples
-    labels = torch.tensor([x for s in in_order for x in s.answers])
-    found = torch.cat(logits).float()
-    return in_order, F.cross_entropy(found, labels, reduction="none"), found.detach().argmax(-1) == labels
+    return in_order, *answer_losses(torch.cat(logits), in_order)
 
 
 def train_variant(config: TrainConfig, method: str, bench: Bench, seconds: float) -> dict[str, Any]:
@@ -137,11 +152,11 @@ def train_variant(config: TrainConfig, method: str, bench: Bench, seconds: float
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    sampler = bench.sampler(config, "train")
+    memory_of = bench.memories_of(model, config, "train")
     used, step, curve = 0.0, 0, []
     while used < seconds:
         start = time.process_time()
-        memory, meter = sampler.draw(step, 0), Meter()
+        memory, meter = memory_of(step, 0), Meter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         samples, losses, hits = losses_of(model, memory, method)
@@ -158,20 +173,20 @@ def train_variant(config: TrainConfig, method: str, bench: Bench, seconds: float
         "labels": sum(point["labels"] for point in curve),
         "seconds": used,
         "parameters": sum(parameter.numel() for parameter in trained),
-        "held_out": evaluate(model, bench, method, config),
+        "held_out": evaluate(model, bench, method, config, {}),
+        "taught": evaluate(model, bench, method, config, DISTILLED),
         "curve": curve,
     }
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, bench: Bench, method: str, config: TrainConfig) -> dict[str, Any]:
-    """Losses by objective on the preset's held-out samples, but with the variant's own lengths."""
-    asked = bench.preset.replace(
-        **{name: getattr(config, name) for name in ("local_lengths", "prompt_lengths")}, samples_per_memory=8
-    )
-    sampler, meter = bench.sampler(asked, "held out"), Meter()
+def evaluate(model: nn.Module, bench: Bench, method: str, config: TrainConfig, settings: Settings) -> dict[str, Any]:
+    """Losses by objective on the preset's held-out samples, but with the variant's own lengths and these settings."""
+    lengths = {name: getattr(config, name) for name in ("local_lengths", "prompt_lengths")}
+    asked = bench.preset.replace(**lengths, **settings, samples_per_memory=8)
+    memory_of, meter = bench.memories_of(model, asked, "held out"), Meter()
     for number in range(bench.memories):
-        samples, losses, hits = losses_of(model, sampler.draw(0, number), method)
+        samples, losses, hits = losses_of(model, memory_of(0, number), method)
         meter.add([(sample.objective, sample.num_answers) for sample in samples], losses, hits)
     return meter.result()
 
@@ -197,9 +212,17 @@ class Bench:
         """The base model, untouched."""
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).eval()
 
-    def sampler(self, config: TrainConfig, part: str) -> Sampler:
-        """Samples of a part of the data."""
-        return Sampler(config, self.tokenizer, self.corpora[part], part)
+    def memories_of(self, model: nn.Module, config: TrainConfig, part: str) -> Callable[[int, int], Memory]:
+        """The memories of a part of the data by step and number; to be distilled, with what the teacher says."""
+        sampler = Sampler(config, self.tokenizer, self.corpora[part], part)
+        if config.objective == "labels":
+            return sampler.draw
+        folder = None
+        if config.kept_memories:
+            self.kept = tempfile.TemporaryDirectory()  # gone with the program
+            folder = Path(self.kept.name)
+        teacher = Teacher(model, self.tokenizer, config, folder)
+        return lambda step, number: teacher.taught(sampler.draw(step, number))
 
 
 def main() -> None:
@@ -210,26 +233,34 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400, help="processor time of a training")
     parser.add_argument("--memories", type=int, default=6, help="held-out memories, 8 samples each")
     parser.add_argument("--threads", type=int, default=1, help="one: two programs beside each other waste nothing")
+    parser.add_argument("--result", default="training_experiments", help="name of the result file")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench = Bench(arguments)
     for name in arguments.only:
-        if name in done():
+        if name in done(arguments.result):
             continue
         settings, method = VARIANTS[name]
         result = train_variant(bench.preset.replace(**settings), method, bench, arguments.seconds)
-        results = {**done(), name: result}  # read anew: another one of these programs may have added some
-        finish(RESULT, {"seconds": arguments.seconds, "memories": bench.memories, "variants": results}, quiet=True)
+        results = {
+            **done(arguments.result),
+            name: result,
+        }  # read anew: another one of these programs may have added some
+        finish(
+            arguments.result,
+            {"seconds": arguments.seconds, "memories": bench.memories, "variants": results},
+            quiet=True,
+        )
         print(f"\r{name}: {summary(results[name])}")
     print(f"\n{'':24s}steps  labels  " + "  ".join(f"{name[:12]:>12s}" for name in OBJECTIVES))
-    for name, row in done().items():
+    for name, row in done(arguments.result).items():
         print(f"{name:24s}{row['steps']:5d}  {row['labels']:6d}  {summary(row)}")
 
 
-def done() -> dict[str, Any]:
+def done(result: str) -> dict[str, Any]:
     """The results so far, by variant."""
-    return dict(earlier(RESULT).get("variants", {}))
+    return dict(earlier(result).get("variants", {}))
 
 
 OBJECTIVES = ("repetition", "continuation", "facts", "tables")

@@ -45,7 +45,8 @@ ROOMS = {
     "front": ["reading", "asking", "conversation", "llm"],  # lies in no folder
     "library": ["cutting", "catalogue", "chunk_folder", "chunk_store", "library", "syncing"],
     "training": [
-        *("config", "corpus", "tasks", "dense", "sampling", "checkpoint", "sharding", "loss", "loop", "report", "run"),
+        *("config", "corpus", "wordings", "tasks", "divergence", "dense", "sampling", "checkpoint", "sharding", "loss"),
+        *("generating", "teacher", "loop", "report", "run", "questions"),
     ],
     "checks": ["info", "verify", "conformance", "needles", "heads"],
     "evaluation": [
@@ -90,6 +91,7 @@ ROOMS = {
         "library",
         "heads",
         "train",
+        "questions",
         "bench",
         "evaluate",
         "inspect",
@@ -124,7 +126,7 @@ WITHOUT_TORCH = [
     ),
     *(f"serving.{name}" for name in ("bodies", "messages_schema", "responses_schema", "response_store")),
     *(name for name in ORDER if name.startswith("cli")),
-    *("training.config", "training.corpus", "training.tasks", "training.report"),
+    *("training.config", "training.corpus", "training.wordings", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),
     "evaluation.report",
     *(name for name in ORDER if name.startswith("evaluation.tasks.")),

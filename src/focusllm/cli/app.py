@@ -13,6 +13,7 @@ from focusllm.cli.evaluate import evaluation
 from focusllm.cli.heads import heads
 from focusllm.cli.inspect import info, verify
 from focusllm.cli.library import library
+from focusllm.cli.questions import questions
 from focusllm.cli.serve import key, serve
 from focusllm.cli.terminal import if_stopped
 from focusllm.cli.train import train
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, generate, info, heads, verify, train, bench, serve, key):
+for command in (ask, generate, info, heads, verify, train, questions, bench, serve, key):
     app.command()(command)
 app.add_typer(library, name="library")
 app.add_typer(evaluation, name="eval")

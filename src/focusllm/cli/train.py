@@ -24,6 +24,11 @@ def train(
         Path | None, typer.Option("--config", "-c", help="Settings as TOML; options change them.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="smollm2-135m, a folder, or a hub id.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="labels, or distill: what the base says with the passage in its window.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="At which the two are compared.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Of the base's likeliest tokens; 0: all.")] = None,
     init_adapter: Annotated[str | None, typer.Option("--adapter", help="Begin from these projections.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the frozen base: auto, float32 or bfloat16.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
@@ -41,8 +46,8 @@ def train(
     given = locals()
     from focusllm.training.config import TrainConfig
 
-    names = ("model", "init_adapter", "dtype", "steps", "learning_rate", "rank", "projections", "memories_per_step")
-    changes = {name: value for name in (*names, "seed") if (value := given[name]) is not None}
+    not_settings = ("sources", "output", "config", "as_json")
+    changes = {name: value for name, value in given.items() if name not in not_settings and value is not None}
     if sources:
         changes["sources"] = sources
     settings = TrainConfig.from_file(config, **changes) if config else TrainConfig.from_dict(changes)

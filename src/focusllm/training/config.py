@@ -15,11 +15,14 @@ from focusllm.files import open_text
 
 Schedule = Literal["cosine", "linear", "constant"]
 Supervision = Literal["dense", "exact"]
-LENGTHS = ("chunk_lengths", "memory_lengths", "local_lengths", "prompt_lengths")
+Objective = Literal["labels", "distill"]
+LENGTHS = ("chunk_lengths", "memory_lengths", "local_lengths", "prompt_lengths", "teacher_lengths")
 TEXT_OBJECTIVES = ("continuation", "repetition")
 LABELS_PER_PASS = 192
 """What is best on a CPU."""
-TASK_OBJECTIVES = ("facts", "tables", "stories", "multihop")
+QUESTION_FILES = ("stories", "multihop", "questions")
+"""The objectives whose tasks are read from files, which settings of the same names list."""
+TASK_OBJECTIVES = ("facts", "tables", *QUESTION_FILES)
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,13 @@ class TrainConfig:
     supervision: Supervision = "dense"
     """dense: every answer token is a label; exact: the first one only, the paper's loss (slow)."""
     objectives: dict[str, float] = field(default_factory=lambda: {"continuation": 0.5, "repetition": 0.5})
-    """Share of the samples of each objective: continuation, repetition, facts, tables, stories, multihop."""
+    """Share of the samples of each objective: continuation, repetition, facts, tables, stories, multihop, questions."""
     stories: tuple[str, ...] = ()
     """bAbI files for the objective `stories`."""
     multihop: tuple[str, ...] = ()
     """HotpotQA or MuSiQue files for the objective `multihop`."""
+    questions: tuple[str, ...] = ()
+    """Files of `focusllm questions` for the objective `questions`."""
     chunk_lengths: tuple[int, ...] = (128, 256, 512, 1024)
     memory_lengths: tuple[int, ...] = (1024, 2048, 4096)
     local_lengths: tuple[int, ...] = (64, 128, 256)
@@ -116,6 +121,22 @@ class TrainConfig:
     Those from its own document are left out. Not for documents with an answer."""
     distractor_pool: int = 128
     """How many different distractors of a chunk length there are. The keys and values of so many are kept in memory."""
+
+    # What is learned from them.
+    objective: Objective = "labels"
+    """labels: the right tokens. distill: what the base model itself says when it has the right passage in its window
+    (the teacher); repetitions and documents with an answer stay with their right tokens."""
+    teacher_lengths: tuple[int, ...] = (512, 1024)
+    """Tokens of text in the teacher's window, the passage among them; continuations have the longest one."""
+    answer_temperature: float = 0.0
+    """At which the teacher draws its answers to questions; 0: the likeliest ones."""
+    temperature: float = 1.0
+    """At which teacher and student are compared."""
+    top_k: int | None = 64
+    """How many of the teacher's likeliest tokens are told apart at an answer position. 0 in a file, None here: all."""
+    kept_memories: int = 0
+    """So many different memories are trained on, again and again, and what the teacher says to them is kept beside the
+    checkpoints. 0: every memory is a new one, and nothing is kept."""
 
     # The optimiser.
     steps: int = 1000
@@ -149,6 +170,7 @@ class TrainConfig:
         self._check_types()
         self._check_numbers()
         self._check_refreshed()
+        self._check_teacher()
         self._check_objectives()
         if max(self.chunk_lengths) > max(self.memory_lengths):
             raise ConfigError(
@@ -174,6 +196,8 @@ class TrainConfig:
             "clip",
             "noise",
             "local_facts",
+            "temperature",
+            "answer_temperature",
             *self.objectives,
         ):
             value = self.objectives.get(name, getattr(self, name, None))
@@ -189,7 +213,7 @@ class TrainConfig:
             self._at_least(name, 1)
         for name in ("evaluation_memories", "save_every", "keep_last", "distractor_pool", "labels_per_pass"):
             self._at_least(name, 1)
-        for name in ("warmup_steps", "seed", "loaders"):
+        for name in ("warmup_steps", "seed", "loaders", "kept_memories"):
             self._at_least(name, 0)
         for name in ("noise", "local_facts"):
             if not 0 <= getattr(self, name) < 1:
@@ -216,6 +240,24 @@ class TrainConfig:
                 f"{self.distractor_pool}."
             )
 
+    def _check_teacher(self) -> None:
+        if self.objective not in ("labels", "distill"):
+            raise ConfigError(f"objective is {self.objective!r}; it must be labels or distill.")
+        if not self.temperature > 0 or self.answer_temperature < 0:
+            raise ConfigError("temperature must be above 0, answer_temperature at least 0.")
+        if self.top_k is not None and not is_whole(self.top_k, 1):
+            raise ConfigError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1, or 0 for all tokens.")
+        if self.objective == "labels":
+            return
+        if self.sharded or self.supervision == "exact":
+            other = "sharded = true" if self.sharded else 'supervision = "exact"'
+            raise ConfigError(f'objective is "distill" with {other}, which has no teacher; leave one of them out.')
+        if self.kept_memories and self.top_k is None:
+            raise ConfigError(
+                f"kept_memories is {self.kept_memories} with top_k = 0, which would keep a number for every token of "
+                f"the vocabulary at every answer position; set top_k."
+            )
+
     def _check_objectives(self) -> None:
         known = (*TEXT_OBJECTIVES, *TASK_OBJECTIVES)
         odd = sorted(set(self.objectives) - set(known))
@@ -224,7 +266,7 @@ class TrainConfig:
         shares = list(self.objectives.values())
         if not shares or min(shares) < 0 or sum(shares) <= 0:
             raise ConfigError(f"objectives is {self.objectives}; give shares of at least 0 that are not all 0.")
-        for name in ("stories", "multihop"):
+        for name in QUESTION_FILES:
             if self.objectives.get(name) and not getattr(self, name):
                 raise ConfigError(f"objectives asks for {name}, but {name} names no files; name some or leave it out.")
 
@@ -250,7 +292,7 @@ class TrainConfig:
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings are: {', '.join(sorted(names))}.")
         settings: dict[str, Any] = dict(content)
-        for name in ("sources", "held_out", "stories", "multihop", "distractors", *LENGTHS):
+        for name in ("sources", "held_out", *QUESTION_FILES, "distractors", *LENGTHS):
             if name in settings:  # one alone may stand without a list
                 given = settings[name]
                 settings[name] = tuple(given) if isinstance(given, list | tuple) else (given,)
@@ -262,7 +304,7 @@ class TrainConfig:
                     )
         except TypeError as error:
             raise ConfigError(f"a source is wrong ({error}); it has path, weight, column, split and subset.") from error
-        for name in ("rank", "refresh_rows"):
+        for name in ("rank", "refresh_rows", "top_k"):
             if settings.get(name) == 0 and settings[name] is not False:
                 settings[name] = None
         return cls(**settings)
@@ -288,7 +330,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, as JSON takes them."""
-        return {**dataclasses.asdict(self), "rank": self.rank or 0, "refresh_rows": self.refresh_rows or 0}
+        zeros = {name: getattr(self, name) or 0 for name in ("rank", "refresh_rows", "top_k")}
+        return {**dataclasses.asdict(self), **zeros}
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed, checked again."""

@@ -34,6 +34,7 @@ from focusllm.method.focus import Over, encode_chunks, focus_logits, mover
 from focusllm.method.kv import KV, Segment, concat
 from focusllm.method.scoring import Scoring
 from focusllm.training.config import LABELS_PER_PASS
+from focusllm.training.divergence import Targets, divergence
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -55,6 +56,12 @@ class Sample:
     Samples that are worked on together (`packs_of`) refresh each other's as well."""
     labels: Sequence[int] | None = None
     """The right tokens at the answer positions, where those that are read there differ. None: they are the same."""
+    window: Sequence[int] = ()
+    """What a teacher reads before the answer, in place of memory and local context; empty: it is not asked."""
+    truth: str | None = None
+    """What the teacher's own answer must say to be taken for the true one; None: it reads the true one."""
+    targets: Targets | None = None
+    """What the teacher says at the answer positions; None: labels are all there is."""
 
     @property
     def newest(self) -> int:
@@ -90,13 +97,27 @@ def dense_loss(
         labels_per_pass: samples with at most so many labels are worked on together (see `packs_of`).
 
     Returns:
-        Cross entropies [labels], in the order of the samples, and how many of them are right under greedy decoding
-        (a boolean tensor of the same shape).
+        As `answer_losses`.
     """
     logits = dense_logits(model, chunk_kv, samples, checkpointed, passes, labels_per_pass)
+    return answer_losses(logits, samples)
+
+
+def answer_losses(logits: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Losses of logits [labels, V] at the answer positions of samples, in their order.
+
+    Returns:
+        Divergences from what a teacher says, where it was asked, else cross entropies [labels]; and which labels are
+        right under greedy decoding (a boolean tensor of the same shape).
+    """
     labels = torch.tensor([x for s in samples for x in s.answers], device=logits.device)
     wide = logits.float() if logits.dtype.itemsize == 2 else logits
-    return F.cross_entropy(wide, labels, reduction="none"), logits.detach().argmax(-1) == labels
+    sizes = [sample.num_answers for sample in samples]
+    losses = [
+        F.cross_entropy(found, right, reduction="none") if s.targets is None else divergence(found, s.targets)
+        for s, found, right in zip(samples, torch.split(wide, sizes), torch.split(labels, sizes), strict=True)
+    ]
+    return torch.cat(losses), logits.detach().argmax(-1) == labels
 
 
 def exact_loss(
@@ -113,6 +134,15 @@ def exact_loss(
     logits = focus_logits(model, chunks, prompt, local)[-1]
     wide = logits.float() if logits.dtype.itemsize == 2 else logits
     return F.cross_entropy(wide, label), logits
+
+
+def base_logits(model: nn.Module, token_ids: Sequence[int], count: int) -> Tensor:
+    """Logits [count, V] at the last tokens of a text, whose answer they are, by the base model alone."""
+    ids = torch.tensor([list(token_ids[:-1])], device=next(model.parameters()).device)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    logits = run(model, ids, positions, Over(), logits_to_keep=count)
+    assert logits is not None
+    return logits[0]
 
 
 def num_passes(samples: Sequence[Sample], labels_per_pass: int = LABELS_PER_PASS) -> int:

@@ -2,6 +2,7 @@
 
     for step in steps:
         memories = sampler.draw(step, 0 .. memories_per_step - 1), shared out among the processes
+        to be distilled: what the teacher says to them
         encode chunks (frozen, no graph) -> dense_loss -> gradients of the candidate projections -> AdamW
         every now and then: evaluate on held-out text, write a checkpoint
 
@@ -11,6 +12,7 @@ copy of the model each, or share one (`sharded`); then all of them run the same 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -43,6 +45,7 @@ from focusllm.training.config import TrainConfig
 from focusllm.training.loss import MemoryLoss, Meter
 from focusllm.training.sampling import Memory, Sampler
 from focusllm.training.sharding import gathered, shard, whole
+from focusllm.training.teacher import Teacher
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 MAY_CHANGE = (
@@ -149,6 +152,10 @@ class Training:
         )
         if resumed:
             self._restore(resumed)
+        self.teacher = None
+        if config.objective == "distill":
+            folder = self.output / "teacher" / self._known_by() if config.kept_memories else None
+            self.teacher = Teacher(model, self.sampler.tokenizer, config, folder)
 
     def _restore(self, folder: Path) -> None:
         state, optimizer = checkpoint.load(folder)
@@ -191,6 +198,15 @@ class Training:
             "content of stories and multihop": " ".join(s.questions for s in samplers).strip(),
             "content of the sources": " ".join(s.content for s in samplers),
         }
+
+    def _known_by(self) -> str:
+        """Changes when anything does that the memories, or what is said to them, may depend on."""
+        settings = {name: value for name, value in _plain(self.config).items() if name not in MAY_CHANGE}
+        said = json.dumps([settings, self.sampler.data, self._surroundings()], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    def _taught(self, memory: Memory) -> Memory:
+        return memory if self.teacher is None else self.teacher.taught(memory)
 
     def run(self, report: Report = lambda _: None) -> dict[str, Any]:
         """Train until the last step.
@@ -244,6 +260,7 @@ class Training:
     def _advance(self, memories: list[Memory], start: float) -> dict[str, Any]:
         """One optimiser step, which began with the drawing of its memories."""
         config, accelerator = self.config, self.accelerator
+        memories = [self._taught(memory) for memory in memories]
         passes = self._agreed([self.loss.num_passes(memory.samples) for memory in memories])
         labels = sum(size for memory in memories for _, size in self._sizes(memory))
         total = int(accelerator.reduce(torch.tensor(labels, device=accelerator.device), "sum"))
@@ -314,7 +331,7 @@ class Training:
         count, together = self.config.evaluation_memories, accelerator.num_processes
         for start in range(0, count, together):  # a process without a memory in the last round takes one for nothing
             number = start + accelerator.process_index
-            memory = self.held_out.draw(0, number)
+            memory = self._taught(self.held_out.draw(0, number))
             for total, without_memory in meters:
                 (passes,) = self._agreed([self.loss.num_passes(memory.samples, without_memory)])
                 found = self.module(memory, passes, without_memory)

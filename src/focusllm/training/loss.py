@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from focusllm.memory.chunk_cache import ChunkCache
 from focusllm.memory.store import Packing
-from focusllm.method.base import run
-from focusllm.method.focus import Over, encode_chunks
+from focusllm.method.focus import encode_chunks
 from focusllm.method.kv import KV, concat
 from focusllm.training.config import TrainConfig
-from focusllm.training.dense import Sample, dense_loss, exact_loss, num_passes
+from focusllm.training.dense import Sample, answer_losses, base_logits, dense_loss, exact_loss, num_passes
 from focusllm.training.sampling import Memory
 
 
@@ -38,9 +37,9 @@ class MemoryLoss(nn.Module):
             without_memory: by the base model, from the local contexts alone.
         """
         samples = memory.samples
-        device = next(self.model.parameters()).device
         if without_memory:
-            return _joined((self._alone(sample, device) for sample in _repeated(samples, passes)), self.sizes(samples))
+            return _joined((self._alone(sample) for sample in _repeated(samples, passes)), self.sizes(samples))
+        device = next(self.model.parameters()).device
         chunks = torch.as_tensor(memory.chunks, dtype=torch.long, device=device)
         if self._exact:
             rows = list(chunks)
@@ -79,15 +78,11 @@ class MemoryLoss(nn.Module):
         loss, logits = exact_loss(self.model, chunks, ids[sample.start : -1], ids[:-1], ids[-1])
         return loss[None], (logits.detach().argmax() == ids[-1])[None]
 
-    def _alone(self, sample: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _alone(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """The labels of a sample from the local context alone: [labels] each."""
         (num_labels,) = self.sizes([sample])
-        ids = torch.tensor([list(sample.token_ids)], device=device)
-        positions = torch.arange(ids.shape[1] - 1, device=device)[None]
-        logits = run(self.model, ids[:, :-1], positions, Over(), logits_to_keep=sample.num_answers)
-        assert logits is not None
-        found, labels = logits[0, :num_labels].float(), torch.tensor(sample.answers[:num_labels], device=device)
-        return nn.functional.cross_entropy(found, labels, reduction="none"), found.argmax(-1) == labels
+        losses, hits = answer_losses(base_logits(self.model, sample.token_ids, sample.num_answers), [sample])
+        return losses[:num_labels], hits[:num_labels]
 
 
 def _repeated(samples: Sequence[Sample], passes: int) -> list[Sample]:

@@ -200,12 +200,7 @@ def _assembled(
     reading: Callable[[str, int], None],
     notify: Callable[[str], None],
 ) -> Training:
-    path = resolve_model(config.model, notify)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(config.dtype, accelerator.device)).eval()
-    except Exception as error:  # a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
-        raise cannot_load(config.model, error) from error
+    tokenizer, model = load_base(config.model, config.dtype, accelerator.device, notify)
     check_positions(config, layout(model).max_positions)
     folder = cache_folder() / "corpora"
     with accelerator.main_process_first():  # the main process tokenises, the others find it done
@@ -225,6 +220,22 @@ def _assembled(
         notify("No text is left over to evaluate on (held_out names some); the last checkpoint is taken as the best.")
     sink = first_token(tokenizer) if config.sink else None
     return Training(config, model, sampler, held_out, output, public_name(config.model), accelerator, sink, notify)
+
+
+def load_base(
+    name: str, dtype: str, device: torch.device, notify: Callable[[str], None] = lambda _: None
+) -> tuple[Any, Any]:
+    """Tokenizer and model (still in main memory), as it is trained beside on a device.
+
+    Raises:
+        ModelError: a missing folder, a damaged file, an unknown type, a proxy that refuses, ...
+    """
+    path = resolve_model(name, notify)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype, device)).eval()
+    except Exception as error:
+        raise cannot_load(name, error) from error
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

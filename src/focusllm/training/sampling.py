@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from focusllm.documents.text import chat_frame, encode_ids
+from focusllm.documents.text import chat_frame, encode_ids, frame_question, start_tokens
 from focusllm.errors import ConfigError, DocumentError
-from focusllm.training.config import TASK_OBJECTIVES, TrainConfig
+from focusllm.training.config import QUESTION_FILES, TASK_OBJECTIVES, TrainConfig
 from focusllm.training.corpus import Corpus
 from focusllm.training.dense import Sample
-from focusllm.training.tasks import Questions, Task, fact, read_multihop, read_stories, table
+from focusllm.training.tasks import Questions, Task, fact, read_multihop, read_questions, read_stories, table
 
 Rng = np.random.Generator
 LONGEST_QUESTION = 128
@@ -45,6 +45,8 @@ class Memory:
     """Where it is from, for messages."""
     own: slice
     """Which chunks are its document's; the others are distractors."""
+    name: str = ""
+    """Its part, step and number in it."""
 
 
 def load_tasks(config: TrainConfig, part: str) -> dict[str, Callable[[Rng], Task]]:
@@ -54,11 +56,12 @@ def load_tasks(config: TrainConfig, part: str) -> dict[str, Callable[[Rng], Task
         DocumentError: files that are not what they should be.
     """
     tasks: dict[str, Callable[[Rng], Task]] = {"facts": fact, "tables": table}
-    if config.objectives.get("stories"):
-        tasks["stories"] = Questions(read_stories(config.stories), part)
-    if config.objectives.get("multihop"):
-        tasks["multihop"] = Questions(read_multihop(config.multihop), part)
-    return tasks
+    readers = dict(zip(QUESTION_FILES, (read_stories, read_multihop, read_questions), strict=True))
+    return tasks | {
+        name: Questions(read(getattr(config, name)), part)
+        for name, read in readers.items()
+        if config.objectives.get(name)
+    }
 
 
 class Sampler:
@@ -108,15 +111,17 @@ class Sampler:
 
     def draw(self, step: int, number: int) -> Memory:
         """The memory of a number in a step; the same one whenever it is asked for."""
+        if self.part == "train" and self.config.kept_memories:  # the same ones again and again
+            a_step = self.config.memories_per_step
+            step, number = divmod((step * a_step + number) % self.config.kept_memories, a_step)
         rng = np.random.default_rng([self.config.seed, int(self.part != "train"), step, number])
         weights = np.array([weight for _, weight in self.corpora])
         corpus, _ = self.corpora[int(rng.choice(len(weights), p=weights / weights.sum()))]
-        document = _by_length(rng, corpus, self._usable(corpus))
+        document = by_length(rng, corpus, self._usable(corpus))
         tokens, answer = corpus.document(document), int(corpus.answers[document])
         origin = f"{corpus.name}, document {document}"
-        if answer >= 0:
-            return self._answered(rng, tokens, answer, origin)
-        return self._text(rng, tokens, origin)
+        memory = self._answered(rng, tokens, answer, origin) if answer >= 0 else self._text(rng, tokens, origin)
+        return replace(memory, name=f"{self.part.replace(' ', '-')}-{step:06d}-{number:03d}")
 
     def _usable(self, corpus: Corpus) -> np.ndarray:
         """[D]: which documents give a sample; of one with an answer, the prompt gives memory and local context."""
@@ -125,7 +130,7 @@ class Sampler:
         return usable
 
     def _text(self, rng: Rng, tokens: np.ndarray, origin: str) -> Memory:
-        config = self.config
+        config, (of_windows,) = self.config, rng.spawn(1)  # whose draws leave the others as they are
         chunk, memory, local = (
             int(rng.choice(x)) for x in (config.chunk_lengths, config.memory_lengths, config.local_lengths)
         )
@@ -163,11 +168,38 @@ class Sampler:
             else:
                 first = min(continued * length, max(0, len(behind) - local - length))
                 sample = _sample(behind[first : first + local + length], length, prompt, name)
+                sample = replace(sample, window=self._before(text[: taken + first + local]))
                 sources = [(rows * chunk - 1, rows * chunk)]
                 continued += 1
+            if task is not None:
+                sample = self._shown(of_windows, sample, task, far, sources)
             sources = [(start + own.start * chunk, stop + own.start * chunk) for start, stop in sources]
             samples.append(replace(sample, refreshed=self._refreshed(order, sources, chunk)))
         return Memory(chunks, samples, origin, own)
+
+    def _before(self, text: list[int]) -> list[int]:
+        """What the teacher reads before a text goes on."""
+        if self.config.objective == "labels":
+            return []
+        return [*start_tokens(self.tokenizer), *text[-max(self.config.teacher_lengths) :]]
+
+    def _shown(self, rng: Rng, sample: Sample, task: Task, text: list[int], spans: list[tuple[int, int]]) -> Sample:
+        """A task's sample with what the teacher reads: its passages among the text around them, or, if they are there,
+        the local context. A task that is longer than the teacher's window stays with its true tokens.
+        """
+        taken, longest = sum(stop - start for start, stop in spans), max(self.config.teacher_lengths)
+        if self.config.objective == "labels" or taken > longest:
+            return sample
+        if not spans:
+            return replace(sample, window=sample.token_ids[: -sample.num_answers], truth=task.answer)
+        around = max(0, int(rng.choice(self.config.teacher_lengths)) - taken) // len(spans)
+        is_read = np.zeros(len(text), dtype=bool)
+        for start, stop in spans:
+            size = stop - start + around
+            first = max(0, min(start - int(rng.integers(around + 1)), len(text) - size))
+            is_read[first : first + size] = True
+        before, asked = frame_question(self.tokenizer, task.question)
+        return replace(sample, window=[*before, *np.array(text)[is_read].tolist(), *asked], truth=task.answer)
 
     def _asked(self, rng: Rng, room: int) -> list[tuple[str, Task | None, list[list[int]]]]:
         """What a memory is asked: (objective, its task, what is to be hidden for it, at most `room` tokens in all)."""
@@ -237,7 +269,7 @@ class Sampler:
         long = [entry for entry in long if entry[2].any()]
         weights = np.array([weight for _, weight, _ in long])
         corpus, _, usable = long[int(rng.choice(len(long), p=weights / weights.sum()))]
-        tokens = corpus.document(_by_length(rng, corpus, usable))
+        tokens = corpus.document(by_length(rng, corpus, usable))
         start = int(rng.integers(len(tokens) - chunk + 1))
         return tokens[None, start : start + chunk]
 
@@ -274,10 +306,15 @@ class Sampler:
 
     def _question(self, rng: Rng, task: Task, name: str, text: list[int], prompt: int) -> Sample:
         """Text, then the question, in the chat template or plain; the answer with its end is supervised."""
-        if self.before is not None and rng.random() < 0.6:
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        if self.config.objective == "distill":  # asked as it is asked when it is used, answered in a sentence
+            before, asked = frame_question(self.tokenizer, task.question)
+            spoken = f"{task.lead} {task.answer}." if task.lead.endswith(" is") else task.answer
+            answer = [*self._encode(spoken), *end]
+        elif self.before is not None and rng.random() < 0.6:
             before, asked = self._control(self.before), self._encode(f"\n\n{task.question}") + self._control(self.after)
             spoken = f"{task.lead} {task.answer}." if task.lead.endswith("is") and rng.random() < 0.3 else task.answer
-            answer = [*self._encode(spoken), self.tokenizer.eos_token_id]
+            answer = [*self._encode(spoken), *end]
         else:
             lead = task.lead or "Answer:"
             plain = f"\n\n{lead}" if lead != "Answer:" and rng.random() < 0.4 else f"\n\n{task.question}\n{lead}"
@@ -328,7 +365,7 @@ class Sampler:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _by_length(rng: Rng, corpus: Corpus, usable: np.ndarray) -> int:
+def by_length(rng: Rng, corpus: Corpus, usable: np.ndarray) -> int:
     """One of the usable documents, the longer the likelier."""
     room = np.where(usable, corpus.lengths, 0)
     return int(rng.choice(len(room), p=room / room.sum()))
@@ -354,9 +391,12 @@ def check_positions(config: TrainConfig, max_positions: int) -> None:
     row = max(config.chunk_lengths) + behind
     chunks = -(-max(config.memory_lengths) // min(config.chunk_lengths)) + max(config.distractors)
     local = chunks + max(*config.local_lengths, LONGEST_QUESTION) + config.answer_length
-    for name, length in (("row", row), ("local context behind its candidates", local)):
+    lengths = [("row", row), ("local context behind its candidates", local)]
+    if config.objective == "distill":
+        lengths.append(("teacher's window", max(config.teacher_lengths) + LONGEST_QUESTION + config.answer_length))
+    for name, length in lengths:
         if length > max_positions:
             raise ConfigError(
                 f"a {name} takes up to {length} positions, but the base model has {max_positions}; use smaller "
-                f"chunk_lengths, local_lengths, prompt_lengths or answer_length, or fewer distractors."
+                f"chunk_lengths, local_lengths, prompt_lengths, teacher_lengths or answer_length, or fewer distractors."
             )

@@ -1,26 +1,37 @@
 """Retrieval tasks that are made up: something is hidden in a long text, and asked for.
 
 A task gives `inserts` (text to be put somewhere into the memory, in order), a `question`, the `lead` with which the
-answer begins, and the `answer`. Pure functions of a random generator; no tokenizer, no files but bAbI's. The wordings
-are deliberately not those of the tasks that the method is evaluated on.
+answer begins, and the `answer`. Pure functions of a random generator; no tokenizer, no files but those with questions.
+The wordings are deliberately not those of the tasks that the method is evaluated on.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from focusllm.errors import DocumentError
 from focusllm.files import open_text
 from focusllm.json_text import parse_json
-
-Rng = np.random.Generator
-T = TypeVar("T")
+from focusllm.training.wordings import (
+    ATTRIBUTES,
+    BELONGINGS,
+    EVENTS,
+    IDENTIFIERS,
+    LEADS,
+    LOOKUPS,
+    QUESTIONS,
+    STATEMENTS,
+    TABLES,
+    WORDS,
+    Rng,
+    name,
+    pick,
+    subject,
+)
 
 
 @dataclass(frozen=True)
@@ -36,27 +47,36 @@ class Task:
 
 
 def fact(rng: Rng) -> Task:
-    """One sentence that says a number, a word or a date of somebody or something."""
-    subject = _subject(rng)
-    kind = _pick(rng, tuple(ATTRIBUTES))
+    """One sentence that says a number, a word or a date of somebody or something, or what somebody did."""
+    if rng.random() < 0.4:
+        return _event(rng)
+    who = subject(rng)
+    kind = pick(rng, tuple(ATTRIBUTES))
     attributes, value_of = ATTRIBUTES[kind]
-    attribute, value = _pick(rng, attributes), value_of(rng)
-    statement = _pick(rng, STATEMENTS).format(a=attribute, s=subject, v=value)
-    question = _pick(rng, QUESTIONS).format(a=attribute, s=subject)
-    lead = _pick(rng, LEADS).format(a=attribute, s=subject)
+    attribute, value = pick(rng, attributes), value_of(rng)
+    statement = pick(rng, STATEMENTS).format(a=attribute, s=who, v=value)
+    question = pick(rng, QUESTIONS).format(a=attribute, s=who)
+    lead = pick(rng, LEADS).format(a=attribute, s=who)
     return Task([statement], question, lead, value)
+
+
+def _event(rng: Rng) -> Task:
+    statements, questions, lead, value_of = pick(rng, EVENTS)
+    words = {"s": name(rng), "t": f"{pick(rng, WORDS)} {pick(rng, BELONGINGS)}", "v": value_of(rng)}
+    statement, question = pick(rng, statements), pick(rng, questions)
+    return Task([statement.format(**words)], question.format(**words), lead.format(**words), words["v"])
 
 
 def table(rng: Rng, most_rows: int = 100) -> Task:
     """A table of identifiers, more often a short one than a long one; one of them is looked up."""
     rows = 3 + round((most_rows - 3) * rng.random() ** 2)
-    make_key, make_value = _pick(rng, IDENTIFIERS), _pick(rng, IDENTIFIERS)
+    make_key, make_value = pick(rng, IDENTIFIERS), pick(rng, IDENTIFIERS)
     keys = list(dict.fromkeys(make_key(rng) for _ in range(rows)))
     values = [make_value(rng) for _ in keys]
-    title, line, lead = _pick(rng, TABLES)
+    title, line, lead = pick(rng, TABLES)
     chosen = int(rng.integers(len(keys)))
     body = "\n".join(line.format(k=key, v=value) for key, value in zip(keys, values, strict=True))
-    question = _pick(rng, LOOKUPS).format(k=keys[chosen])
+    question = pick(rng, LOOKUPS).format(k=keys[chosen])
     return Task([f"{title}\n{body}\n"], question, lead.format(k=keys[chosen]), values[chosen])
 
 
@@ -136,6 +156,34 @@ def _multihop(row: dict[str, Any]) -> Task:
     return Task(inserts, row["question"], "Answer:", row["answer"])
 
 
+def read_questions(paths: Sequence[str | Path]) -> list[Task]:
+    """Questions that a model made from passages (`focusllm questions`), and their passages.
+
+    Raises:
+        DocumentError: a file that cannot be read, is not of that kind, or has no questions.
+    """
+    tasks: list[Task] = []
+    for path in paths:
+        lines = [line for line in _text(path).split("\n") if line.strip()]
+        try:
+            rows = [parse_json(line) for line in lines]
+            found = [Task([row["passage"]], row["question"], "", row["answer"]) for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DocumentError(f"{path} is not a file of `focusllm questions` ({error!r}).") from error
+        if not found or not all(
+            isinstance(x, str) for task in found for x in (*task.inserts, task.question, task.answer)
+        ):
+            raise DocumentError(f"{path} has no questions; make some with `focusllm questions`.")
+        tasks += found
+    return tasks
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a text has an answer in it, as whole words, whatever their case and the white space between them."""
+    wanted = r"\s+".join(map(re.escape, answer.strip(" .").split()))
+    return bool(wanted) and re.search(rf"(?<!\w){wanted}(?!\w)", text, re.IGNORECASE) is not None
+
+
 def _text(path: str | Path) -> str:
     try:
         with open_text(path) as file:
@@ -144,144 +192,3 @@ def _text(path: str | Path) -> str:
         raise DocumentError(f"{path} cannot be read ({error.strerror or error}); check the path.") from error
     except ValueError as error:
         raise DocumentError(f"{path} cannot be read ({error}); give a file in UTF-8.") from error
-
-
-# --- material ---------------------------------------------------------------------------------------------------------
-
-
-def _pick(rng: Rng, choices: tuple[T, ...]) -> T:
-    return choices[int(rng.integers(len(choices)))]
-
-
-def _digits(rng: Rng, shortest: int = 3, longest: int = 9) -> str:
-    length = int(rng.integers(shortest, longest + 1))
-    alphabet = rng.choice(10, size=int(rng.integers(2, 11)), replace=False)  # few digits: many repeated ones
-    return "".join(str(digit) for digit in rng.choice(alphabet, size=length))
-
-
-def _letters(rng: Rng, alphabet: str, shortest: int, longest: int) -> str:
-    return "".join(rng.choice(list(alphabet), size=int(rng.integers(shortest, longest + 1))))
-
-
-def _hex(rng: Rng) -> str:
-    return _letters(rng, "0123456789abcdef", 6, 32)
-
-
-def _grouped(rng: Rng) -> str:
-    groups = int(rng.integers(2, 6))
-    return _pick(rng, (":", "-", "/")).join(_letters(rng, "0123456789abcdef", 3, 12) for _ in range(groups))
-
-
-def _code(rng: Rng) -> str:
-    return f"{_letters(rng, 'ABCDEFGHJKLMNPRSTUVWXYZ', 2, 3)}-{_digits(rng, 3, 5)}"
-
-
-def _word(rng: Rng) -> str:
-    return _pick(rng, WORDS)
-
-
-def _words(rng: Rng) -> str:
-    return f"{_pick(rng, WORDS)} {_pick(rng, WORDS)}"
-
-
-def _name(rng: Rng) -> str:
-    return f"{_pick(rng, FIRST_NAMES)} {_pick(rng, LAST_NAMES)}"
-
-
-def _date(rng: Rng) -> str:
-    return f"{int(rng.integers(1, 29))} {_pick(rng, MONTHS)} {int(rng.integers(1700, 2040))}"
-
-
-def _subject(rng: Rng) -> str:
-    if rng.random() < 0.5:
-        return _name(rng)
-    return f"the {_pick(rng, WORDS)} {_pick(rng, THINGS)}"
-
-
-IDENTIFIERS: tuple[Callable[[Rng], str], ...] = (_hex, _grouped, _code, _digits, _words, _name)
-ATTRIBUTES: dict[str, tuple[tuple[str, ...], Callable[[Rng], str]]] = {
-    "number": (
-        ("access code", "locker number", "telephone extension", "serial number", "combination", "account number",
-         "ticket number", "room number", "PIN", "badge number"),
-        _digits,
-    ),
-    "code": (("licence plate", "part number", "booking reference", "flight number", "call sign"), _code),
-    "word": (("password", "code word", "nickname", "emblem", "favourite word", "secret sign"), _word),
-    "words": (("motto", "hiding place", "working title", "signal phrase"), _words),
-    "person": (("guardian", "successor", "oldest friend", "teacher", "creditor"), _name),
-    "date": (("date of birth", "day of departure", "founding date", "deadline"), _date),
-}  # fmt: skip
-STATEMENTS = (
-    "The {a} of {s} is {v}.",
-    "Note: for {s}, the {a} is {v}.",
-    "{v} is the {a} of {s}.",
-    "It should be recorded that the {a} of {s} is {v}.",
-    "As for {s}, everyone agreed that the {a} was {v}.",
-    "[{s} | {a}: {v}]",
-    "The {a} belonging to {s} turned out to be {v}.",
-    "They wrote it down at once: {a} of {s}, {v}.",
-)
-QUESTIONS = (
-    "What is the {a} of {s}?",
-    "Tell me the {a} of {s}.",
-    "Which {a} belongs to {s}?",
-    "The text mentions {s}. What is the {a}?",
-    "According to the text, what is the {a} of {s}?",
-    "Give the {a} of {s}, nothing else.",
-)
-LEADS = (
-    "The {a} of {s} is",
-    "Answer:",
-    "For {s}, the {a} is",
-    "It says that the {a} of {s} is",
-)
-TABLES = (
-    ("Register:", "{k} = {v}", "{k} ="),
-    ("List of entries", "{k} -> {v}", "{k} ->"),
-    ("# settings", "{k}: {v}", "{k}:"),
-    ("key,value", "{k},{v}", "{k},"),
-    ("Entries in the ledger:", "- {k} was assigned {v}", "- {k} was assigned"),
-    ("pairs = [", "    ('{k}', '{v}'),", "('{k}', '"),
-    ("name | entry", "{k} | {v}", "{k} |"),
-)
-LOOKUPS = (
-    "What belongs to {k}?",
-    "Look up {k} in the table.",
-    "Which entry stands beside {k}?",
-    "What was written for {k}?",
-    "Find the entry of {k} and repeat it.",
-)
-FIRST_NAMES = (
-    "Ada", "Abel", "Agnes", "Albert", "Amara", "Anton", "Beatrix", "Bruno", "Carla", "Cedric", "Chidi", "Clara",
-    "Dario", "Delia", "Edgar", "Elena", "Emil", "Esther", "Felix", "Fiona", "Gustav", "Hanna", "Hugo", "Ines", "Ivan",
-    "Jasper", "Jonas", "Kira", "Lars", "Leila", "Lorenz", "Magda", "Marcus", "Mina", "Nadia", "Nils", "Olga", "Oscar",
-    "Paula", "Petra", "Quentin", "Ravi", "Rosa", "Samir", "Selma", "Simon", "Tara", "Theo", "Ursula", "Viktor",
-    "Wanda", "Xenia", "Yusuf", "Zora",
-)  # fmt: skip
-LAST_NAMES = (
-    "Abbott", "Almeida", "Ashford", "Bergman", "Blackwood", "Castellan", "Crane", "Delacroix", "Drummond", "Eriksen",
-    "Falk", "Farrow", "Galloway", "Grimshaw", "Hartley", "Holloway", "Iverson", "Jansen", "Kestrel", "Kowalski",
-    "Lindqvist", "Lockwood", "Marlowe", "Mbeki", "Moreau", "Novak", "Okafor", "Oyelaran", "Pemberton", "Quill",
-    "Ravenscroft", "Rossi", "Sandoval", "Sinclair", "Tanaka", "Thorne", "Ueda", "Vance", "Weller", "Yilmaz", "Zeller",
-)  # fmt: skip
-THINGS = (
-    "archive", "bridge", "cabin", "clock", "committee", "engine", "expedition", "factory", "garden", "harbour", "house",
-    "island", "laboratory", "library", "lighthouse", "machine", "museum", "observatory", "orchestra", "project",
-    "railway", "regiment", "school", "ship", "station", "theatre", "tower", "vault", "village", "warehouse",
-)  # fmt: skip
-WORDS = (
-    "amber", "anchor", "apple", "arrow", "badger", "barley", "basil", "beacon", "birch", "bronze", "candle", "canyon",
-    "cedar", "cherry", "cinnamon", "clover", "cobalt", "copper", "coral", "cotton", "crimson", "crystal", "dagger",
-    "desert", "dolphin", "dragon", "eagle", "ebony", "ember", "falcon", "feather", "fern", "flint", "forest", "fox",
-    "ginger", "glacier", "golden", "granite", "hammer", "harvest", "hazel", "heron", "honey", "indigo", "iron", "ivory",
-    "jade", "jasmine", "juniper", "kettle", "lantern", "lavender", "lemon", "lily", "lotus", "magnet", "maple",
-    "marble", "meadow", "mercury", "mint", "mirror", "monsoon", "needle", "nettle", "nickel", "oak", "olive", "onyx",
-    "opal", "orchid", "otter", "owl", "paper", "pearl", "pebble", "pepper", "pine", "plum", "poppy", "quartz", "rabbit",
-    "raven", "reed", "river", "rocket", "rose", "ruby", "saffron", "salt", "scarlet", "shadow", "silver", "sparrow",
-    "spiral", "stone", "storm", "sugar", "summer", "thistle", "thunder", "tiger", "timber", "topaz", "tulip", "turtle",
-    "velvet", "violet", "walnut", "whisper", "willow", "winter", "wolf", "yellow", "zephyr",
-)  # fmt: skip
-MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-    "December",
-)  # fmt: skip
