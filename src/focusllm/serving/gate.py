@@ -45,6 +45,7 @@ class Gate:
 
         try:
             self._check_host(Headers(scope=scope))
+            self._check_site(scope)
             state["owner"] = self._owner(scope)
             await self.app(scope, self._limited(scope, receive), sent)
         except ApiError as error:
@@ -62,6 +63,12 @@ class Gate:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.settings.is_loopback and not self.keys and not is_loopback(name):
             raise ApiError(403, "This server answers this machine only; call it by localhost.")
+
+    def _check_site(self, scope: Scope) -> None:
+        """What a form on a page of another site sends is not taken: browsers do not ask before they send it."""
+        is_other = Headers(scope=scope).get("sec-fetch-site") == "cross-site"
+        if is_other and not self.keys and scope["method"] not in ("GET", "HEAD"):
+            raise ApiError(403, "A page of another site cannot use this server.")
 
     def _owner(self, scope: Scope) -> str:
         """The name of the key; nobody's where there are none."""
