@@ -496,3 +496,22 @@ def test_forms_of_other_sites_are_refused(served: Running, tmp_path: Path) -> No
     assert served.send("POST", "/v1/files", body, headers)[0] == 403
     assert served.send("GET", "/v1/files", None, headers)[0] == 200
     assert served.send("POST", "/v1/files", body, {**headers, "Sec-Fetch-Site": "same-origin"})[0] == 400
+
+
+def test_servers_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one has taken another reads, too, and a new one removes nothing that is under way."""
+    monkeypatch.setattr("focusllm.serving.files.LOOK_SECONDS", 0.05)
+    one = Files(Library(tmp_path / "library", tiny()))
+    file = one.upload("", "a.txt", "assistants", io.BytesIO(BOOK.encode()))
+    other = Files(Library(tmp_path / "library", tiny()))
+    other.start()
+    try:
+        store = VectorStore("vs_1", "", "", 0, {})
+        one.catalogue.add_store(store)
+        one.put_into(store, [file], {})
+        end = time.monotonic() + 60
+        while one.file(file.id, "").status != "completed" and time.monotonic() < end:
+            time.sleep(0.01)
+        assert one.documents("", [file.id])[0].text == BOOK
+    finally:
+        other.close()
