@@ -82,10 +82,12 @@ class Running:
 
 
 @contextmanager
-def running(keys: Keys | None = None, library: Library | None = None, **limits: Any) -> Iterator[Running]:
+def running(
+    keys: Keys | None = None, library: Library | None = None, llm: FocusLLM | None = None, **limits: Any
+) -> Iterator[Running]:
     settings = ServerSettings(**{"port": 0, "model_id": "tiny", "grace_seconds": 1, **limits})
     with listener(settings) as taken:
-        ours = Server(create_app(tiny(), settings, keys, library), settings)
+        ours = Server(create_app(llm or tiny(), settings, keys, library), settings)
         thread = threading.Thread(target=ours.run, kwargs={"sockets": [taken]})
         thread.start()
         while not ours.started:
@@ -318,7 +320,7 @@ def test_what_says_nothing_is_taken(served: Running) -> None:
     assert served.post("/v1/chat/completions", {**GOOD, **empty, "user": "me", "seed": None, "n": None})[0] == 200
 
 
-@pytest.mark.parametrize("prompt", ["", [], [5, 260], [-1], [[]], [1.5], {"a": 1}])
+@pytest.mark.parametrize("prompt", ["", "\ud800", [], [5, 260], [-1], [[]], [1.5], {"a": 1}])
 def test_bad_prompts(served: Running, prompt: Any) -> None:
     status, answer = served.post("/v1/completions", {"model": "tiny", "prompt": prompt})
     assert status == 400
@@ -595,7 +597,7 @@ def test_sets_of_a_library_are_models(tmp_path: Path) -> None:
         for model in ("tiny@air", "tiny@", "other@sea"):
             with pytest.raises(openai.NotFoundError, match="does not exist here"):
                 client.chat.completions.create(**{**GOOD, "model": model})
-        with pytest.raises(openai.BadRequestError, match="/v1/chat/completions only"):
+        with pytest.raises(openai.BadRequestError, match="by conversations only"):
             client.completions.create(model="tiny@sea", prompt="a")
 
 

@@ -64,7 +64,11 @@ ROOMS = {
             "settings",
             "keys",
             "api_errors",
+            "bodies",
             "openai_schema",
+            "messages_schema",
+            "responses_schema",
+            "response_store",
             "asked_documents",
             "prompts",
             "listening",
@@ -73,8 +77,10 @@ ROOMS = {
             "file_catalogue",
             "files",
             "service",
+            "answering",
+            "response_answer",
         ),
-        *("openai_routes", "file_routes", "app"),
+        *("openai_routes", "file_routes", "responses_routes", "messages_routes", "token_routes", "app"),
     ],
     "cli": [
         "options",
@@ -106,6 +112,7 @@ WITHOUT_TORCH = [
         f"serving.{name}"
         for name in ("refusals", "stops", "settings", "keys", "api_errors", "openai_schema", "file_catalogue")
     ),
+    *(f"serving.{name}" for name in ("bodies", "messages_schema", "responses_schema", "response_store")),
     *(name for name in ORDER if name.startswith("cli")),
     *("training.config", "training.corpus", "training.tasks", "training.report"),
     *("evaluation.example", "evaluation.tasks", "evaluation.methods", "evaluation.plan", "evaluation.results"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from focusllm.decoding.request import Watched
 from focusllm.documents.answer import Citation, Sentence
 from focusllm.documents.document import Context
-from focusllm.documents.sentences import sentence_starts
+from focusllm.documents.sentences import sentences_in
 from focusllm.documents.sources import pieces, short_names
 
 
@@ -57,15 +57,26 @@ def cite_sentences(
     """
     if not context.far:
         return [], []
-    starts, spoken, told = sentence_starts(text), np.asarray(token_ends), list[Sentence]()
     of_token = [_by_sentence(context, step, first_near) for step in watched]
-    for number in range(len(starts)):
-        start, behind = _bounds(starts, number, len(text))
-        end = start + len(text[start:behind].rstrip())
-        if end > start:
-            first, stop = np.searchsorted(spoken, [start, end - 1], side="right").tolist()
-            told.append(Sentence(start, end, _cite(context, of_token[first : stop + 1])))
+    told = [
+        Sentence(start, end, _cite(context, of_token[_tokens_of(start, end, token_ends)]))
+        for start, end, _ in sentences_in(text)
+    ]
     return _cite(context, of_token), told
+
+
+def cite_sentence(
+    context: Context, watched: Sequence[Watched], first_near: int, start: int, end: int, token_ends: Sequence[int]
+) -> Sentence:
+    """One sentence of an answer that still goes on: its characters, half-open; the rest as of `cite_sentences`."""
+    steps = watched[_tokens_of(start, end, token_ends)]
+    return Sentence(start, end, _cite(context, (_by_sentence(context, step, first_near) for step in steps)))
+
+
+def _tokens_of(start: int, end: int, token_ends: Sequence[int]) -> slice:
+    """The tokens that say these characters."""
+    first, stop = np.searchsorted(np.asarray(token_ends), [start, end - 1], side="right").tolist()
+    return slice(first, stop + 1)
 
 
 Places = dict[tuple[int, int], float]

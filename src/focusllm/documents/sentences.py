@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,3 +57,10 @@ def sentence_starts(text: str) -> np.ndarray:
         if starts[-1] < at < len(text):
             starts.append(at)
     return np.array(starts, np.int64)
+
+
+def sentences_in(text: str) -> list[tuple[int, int, int]]:
+    """(first character, behind the last, where the next one begins) of every sentence that is no white space."""
+    starts = [*sentence_starts(text).tolist(), len(text)]
+    bounds = [(start, start + len(text[start:behind].rstrip()), behind) for start, behind in pairwise(starts)]
+    return [found for found in bounds if found[1] > found[0]]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from focusllm.documents.extracted import part_at
+from focusllm.documents.extracted import Extracted, part_at
 from focusllm.documents.folders import find_files, is_pattern
 from focusllm.documents.readers import DOCUMENT_SUFFIXES, read_file
 from focusllm.errors import DocumentError
@@ -88,6 +88,12 @@ class Source:
 def of_text(text: str, name: str = "text") -> Source:
     """A text itself."""
     return Source(name, text, (File(name, 0, 0, len(text)),))
+
+
+def of_extracted(found: Extracted, name: str) -> Source:
+    """What was read of a file that has no place on this machine."""
+    remarks = tuple(f"{name}: {remark}." for remark in found.remarks)
+    return Source(name, found.text, (File(name, 0, 0, len(found.text), found.parts),), remarks)
 
 
 def open_source(path: str | Path, encoding: str | None = None) -> Source:

@@ -22,6 +22,12 @@ TYPES = {
     503: "overloaded_error",
 }
 
+ANTHROPIC = "/v1/messages"
+"""What the paths of Anthropic's dialect begin with."""
+ANTHROPIC_TYPES = {**TYPES, 500: "api_error", 503: "overloaded_error"}
+OVERLOADED = 529
+"""What Anthropic's API says for 503."""
+
 NO_FIELDS = ("body", "str", "int")
 """Words in pydantic's places that are not a request's."""
 
@@ -45,14 +51,23 @@ class ApiError(HTTPException):
         super().__init__(status, _whole(shown(message)), headers)
         self.param, self.code = param and _whole(param), code
 
-    def body(self) -> dict[str, Any]:
-        """As OpenAI's API says it."""
+    def body(self, path: str = "", request_id: str | None = None) -> dict[str, Any]:
+        """As the API says it that has this path: OpenAI's, if it is not Anthropic's."""
+        if is_anthropic(path):
+            kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": self.detail}, "request_id": request_id}
         kind = TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str = "", request_id: str | None = None) -> JSONResponse:
         """The whole of it."""
-        return JSONResponse(self.body(), self.status_code, self.headers)
+        status = OVERLOADED if self.status_code == 503 and is_anthropic(path) else self.status_code
+        return JSONResponse(self.body(path, request_id), status, self.headers)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is of Anthropic's dialect."""
+    return path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/")
 
 
 def _whole(text: str) -> str:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from focusllm.errors import ConfigError
 from focusllm.library.library import Library
 from focusllm.llm import FocusLLM
-from focusllm.serving import file_routes, openai_routes
+from focusllm.serving import file_routes, messages_routes, openai_routes, responses_routes, token_routes
 from focusllm.serving.api_errors import ApiError, of_validation
 from focusllm.serving.files import Files
 from focusllm.serving.gate import Gate
@@ -85,8 +85,8 @@ def create_app(
 
     app = FastAPI(title="FocusLLM", lifespan=working, docs_url=None, redoc_url=None, middleware=[Middleware(gate)])
     app.state.worker = worker
-    app.include_router(openai_routes.routes(service))
-    app.include_router(file_routes.routes(service))
+    for dialect in (openai_routes, file_routes, responses_routes, messages_routes, token_routes):
+        app.include_router(dialect.routes(service))
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -106,11 +106,11 @@ def create_app(
         if not isinstance(error, ApiError):
             what = {404: f"There is no {request.url.path} here.", 405: f"{request.method} does not go with this path."}
             error = ApiError(error.status_code, what.get(error.status_code, str(error.detail)), headers=error.headers)
-        return error.response()
+        return told_in_dialect(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return of_validation(error.errors()).response()
+        return told_in_dialect(request, of_validation(error.errors()))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -118,9 +118,14 @@ def create_app(
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return ApiError(500, "The server failed at this request; its log says why.").response()
+        return told_in_dialect(request, ApiError(500, "The server failed at this request; its log says why."))
 
     return app
+
+
+def told_in_dialect(request: Request, error: ApiError) -> JSONResponse:
+    """A refusal as the API says it whose path was asked."""
+    return error.response(request.url.path, getattr(request.state, "request_id", None))
 
 
 def listener(settings: ServerSettings) -> socket.socket:

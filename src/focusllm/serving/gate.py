@@ -11,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from focusllm.serving.api_errors import ApiError
+from focusllm.serving.api_errors import ApiError, is_anthropic
 from focusllm.serving.keys import Keys
 from focusllm.serving.metrics import Metrics
 from focusllm.serving.settings import ServerSettings, is_loopback
@@ -35,12 +35,16 @@ class Gate:
         began, status, request_id = time.monotonic(), 499, f"req_{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         state["told"] = {}  # numbers for the log
+        state["request_id"] = request_id
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if is_anthropic(scope["path"]):
+                    headers["request-id"] = request_id
             await send(message)
 
         try:
@@ -49,7 +53,7 @@ class Gate:
             state["owner"] = self._owner(scope)
             await self.app(scope, self._limited(scope, receive), sent)
         except ApiError as error:
-            await error.response()(scope, receive, sent)
+            await error.response(scope["path"], request_id)(scope, receive, sent)
         finally:
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "path", "other")
@@ -78,7 +82,8 @@ class Gate:
         kind, _, given = headers.get("authorization", "").partition(" ")
         key = given.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
         if not key:
-            raise ApiError(401, "There is no API key; send it as 'Authorization: Bearer KEY'.", code="missing_api_key")
+            how = "'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"
+            raise ApiError(401, f"There is no API key; send it as {how}.", code="missing_api_key")
         owner = self.keys.owner(key)
         if owner is None:
             raise ApiError(401, "The API key is not known here.", code="invalid_api_key")

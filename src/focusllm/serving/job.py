@@ -99,6 +99,19 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Cited:
+    """A sentence of a choice about documents is complete; told before the piece that its last character is in.
+
+    Where a sentence ends is judged by it alone, so that it is known at once; `Finished` judges by all of the text.
+    """
+
+    choice: int
+    sentence: Sentence
+    next_start: int
+    """Where the next sentence begins."""
+
+
+@dataclass(frozen=True)
 class Finished:
     """A choice is complete: `stop` (the model's end, or `stop_string`) or `length`."""
 
@@ -125,7 +138,7 @@ class Failed:
     error: BaseException
 
 
-Event = Progress | Piece | Finished | Done | Failed
+Event = Progress | Piece | Cited | Finished | Done | Failed
 
 
 @dataclass(eq=False)
@@ -145,6 +158,8 @@ class Choice:
     """Tokens whose text was not handed on yet."""
     said: str = ""
     """What was handed on."""
+    num_cited: int = 0
+    """Characters of it in sentences that `Cited` was told of."""
     token_ends: list[int] = field(default_factory=list)
     """Characters of that when each token had been chosen."""
 

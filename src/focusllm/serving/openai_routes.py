@@ -15,12 +15,13 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from focusllm.documents.answer import Citation
+from focusllm.serving.answering import COMMENT, NUM_CITATIONS, event_stream
 from focusllm.serving.api_errors import ApiError
-from focusllm.serving.job import Event, Finished, Piece, Progress, Prompt, Usage
+from focusllm.serving.job import Cited, Event, Finished, Piece, Progress, Prompt, Usage
 from focusllm.serving.listening import Listening, while_connected
 from focusllm.serving.openai_schema import ChatRequest, CompletionRequest
 from focusllm.serving.sampling import Chosen
@@ -28,11 +29,6 @@ from focusllm.serving.service import Service, tell_log
 
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many, as in OpenAI's API."""
-NUM_CITATIONS = 5
-"""Passages that are named of an answer, and of each sentence of it."""
-NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-PING = ": ping\n\n"
-"""A comment, which clients skip."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -53,16 +49,16 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         most = body.max_completion_tokens or body.max_tokens or service.default_tokens
-        sampling = service.sampling(body, most, (body.top_logprobs or 0) if body.logprobs else None)
+        sampling = service.sampling(body, most, body.stops, body.n, (body.top_logprobs or 0) if body.logprobs else None)
         prompt = await service.chat_prompt(body, request.state.owner)
         listening = service.listen(request, [prompt], sampling)
-        return await _answered(request, service, body, listening, _Chat(service, body, prompt))
+        return await _answered(request, service, body, listening, _Chat(service, body, prompt, request.state.owner))
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model, is_plain=True)
         most = body.max_tokens or min(COMPLETION_TOKENS, service.settings.max_tokens)
-        sampling = service.sampling(body, most, body.logprobs)
+        sampling = service.sampling(body, most, body.stops, body.n, body.logprobs)
         listening = service.listen(request, await service.text_prompts(body), sampling)
         return await _answered(request, service, body, listening, _Completion(service, body))
 
@@ -107,11 +103,12 @@ class _Form:
 class _Chat(_Form):
     kind, id_prefix = "chat.completion", "chatcmpl"
 
-    def __init__(self, service: Service, body: ChatRequest, prompt: Prompt):
+    def __init__(self, service: Service, body: ChatRequest, prompt: Prompt, owner: str):
         super().__init__(service, body)
         self.has_logprobs = body.logprobs
         documents = prompt.context.documents if prompt.context is not None else ()
-        self.file_ids = [service.file_id(document.name) for document in documents]
+        files = [service.file_named(owner, document.name) for document in documents]
+        self.file_ids = [file.id if file is not None else None for file in files]
 
     def choice(self, index: int, text: str, tokens: Sequence[Chosen], finished: Finished) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None, "annotations": [], **self._cited(finished)}
@@ -207,7 +204,7 @@ async def _answered(
     if not body.stream:
         return JSONResponse(await while_connected(request, _whole(request, listening, form, body.n)))
     stream = _stream(request, service, body, listening, form)
-    return StreamingResponse(stream, media_type="text/event-stream", headers=NO_BUFFERING)
+    return event_stream(stream)
 
 
 async def _whole(request: Request, listening: Listening, form: _Form, num_choices: int) -> dict[str, Any]:
@@ -244,7 +241,7 @@ async def _stream(
                 yield chunk([first])
         async for told in listening.events(service.settings.ping_seconds):
             if told is None:
-                yield PING
+                yield COMMENT
                 continue
             index, event = _index(told, body.n), told[1]
             if isinstance(event, Piece):
@@ -265,7 +262,7 @@ async def _stream(
 def _index(told: tuple[int, Event], num_choices: int) -> int:
     """Of a choice among those of all prompts of a request."""
     number, event = told
-    return number * num_choices + (event.choice if isinstance(event, Piece | Finished) else 0)
+    return number * num_choices + (event.choice if isinstance(event, Piece | Cited | Finished) else 0)
 
 
 def _progress(progress: Progress) -> dict[str, int]:

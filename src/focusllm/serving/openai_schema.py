@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from focusllm.serving.api_errors import ApiError
+from focusllm.serving.bodies import Body, of_base64, of_client
 
 IGNORED = frozenset(
     {
@@ -39,24 +38,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change the answer in a way that is not there, and their values that would not."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_unicode(cls, data: Any) -> Any:
-        """JSON can name halves of characters, which no text has, and which could not be sent back."""
-        for name, value in data.items() if isinstance(data, dict) else ():
-            try:
-                json.dumps([name, value], ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(error.object[error.start]):04x}"
-                what = "There is half of a character"
-                raise ApiError(400, f"{name} is not Unicode text: {what} ({half}); send whole ones.", name) from error
-        return data
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream has besides."""
 
     include_usage: bool = False
@@ -64,7 +46,7 @@ class StreamOptions(_Body):
     """Taken, without effect."""
 
 
-class GivenFile(_Body):
+class GivenFile(Body):
     """A file that was uploaded, or is sent along."""
 
     file_id: str | None = None
@@ -84,14 +66,10 @@ class GivenFile(_Body):
         Raises:
             ApiError: they are not base64.
         """
-        try:
-            data = (self.file_data or "").removeprefix("data:").rpartition(",")[2]
-            return base64.b64decode(data, validate=True)
-        except ValueError as error:
-            raise ApiError(400, "file_data is not base64; encode the file's bytes.", "messages") from error
+        return of_base64(self.file_data or "", "file_data", "messages")
 
 
-class Part(_Body):
+class Part(Body):
     """A part of a message."""
 
     type: Literal["text", "file"]
@@ -114,7 +92,7 @@ class Part(_Body):
         return self
 
 
-class Message(_Body):
+class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -136,6 +114,11 @@ class Message(_Body):
         return data
 
     @property
+    def turn(self) -> dict[str, str]:
+        """As chat templates know it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+    @property
     def text(self) -> str:
         """All of its text."""
         if isinstance(self.content, str):
@@ -149,14 +132,14 @@ class Message(_Body):
         return [part.file for part in parts if part.file is not None]
 
 
-class DocumentText(_Body):
+class DocumentText(Body):
     """A document that is sent along."""
 
     title: str | None = None
     text: str
 
 
-class _Generation(_Body):
+class _Generation(Body):
     model: str
     n: Annotated[int, Field(ge=1, le=128)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -174,14 +157,7 @@ class _Generation(_Body):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, neutral in UNSUPPORTED.items():
-            if name in data and data[name] is not None and data[name] not in neutral:
-                raise ApiError(400, f"{name} is not supported; leave it out.", name, "unsupported_parameter")
-        kept = set(data) - IGNORED - set(UNSUPPORTED)
-        # null means that nothing is said
-        return {name: data[name] for name in data if name in kept and (data[name] is not None or name == "model")}
+        return of_client(data, IGNORED, UNSUPPORTED)
 
     @model_validator(mode="after")
     def _stream_options_of_a_stream(self) -> Any:
@@ -259,7 +235,7 @@ Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(ma
 """Notes of a client, within OpenAI's limits."""
 
 
-class NewStore(_Body):
+class NewStore(Body):
     """The body of POST /v1/vector_stores."""
 
     name: Label | None = None
@@ -271,7 +247,7 @@ class NewStore(_Body):
     _supported = model_validator(mode="before")(_without_chunking)
 
 
-class StoreChange(_Body):
+class StoreChange(Body):
     """The body of POST /v1/vector_stores/ID."""
 
     name: Label | None = None
@@ -280,7 +256,7 @@ class StoreChange(_Body):
     _supported = model_validator(mode="before")(_without_chunking)
 
 
-class NewStoreFile(_Body):
+class NewStoreFile(Body):
     """The body of POST /v1/vector_stores/ID/files."""
 
     file_id: str

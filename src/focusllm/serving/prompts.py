@@ -85,14 +85,42 @@ class Prompts:
         with self._turn:
             return token_text(self._tokenizer, token)
 
+    def ids_of_chat(self, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any]) -> list[int]:
+        """A conversation's token ids, in the model's chat template.
+
+        Raises:
+            ConfigError, DocumentError: as of `of_chat`.
+        """
+        with self._turn:
+            return encode_chat(self._tokenizer, messages, template_kwargs)[0]
+
+    def ids_of_text(self, text: str, has_start: bool = True) -> list[int]:
+        """A text's token ids, behind those that the model's texts begin with.
+
+        Raises:
+            DocumentError: text that is no Unicode.
+        """
+        with self._turn:
+            start = start_tokens(self._tokenizer) if has_start else []
+            return [*start, *encode_ids(self._tokenizer, text)]
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """What token ids say, control tokens too.
+
+        Raises:
+            ApiError: some are no tokens.
+        """
+        self._check_known(token_ids, "tokens")
+        with self._turn:
+            return str(self._tokenizer.decode(list(token_ids)))
+
     def of_text(self, text: str) -> Prompt:
         """A text that is to be gone on with.
 
         Raises:
             DocumentError: text that is no Unicode. ApiError: it is empty, or too long.
         """
-        with self._turn:
-            return self._checked([*start_tokens(self._tokenizer), *encode_ids(self._tokenizer, text)])
+        return self._checked(self.ids_of_text(text))
 
     def of_ids(self, token_ids: Sequence[int]) -> Prompt:
         """Token ids that are to be gone on with.
@@ -100,10 +128,13 @@ class Prompts:
         Raises:
             ApiError: there are none, too many, or some that are no tokens.
         """
+        self._check_known(token_ids, "prompt")
+        return self._checked(list(token_ids))
+
+    def _check_known(self, token_ids: Sequence[int], param: str) -> None:
         odd = [token for token in token_ids if not 0 <= token < self._vocabulary]
         if odd:
-            raise ApiError(400, f"{odd[0]} is no token of this model, which has {self._vocabulary}.", "prompt")
-        return self._checked(list(token_ids))
+            raise ApiError(400, f"{odd[0]} is no token of this model, which has {self._vocabulary}.", param)
 
     def _checked(self, ids: list[int], prompt_length: int | None = None) -> Prompt:
         if not ids:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from focusllm.documents.sources import Source, of_text
 from focusllm.errors import FocusError
 from focusllm.library.library import Library
 from focusllm.serving.api_errors import ApiError, of_error
+from focusllm.serving.file_catalogue import StoredFile
 from focusllm.serving.files import Files, read_bytes
 from focusllm.serving.job import Prompt, Usage
 from focusllm.serving.listening import Listening
@@ -24,6 +26,15 @@ from focusllm.serving.refusals import ClosedError
 from focusllm.serving.sampling import Sampling
 from focusllm.serving.settings import ServerSettings
 from focusllm.serving.worker import Worker
+
+
+class Wishes(Protocol):
+    """How a request of any dialect wants its tokens chosen; None: it does not say."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
 
 
 @dataclass
@@ -66,29 +77,39 @@ class Service:
                 *("model", "model_not_found"),
             )
         if is_plain:
-            raise ApiError(400, "A set of documents can be asked by /v1/chat/completions only.", "model")
+            raise ApiError(400, "A set of documents can be asked by conversations only.", "model")
 
-    def sampling(self, body: ChatRequest | CompletionRequest, max_tokens: int, top_logprobs: int | None) -> Sampling:
+    def sampling(
+        self,
+        body: Wishes,
+        max_tokens: int,
+        stop: tuple[str, ...] = (),
+        num_choices: int = 1,
+        top_logprobs: int | None = None,
+        param: str = "max_tokens",
+    ) -> Sampling:
         """How the tokens of an answer are chosen.
+
+        Args:
+            param: the field that said how many there may be.
 
         Raises:
             ApiError: more than this server gives.
         """
         most = self.settings.max_tokens
         if max_tokens > most:
-            raise ApiError(400, f"max_tokens is {max_tokens}, but this server gives at most {most}.", "max_tokens")
-        if body.n > self.settings.max_choices:
-            raise ApiError(400, f"n is {body.n}, but this server gives at most {self.settings.max_choices}.", "n")
-        top_k = body.top_k if body.top_k is not None and body.top_k > 0 else None
+            raise ApiError(400, f"{param} is {max_tokens}, but this server gives at most {most}.", param)
+        if num_choices > self.settings.max_choices:
+            raise ApiError(400, f"n is {num_choices}, but this server gives at most {self.settings.max_choices}.", "n")
         return Sampling(
             max_tokens=max_tokens,
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=top_k,
+            top_k=body.top_k if body.top_k is not None and body.top_k > 0 else None,
             seed=body.seed,
-            stop=body.stops,
+            stop=stop,
             top_logprobs=top_logprobs,
-            num_choices=body.n,
+            num_choices=num_choices,
         )
 
     def kept_files(self) -> Files:
@@ -102,11 +123,6 @@ class Service:
             raise ApiError(400, f"This server has {what}, so it keeps no files; see --library.", code="no_files")
         return self.files
 
-    def file_id(self, document: str) -> str | None:
-        """The uploaded file that a document is; None: it is none."""
-        file = self.files.find(document) if self.files is not None else None
-        return file.id if file is not None else None
-
     async def chat_prompt(self, body: ChatRequest, owner: str) -> Prompt:
         """A conversation as the model reads it.
 
@@ -116,34 +132,67 @@ class Service:
         Raises:
             ApiError: it cannot be read.
         """
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-            for message in body.messages
-        ]
-        switches, param = body.chat_template_kwargs, "messages"
+        messages = [message.turn for message in body.messages]
         try:
-            is_alone = body.model == self.settings.model_id and not body.has_documents
-            if is_alone:
+            sent = await run_in_threadpool(self._documents, body, owner)
+        except FocusError as error:
+            raise _refusal(error, "documents") from error
+        return await self.conversation(body.model, messages, sent, body.chat_template_kwargs)
+
+    async def conversation(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str]],
+        sent: Sequence[Document | Source] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """A conversation as the model reads it, about the documents that were sent, then those of the model's set.
+
+        Args:
+            model: what `check_model` takes. messages: of the roles system, user and assistant.
+
+        Raises:
+            ApiError: it cannot be read.
+        """
+        switches, param = template_kwargs or {}, "messages"
+        try:
+            if model == self.settings.model_id and not sent:
                 return await run_in_threadpool(self.prompts.of_chat, messages, switches)
             param = "documents"
-            documents = await run_in_threadpool(self._documents, body, owner)
+            documents = [*sent, *await run_in_threadpool(self._of_set, model)]
             return await run_in_threadpool(self.prompts.of_documents, messages, documents, switches)
-        except ClosedError as error:
-            raise of_error(error) from error
         except FocusError as error:
-            raise ApiError(400, str(error), param) from error
+            raise _refusal(error, param) from error
+
+    def _of_set(self, model: str) -> Sequence[Document]:
+        name = model.removeprefix(self.settings.model_id).removeprefix("@")
+        return self.library.documents(name) if self.library is not None and name else []
+
+    def files_of(
+        self, owner: str, file_ids: Sequence[str] = (), vector_store_ids: Sequence[str] = ()
+    ) -> Sequence[Document]:
+        """The documents of an owner's files; nothing is looked for where none are named.
+
+        Raises:
+            ApiError: 404, one is not there; or a file cannot be read.
+        """
+        if not file_ids and not vector_store_ids:
+            return []
+        try:
+            return self.kept_files().documents(owner, file_ids, vector_store_ids)
+        except FocusError as error:
+            raise _refusal(error, "file_id") from error
+
+    def file_named(self, owner: str, document: str) -> StoredFile | None:
+        """An owner's file that a document is; None: it is none."""
+        found = self.files.find(document) if self.files is not None else None
+        return found if found is not None and found.owner == owner else None
 
     def _documents(self, body: ChatRequest, owner: str) -> list[Document | Source]:
-        """Those of the set that is named, uploaded files, and what is sent along."""
-        found: list[Document | Source] = []
-        name = body.model.removeprefix(self.settings.model_id).removeprefix("@")
-        if name:
-            assert self.library is not None
-            found += self.library.documents(name)
+        """Uploaded files, and what is sent along."""
         given = [file for message in body.messages for file in message.files]
         ids = [file.file_id for file in given if file.file_id is not None]
-        if ids or body.vector_store_ids:
-            found += self.kept_files().documents(owner, ids, body.vector_store_ids)
+        found: list[Document | Source] = [*self.files_of(owner, ids, body.vector_store_ids)]
         for number, file in enumerate(given, 1):
             if file.file_data is not None:
                 found.append(read_bytes(file.content(), file.filename or f"file {number}"))
@@ -168,7 +217,7 @@ class Service:
                 for given in body.prompts
             ]
         except FocusError as error:
-            raise of_error(error) from error
+            raise ApiError(400, str(error), "prompt") from error
 
     def listen(self, request: Request, prompts: Sequence[Prompt], sampling: Sampling) -> Listening:
         """Put prompts to work.
@@ -177,6 +226,11 @@ class Service:
             ApiError: there is no room.
         """
         return Listening(self.worker, prompts, sampling, request.state.owner)
+
+
+def _refusal(error: FocusError, param: str) -> ApiError:
+    """Of what a client sent, by the field that it stands in, or of a server that ends."""
+    return of_error(error) if isinstance(error, ClosedError) else ApiError(400, str(error), param)
 
 
 def tell_log(request: Request, usage: Usage) -> None:

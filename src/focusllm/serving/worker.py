@@ -22,15 +22,16 @@ from torch import Tensor
 
 from focusllm.decoding.engine import decode, prefilling, start_request
 from focusllm.documents.answer import Citation, Sentence
-from focusllm.documents.citing import cite_sentences
+from focusllm.documents.citing import cite_sentence, cite_sentences
 from focusllm.documents.detokenizer import Detokenizer
+from focusllm.documents.sentences import sentences_in
 from focusllm.errors import ConfigError, FocusError, MemoryLimitError
 from focusllm.huggingface.embedded import cache_folder
 from focusllm.huggingface.modeling import FocusForCausalLM
 from focusllm.memory.chunk_cache import SharedChunks
 from focusllm.memory.cost import check_question, check_read, free_memory
 from focusllm.method.opened import Start, read_start
-from focusllm.serving.job import Choice, Done, Event, Failed, Finished, Job, Piece
+from focusllm.serving.job import Choice, Cited, Done, Event, Failed, Finished, Job, Piece
 from focusllm.serving.refusals import ClosedError, QueueFullError
 from focusllm.serving.sampling import Chosen, Sampler
 from focusllm.serving.scheduler import Scheduler
@@ -321,7 +322,7 @@ class Worker:
         text = piece if stops.found is not None else stops.push(piece)
         if stops.found is not None:
             reason = "stop"
-        self._hand_on(choice, text + stops.finish())
+        self._hand_on(choice, text + stops.finish(), is_last=True)
         choice.token_ends.append(len(choice.said))
         choice.job.emit(Finished(choice.number, reason, stops.found, *_cited(choice)))
         choice.job.choices.remove(choice)
@@ -331,12 +332,25 @@ class Worker:
             choice.job.emit(Done(choice.job.usage()))
             self.totals.finished_jobs += 1
 
-    def _hand_on(self, choice: Choice, text: str) -> None:
+    def _hand_on(self, choice: Choice, text: str, is_last: bool = False) -> None:
         tokens: tuple[Chosen, ...] = tuple(choice.held)
         choice.held.clear()
         choice.said += text
+        if choice.job.prompt.context is not None:
+            self._cite_complete(choice, is_last)
         if text or tokens:
             choice.job.emit(Piece(choice.number, text, tokens))
+
+    def _cite_complete(self, choice: Choice, is_last: bool) -> None:
+        """Tell of the sentences that are complete; the last one only if nothing comes behind it."""
+        context, before = choice.job.prompt.context, choice.num_cited
+        assert context is not None
+        found = sentences_in(choice.said[before:])
+        for start, end, behind in found if is_last else found[:-1]:
+            span = before + start, before + end
+            sentence = cite_sentence(context, choice.request.watched, 0, *span, choice.token_ends)
+            choice.num_cited = before + behind
+            choice.job.emit(Cited(choice.number, sentence, choice.num_cited))
 
     def _end(self, job: Job, event: Event) -> None:
         with self._changed:
