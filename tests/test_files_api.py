@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from focusllm import Library
+from focusllm.errors import LibraryError
 from focusllm.serving.job import Done, Event, Job, Piece, Prompt
 from focusllm.serving.keys import Keys
 from focusllm.serving.sampling import Sampling
@@ -22,6 +24,8 @@ from focusllm.serving.worker import Worker
 
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
+from focusllm.serving.api_errors import ApiError  # noqa: E402
+from focusllm.serving.file_catalogue import StoredFile, VectorStore  # noqa: E402
 from focusllm.serving.files import Files, shown_name  # noqa: E402
 from test_server import Running, clients_end, running, tiny, user  # noqa: E402, F401
 
@@ -166,6 +170,15 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("GET", "/v1/files?limit=x", None, 400),
     ("GET", "/v1/files?order=up", None, 400),
     ("GET", "/v1/files?after=file-none", None, 404),
+    ("GET", "/v1/files?before=file-none", None, 404),
+    ("GET", "/v1/vector_stores/vs_none/files?filter=odd", None, 400),
+    ("POST", "/v1/vector_stores", {"metadata": {"a": float("nan")}}, 400),
+    ("POST", "/v1/vector_stores", {"metadata": {"a": {"b": "c"}}}, 400),
+    ("POST", "/v1/vector_stores", {"metadata": {"a" * 65: "c"}}, 400),
+    ("POST", "/v1/vector_stores", {"metadata": {str(n): "" for n in range(17)}}, 400),
+    ("POST", "/v1/vector_stores", {"name": "\ud800"}, 400),
+    ("POST", "/v1/vector_stores/vs_none/files", {"file_id": "a", "attributes": {"a": float("inf")}}, 400),
+    ("POST", "/v1/vector_stores/vs_none/files", {"file_id": "a", "attributes": {"a": [1]}}, 400),
     ("POST", "/v1/files", {"file": "a"}, 400),
 ]
 
@@ -185,6 +198,7 @@ def test_bad_requests(served: Running, number: int) -> None:
         ({"purpose": "assistants"}, "file is missing"),
         ({"file": ("a.txt", b"a")}, "purpose is missing"),
         ({"file": ("a.txt", b"a"), "purpose": "batch"}, "'batch' is not supported"),
+        ({"file": ("a.txt", b"a"), "purpose": "assistants", "expires_after[anchor]": "created_at"}, "expires_after"),
         ({"file": ("a.txt", b""), "purpose": "assistants"}, "is empty"),
     ],
 )
@@ -275,13 +289,17 @@ def test_after_a_restart_all_is_there_and_reading_goes_on(tmp_path: Path) -> Non
     files.put_into(files.store(store.id, ""), [late], {})
     (folder / "uploads" / "file-000000000000000000000000.txt").write_text("no row")
     (folder / "uploads" / ".part-file-1").write_text("half")
+    for path in (folder / "uploads").glob("*file-*"):
+        os.utime(path, (1, 1))
+    (folder / "uploads" / "file-000000000000000000000002.txt").write_text("another server is at it")
     files.library.add(BOOK, name="file-000000000000000000000001")
     with running(library=Library(folder, tiny())) as served:
         client = served.client()
         assert client.vector_stores.files.poll(late.id, vector_store_id=store.id).status == "completed"
         again = asked(client, file_part(file_id=done.id))
         assert again.choices[0].message.content == answer
-        assert {path.stem for path in (folder / "uploads").iterdir()} == {done.id, late.id}
+        under_way = "file-000000000000000000000002"
+        assert {path.stem for path in (folder / "uploads").iterdir()} == {done.id, late.id, under_way}
         assert {entry.name for entry in Library(folder, read_only=True).entries()} == {done.id, late.id}
 
 
@@ -368,3 +386,132 @@ def test_system_and_user_stay_text_beside_files(served: Running) -> None:
     messages[1]["content"] = file_part(file_id=file.id)  # type: ignore[assignment]
     answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)  # type: ignore[arg-type]
     assert answer.choices[0].message.citations[0]["file_id"] == file.id
+
+
+def test_lists_are_paged_in_both_directions(served: Running) -> None:
+    client = served.client()
+    stores = [client.vector_stores.create(name=str(n)).id for n in range(4)]
+    newest = [store.id for store in client.vector_stores.list(limit=1)][:4]
+    assert newest == stores[::-1]
+    page = client.vector_stores.list(limit=2, before=newest[3])
+    assert ([store.id for store in page.data], page.has_more) == (newest[1:3], True)
+    page = client.vector_stores.list(limit=5, after=newest[0], before=newest[3])
+    assert ([store.id for store in page.data], page.has_more) == (newest[1:3], False)
+
+
+def test_a_store_without_a_file_to_ask(served: Running) -> None:
+    client = served.client()
+    store = client.vector_stores.create()
+    assert asked(client, ASKED, vector_store_ids=[store.id]).choices[0].message.content
+    file = client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("a.bin", bytes(range(256)) * 20))
+    assert file.status == "failed"
+    assert asked(client, ASKED, vector_store_ids=[store.id]).choices[0].message.content
+
+
+def test_a_file_longer_than_a_prompt_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "library"
+    with running(library=Library(folder, tiny()), max_prompt_tokens=800) as served:
+        client = served.client()
+        store = client.vector_stores.create()
+        file = client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("a.txt", BOOK.encode()))
+        assert file.status == "failed"
+        assert "more than the 800" in file.last_error.message
+        with pytest.raises(openai.BadRequestError, match="more than the 800"):
+            asked(client, file_part(file_id=file.id))
+        assert not Library(folder, read_only=True).entries()
+
+
+def test_a_file_removed_twice_at_once_is_gone(tmp_path: Path) -> None:
+    files = Files(Library(tmp_path / "library", tiny()))
+    file = files.upload("", "a.txt", "assistants", io.BytesIO(BOOK.encode()))
+    files.documents("", [file.id])
+    for _ in range(2):  # both have seen it
+        files.remove(file)
+    assert not files.library.entries()
+    assert not list(files.folder.iterdir())
+    store = VectorStore("vs_1", "", "", 0, {})
+    with pytest.raises(ApiError, match="There is no vector store"):
+        files.put_into(store, [file], {})
+    files.catalogue.add_store(store)
+    with pytest.raises(ApiError, match="There is no file"):
+        files.put_into(store, [file], {})
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_nothing_stays_of_a_file_that_is_removed_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Before or after its document is put into the library."""
+    files = Files(Library(tmp_path / "library", tiny()))
+    file = files.upload("", "a.txt", "assistants", io.BytesIO(BOOK.encode()))
+    add = files.library.add
+
+    def removing(*given: Any, **named: Any) -> Any:
+        if moment == "before":
+            files.remove(file)
+        change = add(*given, **named)
+        if moment == "after":
+            files.remove(file)
+        return change
+
+    monkeypatch.setattr(files.library, "add", removing)
+    with pytest.raises(ApiError) as refused:
+        files.documents("", [file.id])
+    assert refused.value.status_code == 404
+    assert not files.library.entries()
+    assert not list(files.folder.iterdir())
+
+
+def test_no_wish_is_overheard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """One that comes while the reader looks, and one behind a catalogue that cannot be used for once."""
+    files = Files(Library(tmp_path / "library", tiny()))
+    store = VectorStore("vs_1", "", "", 0, {})
+    files.catalogue.add_store(store)
+    pending = [files.upload("", "a.txt", "assistants", io.BytesIO(text.encode())) for text in (BOOK, OTHER)]
+    wanted, look = list(pending), files.catalogue.files
+
+    def looked(owner: str | None = None) -> list[StoredFile]:
+        if threading.current_thread().name != "focusllm-files" or not wanted:
+            return look(owner)
+        found = look(owner)
+        files.put_into(store, [wanted.pop()], {})
+        if not wanted:
+            raise LibraryError("the disk is full.")
+        return found
+
+    monkeypatch.setattr(files.catalogue, "files", looked)
+    files.start()
+    end = time.monotonic() + 20  # less than the reader waits if nobody tells it
+    while any(files.file(file.id, "").status != "completed" for file in pending) and time.monotonic() < end:
+        time.sleep(0.01)
+    files.close()
+    assert [files.file(file.id, "").status for file in pending] == ["completed"] * 2
+    assert "the disk is full" in caplog.text
+
+
+def test_forms_of_other_sites_are_refused(served: Running, tmp_path: Path) -> None:
+    """Which browsers send without asking; what needs a key is safe from them."""
+    body = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nassistants\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x", "Sec-Fetch-Site": "cross-site"}
+    assert served.send("POST", "/v1/files", body, headers)[0] == 403
+    assert served.send("GET", "/v1/files", None, headers)[0] == 200
+    assert served.send("POST", "/v1/files", body, {**headers, "Sec-Fetch-Site": "same-origin"})[0] == 400
+
+
+def test_servers_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one has taken another reads, too, and a new one removes nothing that is under way."""
+    monkeypatch.setattr("focusllm.serving.files.LOOK_SECONDS", 0.05)
+    one = Files(Library(tmp_path / "library", tiny()))
+    file = one.upload("", "a.txt", "assistants", io.BytesIO(BOOK.encode()))
+    other = Files(Library(tmp_path / "library", tiny()))
+    other.start()
+    try:
+        store = VectorStore("vs_1", "", "", 0, {})
+        one.catalogue.add_store(store)
+        one.put_into(store, [file], {})
+        end = time.monotonic() + 60
+        while one.file(file.id, "").status != "completed" and time.monotonic() < end:
+            time.sleep(0.01)
+        assert one.documents("", [file.id])[0].text == BOOK
+    finally:
+        other.close()

@@ -261,6 +261,9 @@ class Library:
         self._check_writable()
         found = self.names(names)
         self.catalogue.remove(found)
+        with self._turn:
+            for name in found:
+                self._open.pop(name, None)
         return found
 
     def put_into(self, name: str, documents: str | Sequence[str]) -> None:

@@ -72,7 +72,7 @@ def create_app(
     files = None
     if library is not None:
         library.run = worker.run
-        files = Files(library) if not library.read_only else None
+        files = Files(library, settings.max_prompt_tokens) if not library.read_only else None
     service, metrics = Service(settings, worker, prompts, library, files), Metrics(worker)
 
     @asynccontextmanager

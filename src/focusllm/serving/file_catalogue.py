@@ -9,11 +9,13 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from focusllm.errors import LibraryError, first_line
 
 SECONDS_TO_WAIT = 30.0
 """For another thread or process that writes."""
@@ -79,6 +81,10 @@ class FileCatalogue:
 
     Args:
         path: its file; made when it is not there.
+
+    Raises (every method):
+        LibraryError: the disk is full, another one writes for longer than `SECONDS_TO_WAIT`, or what is named was
+            removed.
     """
 
     def __init__(self, path: Path):
@@ -151,10 +157,10 @@ class FileCatalogue:
         with self._transaction() as database:
             database.execute("DELETE FROM stores WHERE id = ?", (store_id,))
 
-    def put_into(self, store_id: str, file_ids: Sequence[str], attributes: dict[str, Any]) -> None:
+    def put_into(self, store_id: str, file_ids: Sequence[str], attributes: Mapping[str, Any]) -> None:
         """Put files into a store, and ask for those to be read that were not, or were given up."""
         with self._transaction() as database:
-            rows = [(store_id, file_id, int(time.time()), json.dumps(attributes)) for file_id in file_ids]
+            rows = [(store_id, file_id, int(time.time()), json.dumps(dict(attributes))) for file_id in file_ids]
             database.executemany("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?)", rows)
             query = (
                 "UPDATE files SET status = 'in_progress', code = NULL, message = NULL "
@@ -179,8 +185,14 @@ class FileCatalogue:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=SECONDS_TO_WAIT)) as database:
-            database.execute("PRAGMA foreign_keys = ON")
-            database.execute("PRAGMA synchronous = FULL")
-            yield database
-            database.commit()
+        try:
+            with closing(sqlite3.connect(self.path, timeout=SECONDS_TO_WAIT)) as database:
+                database.execute("PRAGMA foreign_keys = ON")
+                database.execute("PRAGMA synchronous = FULL")
+                yield database
+                database.commit()
+        except sqlite3.IntegrityError as error:
+            raise LibraryError("a file or a store was removed meanwhile; try again.") from error
+        except sqlite3.DatabaseError as error:
+            reason = first_line(error)
+            raise LibraryError(f"{self.path} cannot be used ({reason}); make room, or try again.") from error

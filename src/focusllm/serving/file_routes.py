@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
@@ -27,6 +28,16 @@ from focusllm.serving.service import Service
 Kept = TypeVar("Kept")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which part of a list is wanted."""
+
+    after: str | None
+    before: str | None
+    limit: int
+    order: str
+
+
 def routes(service: Service) -> APIRouter:
     """The routes of a server."""
     router = APIRouter(prefix="/v1")
@@ -38,6 +49,9 @@ def routes(service: Service) -> APIRouter:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile):
                 raise ApiError(400, "file is missing; send it as a part of multipart/form-data.", "file")
+            other = next((name for name in form if name not in ("file", "purpose")), None)
+            if other is not None:
+                raise ApiError(400, f"{other} is not supported; leave it out.", other, "unsupported_parameter")
             if not isinstance(purpose, str):
                 raise ApiError(400, "purpose is missing; send 'assistants'.", "purpose")
             try:
@@ -54,11 +68,12 @@ def routes(service: Service) -> APIRouter:
         after: str | None = None,
         limit: int = 10_000,
         order: str = "desc",
+        before: str | None = None,
         purpose: str | None = None,
     ) -> dict[str, Any]:
         found = await run_in_threadpool(service.kept_files().catalogue.files, request.state.owner)
         found = [file for file in found if purpose in (None, file.purpose)]
-        return _page(found, lambda file: file.id, _file, after, limit, order, 10_000)
+        return _page(found, lambda file: file.id, _file, Place(after, before, limit, order), 10_000)
 
     @router.get("/files/{file_id}")
     async def retrieve(request: Request, file_id: str) -> dict[str, Any]:
@@ -91,12 +106,17 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/vector_stores")
     async def list_stores(
-        request: Request, after: str | None = None, limit: int = 20, order: str = "desc"
+        request: Request, after: str | None = None, limit: int = 20, order: str = "desc", before: str | None = None
     ) -> dict[str, Any]:
         files = service.kept_files()
         found = await run_in_threadpool(files.catalogue.stores, request.state.owner)
         return await run_in_threadpool(
-            _page, found, lambda store: store.id, lambda store: _store(files, store), after, limit, order, 100
+            _page,
+            found,
+            lambda store: store.id,
+            lambda store: _store(files, store),
+            Place(after, before, limit, order),
+            100,
         )
 
     @router.get("/vector_stores/{store_id}")
@@ -135,14 +155,19 @@ def routes(service: Service) -> APIRouter:
         after: str | None = None,
         limit: int = 20,
         order: str = "desc",
-        filter: str | None = None,
+        before: str | None = None,
+        filter: Literal["in_progress", "completed", "failed", "cancelled"] | None = None,
     ) -> dict[str, Any]:
         files = service.kept_files()
         store = await run_in_threadpool(files.store, store_id, request.state.owner)
         found = await run_in_threadpool(files.catalogue.members, store.id)
         found = [member for member in found if filter in (None, member.file.status)]
         return _page(
-            found, lambda member: member.file.id, lambda member: _member(files, member), after, limit, order, 100
+            found,
+            lambda member: member.file.id,
+            lambda member: _member(files, member),
+            Place(after, before, limit, order),
+            100,
         )
 
     @router.get("/vector_stores/{store_id}/files/{file_id}")
@@ -232,22 +257,24 @@ def _page(
     found: Sequence[Kept],
     id_of: Callable[[Kept], str],
     shown: Callable[[Kept], dict[str, Any]],
-    after: str | None,
-    limit: int,
-    order: str,
+    place: Place,
     most: int,
 ) -> dict[str, Any]:
     """A part of a list, as OpenAI's clients page through it; the newest come first, unless asked otherwise."""
-    if not 1 <= limit <= most:
-        raise ApiError(400, f"limit is {limit}; it must be from 1 to {most}.", "limit")
-    if order not in ("asc", "desc"):
-        raise ApiError(400, f"order is {order!r}; it must be 'asc' or 'desc'.", "order")
-    ordered = list(found) if order == "asc" else list(reversed(found))
-    if after is not None:
-        ids = [id_of(one) for one in ordered]
-        if after not in ids:
-            raise ApiError(404, f"There is nothing after {after!r} in this list.", "after")
-        ordered = ordered[ids.index(after) + 1 :]
-    data = [shown(one) for one in ordered[:limit]]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": len(ordered) > limit}
+    if not 1 <= place.limit <= most:
+        raise ApiError(400, f"limit is {place.limit}; it must be from 1 to {most}.", "limit")
+    if place.order not in ("asc", "desc"):
+        raise ApiError(400, f"order is {place.order!r}; it must be 'asc' or 'desc'.", "order")
+    ordered = list(found) if place.order == "asc" else list(reversed(found))
+    ids = [id_of(one) for one in ordered]
+    for name, given in (("after", place.after), ("before", place.before)):
+        if given is not None and given not in ids:
+            raise ApiError(404, f"There is nothing {name} {given!r} in this list.", name)
+    first = ids.index(place.after) + 1 if place.after is not None else 0
+    end = ids.index(place.before) if place.before is not None else len(ids)
+    is_backwards = place.before is not None and place.after is None
+    between = ordered[first:end]
+    data = [shown(one) for one in (between[-place.limit :] if is_backwards else between[: place.limit])]
+    ends = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    has_more = len(between) > place.limit
+    return {"object": "list", "data": data, "first_id": ends[0], "last_id": ends[1], "has_more": has_more}

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
@@ -32,6 +32,10 @@ from focusllm.serving.refusals import ClosedError
 PURPOSES = ("assistants", "user_data")
 LONGEST_NAME = 255
 COPIED_AT_ONCE = 1 << 20
+STRAY_SECONDS = 3600.0
+"""So long after it was last written to, an upload without a row is one that was cut short, and no other server's."""
+LOOK_SECONDS = 30.0
+"""Between two looks for files that another process wants to be read."""
 ID = re.compile(r"file-[0-9a-f]{24}")
 log = logging.getLogger(__name__)
 
@@ -41,29 +45,30 @@ class Files:
 
     Args:
         library: that they are read into; its `run` is where the model is.
+        most_tokens: of a file that is read; None: no limit.
     """
 
-    def __init__(self, library: Library):
-        self.library = library
+    def __init__(self, library: Library, most_tokens: int | None = None):
+        self.library, self.most_tokens = library, most_tokens
         self.catalogue = FileCatalogue(library.folder / "catalogue.files.sqlite")
         self.folder = library.folder / "uploads"
         self.folder.mkdir(exist_ok=True)
         self._progress: dict[str, tuple[int, int]] = {}
         self._changed = threading.Condition()
-        self._is_closing = False
+        self._is_closing = self._is_wanted = False  # wanted: something has changed since the last look
         self._thread: threading.Thread | None = None
 
     # For any thread
 
     def start(self) -> None:
         """Make up for what was cut short, and read in the background from now on."""
-        known = {file.id for file in self.catalogue.files()}
-        for path in self.folder.iterdir():
-            if path.stem not in known:
+        paths, entries = list(self.folder.iterdir()), self.library.entries()
+        known = {file.id for file in self.catalogue.files()}  # the last of the three: a row is before its document
+        for path in paths:
+            if path.stem not in known and _is_stray(path):
                 path.unlink(missing_ok=True)
-        for entry in self.library.entries():
-            if ID.fullmatch(entry.name) and entry.name not in known:
-                self.library.remove(entry.name)
+        gone = [entry.name for entry in entries if ID.fullmatch(entry.name) and entry.name not in known]
+        self.library.catalogue.remove(gone)
         self._thread = threading.Thread(target=self._read_all, name="focusllm-files", daemon=True)
         self._thread.start()
 
@@ -99,12 +104,15 @@ class Files:
                 raise ApiError(400, f"The file {name} is empty; upload one with text.", "file")
             part.replace(path)
             _to_disk(self.folder)
+            file = StoredFile(file_id, owner, name, size, int(time.time()), purpose)
+            self.catalogue.add_file(file)
+        except LibraryError:
+            path.unlink(missing_ok=True)
+            raise
         except OSError as error:
             raise LibraryError(f"the file cannot be kept ({error.strerror}); remove some, or upload later.") from error
         finally:
             part.unlink(missing_ok=True)
-        file = StoredFile(file_id, owner, name, size, int(time.time()), purpose)
-        self.catalogue.add_file(file)
         return file
 
     def file(self, file_id: str, owner: str) -> StoredFile:
@@ -126,8 +134,7 @@ class Files:
         """Forget a file, its document, and in the end what only that needed."""
         self.catalogue.remove_file(file.id)
         self._forget(file)
-        with self._changed:
-            self._changed.notify()
+        self._look()
 
     def store(self, store_id: str, owner: str) -> VectorStore:
         """A vector store.
@@ -140,11 +147,20 @@ class Files:
             raise ApiError(404, f"There is no vector store {store_id!r}.", "vector_store_id", "vector_store_not_found")
         return found
 
-    def put_into(self, store: VectorStore, files: Sequence[StoredFile], attributes: dict[str, object]) -> None:
-        """Put files into a store, and have them read."""
-        self.catalogue.put_into(store.id, [file.id for file in files], attributes)
-        with self._changed:
-            self._changed.notify()
+    def put_into(self, store: VectorStore, files: Sequence[StoredFile], attributes: Mapping[str, object]) -> None:
+        """Put files into a store, and have them read.
+
+        Raises:
+            ApiError: 404, one of them was removed meanwhile.
+        """
+        try:
+            self.catalogue.put_into(store.id, [file.id for file in files], attributes)
+        except LibraryError:
+            self.store(store.id, store.owner)
+            for file in files:
+                self.file(file.id, file.owner)
+            raise
+        self._look()
 
     def member(self, store: VectorStore, file_id: str) -> Member:
         """A file of a store.
@@ -189,33 +205,42 @@ class Files:
 
     # In the background
 
+    def _look(self) -> None:
+        with self._changed:
+            self._is_wanted = True
+            self._changed.notify()
+
     def _read_all(self) -> None:
         """Read what is to be read, of the owners in turns; collect what nobody needs when there is nothing to read."""
         had, is_collected = Counter[str](), False
-        while True:
-            left = [file for file in self.catalogue.files() if file.status == "in_progress"]
+        while not self._is_closing:
             with self._changed:
-                if self._is_closing:
-                    return
-                if not left and is_collected:
-                    is_collected = not self._changed.wait(timeout=30)
-                    continue
-            if not left:
-                self._collect()
-                is_collected = True
-                continue
-            file = min(left, key=lambda file: had[file.owner])
-            had[file.owner] += 1
+                is_collected = is_collected and not self._is_wanted
+                self._is_wanted = False  # what changes from here on is looked at again
             try:
-                self._read_to_the_end(file)
+                left = [file for file in self.catalogue.files() if file.status == "in_progress"]
+                if left:
+                    file = min(left, key=lambda file: had[file.owner])
+                    had[file.owner] += 1
+                    self._read_to_the_end(file)
+                    continue
+                if not is_collected:
+                    self.library.gc()
+                    is_collected = True
             except ClosedError:
                 return
+            except FocusError as error:  # of the catalogue or the disk; the next look may do
+                log.warning("%s", error)
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closing or self._is_wanted, LOOK_SECONDS)
 
     def _read_to_the_end(self, file: StoredFile) -> None:
         try:
             self._read(file)
         except ClosedError:
             raise
+        except ApiError:  # it was removed meanwhile
+            return
         except DocumentError as error:
             self.catalogue.set_status(file.id, "failed", "unsupported_file", self._said(file, error))
         except FocusError as error:
@@ -230,29 +255,41 @@ class Files:
         def report(done: int, total: int) -> None:
             self._progress[file.id] = done, total
 
+        def checked(done: int, total: int) -> None:
+            if self.most_tokens is not None and total > self.most_tokens:
+                self.library.remove(file.id)
+                most = f"{self.most_tokens:,} that a prompt may have here"
+                raise DocumentError(f"{file.filename} has {total:,} tokens, more than the {most}; give a shorter one.")
+            report(done, total)
+
         try:
             if file.status != "completed":
                 source = open_source(self.path(file))
                 files = tuple(replace(one, name=file.filename, path=None) for one in source.files)
-                self.library.add(replace(source, name=file.id, files=files), progress=report)
+                self.library.add(replace(source, name=file.id, files=files), progress=checked)
                 self.catalogue.set_status(file.id, "completed")
-                if self.catalogue.file(file.id) is None:  # it was removed meanwhile
-                    self._forget(file)
-                    raise ApiError(404, f"There is no file {file.id!r} any more.", "file_id", "file_not_found")
-            return self.library.document(file.id, progress=report)
+            document = self.library.document(file.id, progress=report)
+        except (DocumentError, LibraryError):
+            self._check_there(file)
+            raise
         finally:
             self._progress.pop(file.id, None)
+        self._check_there(file)
+        return document
+
+    def _check_there(self, file: StoredFile) -> None:
+        """Nothing stays of a file that was removed while it was read."""
+        if self.catalogue.file(file.id) is None:
+            self._forget(file)
+            raise ApiError(404, f"There is no file {file.id!r} any more.", "file_id", "file_not_found")
 
     def _forget(self, file: StoredFile) -> None:
         self.path(file).unlink(missing_ok=True)
-        if file.id in {entry.name for entry in self.library.entries()}:
-            self.library.remove(file.id)
-
-    def _collect(self) -> None:
         try:
-            self.library.gc()
-        except FocusError as error:
-            log.warning("%s", error)
+            self.library.remove(file.id)
+        except LibraryError:  # it was never read, or another thread has just removed it
+            if file.id in {entry.name for entry in self.library.entries()}:
+                raise
 
     def _said(self, file: StoredFile, error: Exception) -> str:
         """An error without the places of this machine."""
@@ -289,6 +326,13 @@ def _suffix(name: str) -> str:
     """What tells the format; nothing that means anything in a path."""
     suffix = PurePosixPath(name).suffix.lower()
     return suffix if re.fullmatch(r"\.[a-z0-9]{1,12}", suffix) else ""
+
+
+def _is_stray(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > STRAY_SECONDS
+    except FileNotFoundError:  # its server has finished with it
+        return False
 
 
 def _to_disk(folder: Path) -> None:

@@ -230,13 +230,19 @@ def _without_chunking(data: Any) -> Any:
     return {name: data[name] for name in data if name in kept and data[name] is not None}
 
 
+Label = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)]
+"""Notes of a client, within OpenAI's limits."""
+
+
 class NewStore(Body):
     """The body of POST /v1/vector_stores."""
 
-    name: str | None = None
+    name: Label | None = None
     file_ids: Annotated[list[str], Field(max_length=500)] = Field(default_factory=list)
-    metadata: dict[str, Any] = Field(default_factory=dict)
-    description: str | None = None
+    metadata: Metadata = Field(default_factory=dict)
+    description: Label | None = None
+    """Taken, without effect."""
 
     _supported = model_validator(mode="before")(_without_chunking)
 
@@ -244,8 +250,8 @@ class NewStore(Body):
 class StoreChange(Body):
     """The body of POST /v1/vector_stores/ID."""
 
-    name: str | None = None
-    metadata: dict[str, Any] | None = None
+    name: Label | None = None
+    metadata: Metadata | None = None
 
     _supported = model_validator(mode="before")(_without_chunking)
 
@@ -254,6 +260,8 @@ class NewStoreFile(Body):
     """The body of POST /v1/vector_stores/ID/files."""
 
     file_id: str
-    attributes: dict[str, Any] = Field(default_factory=dict)
+    attributes: Annotated[dict[Annotated[str, Field(max_length=64)], Label | float | bool], Field(max_length=16)] = (
+        Field(default_factory=dict)
+    )
 
     _supported = model_validator(mode="before")(_without_chunking)

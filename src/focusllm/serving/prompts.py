@@ -63,11 +63,14 @@ class Prompts:
         documents: Sequence[Document | Source],
         template_kwargs: Mapping[str, Any],
     ) -> Prompt:
-        """A conversation about documents (see `asked_documents.about`), some of which may have to be read.
+        """A conversation about documents (see `asked_documents.about`), some of which may have to be read; about none,
+        if a vector store has no files that can be asked, it is one like any other.
 
         Raises:
             ConfigError, DocumentError: they cannot be asked, or have no text. ApiError: too long.
         """
+        if not documents:
+            return self.of_chat(messages, template_kwargs)
         with self._turn:
             known = [
                 unread(self._tokenizer, self._config, found) if isinstance(found, Source) else found
