@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -515,3 +516,28 @@ def test_servers_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert one.documents("", [file.id])[0].text == BOOK
     finally:
         other.close()
+
+
+def test_requests_that_read_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait for a file that is not read yet, other routes answer."""
+    is_read, waiting = threading.Event(), threading.Semaphore(0)
+    documents = Files.documents
+
+    def held(self: Files, *arguments: Any) -> Any:
+        waiting.release()
+        assert is_read.wait(60)
+        return documents(self, *arguments)
+
+    with running(library=Library(tmp_path / "library", tiny()), max_running=2, max_waiting=64) as served:
+        client = served.client()
+        file = upload(client, BOOK)
+        monkeypatch.setattr(Files, "documents", held)
+        with ThreadPoolExecutor(50) as threads:
+            asking = [threads.submit(asked, client, file_part(file_id=file.id)) for _ in range(50)]
+            assert waiting.acquire(timeout=30)
+            assert waiting.acquire(timeout=30)
+            assert not waiting.acquire(timeout=0.3)
+            assert client.files.retrieve(file.id).id == file.id
+            assert client.chat.completions.create(model="tiny", messages=user("Hi"), max_tokens=2).choices
+            is_read.set()
+            assert len({one.result(60).choices[0].message.content for one in asking}) == 1

@@ -15,6 +15,9 @@ import typer
 from focusllm.cli.options import FocusOptions, ModelOptions, grouped
 from focusllm.cli.terminal import load, notify
 
+OPEN_SHARE = 0.2
+"""Of the memory that is free at the start, so much may documents hold that wait to be asked again."""
+
 
 @grouped
 def serve(
@@ -62,6 +65,7 @@ def serve(
 
     try:
         from focusllm.library.library import Library
+        from focusllm.memory.cost import free_memory
         from focusllm.serving.app import serve as run
     except ModuleNotFoundError as error:
         raise missing_package("the server needs", error.name or "fastapi", "server") from error
@@ -76,7 +80,8 @@ def serve(
         folder = library
         if folder is None and llm.model.settings.is_opened:  # what is uploaded has to lie somewhere
             folder = Path(until_the_end.enter_context(TemporaryDirectory(prefix="focusllm-"))) / "library"
-        kept = Library(folder, llm, notify=notify) if folder is not None else None
+        budget = int(OPEN_SHARE * free_memory(llm.model.device))
+        kept = Library(folder, llm, memory_budget=budget, notify=notify) if folder is not None else None
         run(llm, settings, known, kept, lambda address: notify(f"Serving {settings.model_id} at {address}/v1"))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.concurrency import run_in_threadpool
 
 from focusllm.documents.answer import Citation
 from focusllm.documents.document import Document
@@ -96,10 +95,10 @@ async def _prompt(service: Service, body: CountRequest, owner: str) -> Prompt:
     found: list[Document | Source] = []
     for number, block in enumerate(body.documents):
         if isinstance(block.source, FileSource):
-            found += await run_in_threadpool(service.files_of, owner, [block.source.file_id])
+            found += await service.reading(service.files_of, owner, [block.source.file_id])
             continue
         try:
-            found.append(await run_in_threadpool(_source, block, block.title or f"document {number}"))
+            found.append(await service.reading(_source, block, block.title or f"document {number}"))
         except FocusError as error:
             raise ApiError(400, str(error), "messages") from error
     return await service.conversation(body.model, body.turns, found)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
-from starlette.concurrency import run_in_threadpool
 
 from focusllm.documents.document import Document
 from focusllm.documents.sources import Source
@@ -43,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         items = [*(store.get(owner, before, "previous_response_id").conversation if before else ()), *body.items]
         told = [{"role": "system", "content": body.instructions}] if body.instructions else []
         turns = [item.turn for item in items if item.type == "message"]
-        documents = await run_in_threadpool(_documents, service, owner, items, body)
+        documents = await service.reading(_documents, service, owner, items, body)
         prompt = await service.conversation(body.model, [*told, *turns], documents)
 
         names = [document.name for document in prompt.context.documents] if prompt.context is not None else []

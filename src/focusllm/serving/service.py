@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
@@ -26,6 +27,8 @@ from focusllm.serving.refusals import ClosedError
 from focusllm.serving.sampling import Sampling
 from focusllm.serving.settings import ServerSettings
 from focusllm.serving.worker import Worker
+
+Result = TypeVar("Result")
 
 
 class Wishes(Protocol):
@@ -49,6 +52,9 @@ class Service:
     files: Files | None = None
     """What clients upload."""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._readers = CapacityLimiter(self.settings.max_running)
 
     @property
     def default_tokens(self) -> int:
@@ -123,6 +129,12 @@ class Service:
             raise ApiError(400, f"This server has {what}, so it keeps no files; see --library.", code="no_files")
         return self.files
 
+    async def reading(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """What work gives that may read documents, and so take a thread for long: few at once, for other routes need
+        threads too.
+        """
+        return await to_thread.run_sync(work, *arguments, limiter=self._readers)
+
     async def chat_prompt(self, body: ChatRequest, owner: str) -> Prompt:
         """A conversation as the model reads it.
 
@@ -134,7 +146,7 @@ class Service:
         """
         messages = [message.turn for message in body.messages]
         try:
-            sent = await run_in_threadpool(self._documents, body, owner)
+            sent = await self.reading(self._documents, body, owner)
         except FocusError as error:
             raise _refusal(error, "documents") from error
         return await self.conversation(body.model, messages, sent, body.chat_template_kwargs)
@@ -159,7 +171,7 @@ class Service:
             if model == self.settings.model_id and not sent:
                 return await run_in_threadpool(self.prompts.of_chat, messages, switches)
             param = "documents"
-            documents = [*sent, *await run_in_threadpool(self._of_set, model)]
+            documents = [*sent, *await self.reading(self._of_set, model)]
             return await run_in_threadpool(self.prompts.of_documents, messages, documents, switches)
         except FocusError as error:
             raise _refusal(error, param) from error
