@@ -42,7 +42,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 32 * 2**20,
     grace: Annotated[int, typer.Option(min=1, help="Seconds for requests under way when it is to stop.")] = 30,
 ) -> None:
-    """Serve a model over HTTP, in OpenAI's dialect: chat and text completions of prompts of any length."""
+    """Serve a model over HTTP, to clients of OpenAI's and Anthropic's APIs and to browsers."""
     from focusllm.huggingface.embedded import DEFAULT
     from focusllm.serving.keys import Keys as KeyFile
     from focusllm.serving.settings import ServerSettings
