@@ -12,7 +12,7 @@ import torch
 
 from conftest import byte_tokenizer
 from focusllm import ConfigError, Conversation, DocumentError, FocusLLM
-from focusllm.asking import turn_length
+from focusllm.asking import about, turn_length
 from focusllm.conversation import load_messages
 from focusllm.documents.text import encode_ids, frame_conversation
 from focusllm.memory.chunks import ChunkBlock
@@ -156,3 +156,26 @@ def test_typed_questions_are_a_conversation(
     status, _, told = focusllm("ask", book, "--model", model_folder, "--alone", "--conversation", talk)
     assert status
     assert "contradict each other" in told
+
+
+def test_a_short_document_is_far_when_turns_are(tiny_llm: FocusLLM) -> None:
+    """So that nothing of it stands behind what was said, and the start is there once."""
+    tiny_llm.model.focus_config = tiny_llm.config.replace(far_context="opened", chunk_overlap=0)
+    document = tiny_llm.read_text("A boat.", name="note")
+    for count in range(1, 9):
+        said = [*SAID] * count
+        messages = [*said, {"role": "user", "content": "Boat?"}]
+        _, turns, _ = frame_conversation(tiny_llm.tokenizer, messages)
+        far = list[list[int]]()
+
+        def read(token_ids: list[int], start_ids: list[int], far: list[list[int]] = far) -> list[ChunkBlock]:
+            far.append(token_ids)
+            return tiny_llm.model.encode(token_ids, start_ids=start_ids)
+
+        asked = about([document], tiny_llm.tokenizer, tiny_llm.config, messages, read)
+        if far:
+            assert asked.input_ids == turns[sum(map(len, far)) :]
+            assert tokens(asked.blocks) == [*document.token_ids, *(token for piece in far for token in piece)]
+        else:
+            assert asked.input_ids[-len(turns) :] == turns
+    assert far

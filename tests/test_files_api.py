@@ -541,3 +541,40 @@ def test_requests_that_read_leave_threads_to_others(tmp_path: Path, monkeypatch:
             assert client.chat.completions.create(model="tiny", messages=user("Hi"), max_tokens=2).choices
             is_read.set()
             assert len({one.result(60).choices[0].message.content for one in asking}) == 1
+
+
+def test_what_was_removed_in_the_library_is_read_again(served: Running, folder: Path) -> None:
+    """The upload is kept, whoever works on the library."""
+    client = served.client()
+    store = client.vector_stores.create()
+    file = client.vector_stores.files.upload_and_poll(vector_store_id=store.id, file=("d.txt", OTHER.encode()))
+    before = asked(client, file_part(file_id=file.id)).choices[0].message.content
+    Library(folder, tiny()).remove(file.id)
+    assert asked(client, file_part(file_id=file.id)).choices[0].message.content == before
+
+
+def test_deleting_a_file_stops_its_reading(tmp_path: Path) -> None:
+    library = Library(tmp_path / "library", tiny())
+    files = Files(library)
+    file = files.upload("", "book.txt", "assistants", io.BytesIO(BOOK.encode()))
+    files.put_into(files.store(_store_of(files), ""), [file], {})
+    reads = list[int]()
+
+    def run(work: Any) -> Any:
+        reads.append(1)
+        if len(reads) == 3:
+            files.catalogue.remove_file(file.id)
+        return work()
+
+    library.run = run
+    with pytest.raises(ApiError, match="any more"):
+        files._read(file)
+    assert len(reads) == 3
+    assert not library.entries()
+    assert not library._open
+
+
+def _store_of(files: Files) -> str:
+    store = VectorStore("vs_1", "", "", 0, {})
+    files.catalogue.add_store(store)
+    return store.id

@@ -21,6 +21,7 @@ from focusllm.serving.keys import Keys
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 from focusllm.serving.response_store import ResponseStore  # noqa: E402
+from focusllm.serving.responses_schema import Item  # noqa: E402
 from test_messages_api import talkative  # noqa: E402
 from test_server import Running, clients_end, running, user  # noqa: E402, F401
 
@@ -249,6 +250,7 @@ BAD: list[tuple[Any, int, str, str | None]] = [
     ({**GOOD, "input": [{"role": "user"}]}, 400, "is missing", "input"),
     ({**GOOD, "input": [{"type": "function_call_output"}]}, 400, "'function_call_output' are not supported", "input"),
     ({**GOOD, "input": [{"type": {}}]}, 400, "", None),
+    ({**GOOD, "input": [{"type": "file_search_call"}]}, 400, "input has no message", "input"),
     (of_parts({"type": "input_image", "image_url": "x"}), 400, "'input_image' are not supported", "input"),
     (a_file(file_url="http://x"), 400, "fetches nothing", "input"),
     (a_file(), 400, "one of them", "input"),
@@ -380,3 +382,21 @@ def test_the_npm_client(served: Running, tmp_path: Path) -> None:
     told = json.loads(ran.stdout)
     assert told["whole"] == told["text"] == told["chat"] != ""
     assert told["refused"] == 404
+
+
+def test_what_is_held_counts_however_often_it_was_said() -> None:
+    """A conversation that goes on holds all of what was said, whatever became of the responses before."""
+    store = ResponseStore(most_bytes=10_000)
+    item = Item(role="user", content="a" * 4000)
+    for number in range(4):
+        store.add("", {"id": f"resp_{number}", "output": []}, [], [item] * (number + 1))
+    with pytest.raises(ApiError):
+        store.get("", "resp_1")
+    with pytest.raises(ApiError):
+        store.get("", "resp_3")  # more than all that is kept
+
+
+def test_no_tool_is_used_where_none_is_wanted(served: Running) -> None:
+    tools = [{"type": "file_search", "vector_store_ids": ["vs_none"]}]
+    found = ask(served, "Hi", tools=tools, tool_choice="none")
+    assert [item.type for item in found.output] == ["message"]

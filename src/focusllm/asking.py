@@ -108,7 +108,8 @@ def about(
     if over > 0 and not config.is_plain(num_tokens + len(before) + len(turns)):
         num_far = -(-over // step) * step
     local = turns[num_far:]
-    context = divide(documents, len(before) + len(local), encode_ids(tokenizer, BETWEEN_DOCUMENTS), config)
+    num_own = config.local_length if num_far else len(before) + len(local)  # so that no document stands behind turns
+    context = divide(documents, num_own, encode_ids(tokenizer, BETWEEN_DOCUMENTS), config)
     start, blocks = before, context.blocks
     if blocks and blocks[0].start is not None:  # it stands before opened chunks
         _check_start(documents, tokenizer, before)

@@ -64,6 +64,8 @@ def serve(
     from focusllm.errors import missing_package
 
     try:
+        import torch
+
         from focusllm.library.library import Library
         from focusllm.memory.cost import free_memory
         from focusllm.serving.app import serve as run
@@ -80,7 +82,7 @@ def serve(
         folder = library
         if folder is None and llm.model.settings.is_opened:  # what is uploaded has to lie somewhere
             folder = Path(until_the_end.enter_context(TemporaryDirectory(prefix="focusllm-"))) / "library"
-        budget = int(OPEN_SHARE * free_memory(llm.model.device))
+        budget = int(OPEN_SHARE * free_memory(torch.device("cpu")))  # where what they hold lies, whatever computes
         kept = Library(folder, llm, memory_budget=budget, notify=notify) if folder is not None else None
         run(llm, settings, known, kept, lambda address: notify(f"Serving {settings.model_id} at {address}/v1"))
 

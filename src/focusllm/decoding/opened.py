@@ -28,7 +28,7 @@ from focusllm.method.opened import lay_out, look_up, read_start
 SMOOTHING = 60
 """Of the reciprocals of places, as in the paper: the first place is worth little more than the second."""
 EQUALS = 1e-9
-"""Less than sums of reciprocals differ by, unless they are of the same places."""
+"""Less than most sums of reciprocals differ by, unless they are of the same places."""
 
 
 def prefill(model: nn.Module, request: Request, config: FocusConfig, logits_to_keep: int) -> Tensor:

@@ -442,6 +442,8 @@ class Library:
         document = Document(*parts, time.perf_counter() - start, mark, content.files, is_far=True)
         with self._turn:
             self._remember(entry.name, entry.version, document)
+            if entry.name not in {known.name for known in self.entries()}:  # it was removed meanwhile
+                del self._open[entry.name]
         return document, num_read
 
     def _one_at_a_time(self, work: Callable[[], Result]) -> Result:

@@ -25,6 +25,7 @@ from focusllm.documents.sources import Source, open_source
 from focusllm.errors import DocumentError, FocusError, LibraryError, shown
 from focusllm.files import PART
 from focusllm.library.library import Library
+from focusllm.memory.chunks import Progress
 from focusllm.serving.api_errors import ApiError
 from focusllm.serving.file_catalogue import FileCatalogue, Member, StoredFile, VectorStore, new_id
 from focusllm.serving.refusals import ClosedError
@@ -231,6 +232,8 @@ class Files:
                 return
             except FocusError as error:  # of the catalogue or the disk; the next look may do
                 log.warning("%s", error)
+            except Exception as error:
+                log.error("the look for files that are to be read failed", exc_info=error)
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or self._is_wanted, LOOK_SECONDS)
 
@@ -254,6 +257,7 @@ class Files:
 
         def report(done: int, total: int) -> None:
             self._progress[file.id] = done, total
+            self._check_there(file)
 
         def checked(done: int, total: int) -> None:
             if self.most_tokens is not None and total > self.most_tokens:
@@ -264,11 +268,13 @@ class Files:
 
         try:
             if file.status != "completed":
-                source = open_source(self.path(file))
-                files = tuple(replace(one, name=file.filename, path=None) for one in source.files)
-                self.library.add(replace(source, name=file.id, files=files), progress=checked)
-                self.catalogue.set_status(file.id, "completed")
-            document = self.library.document(file.id, progress=report)
+                self._add(file, checked)
+            try:
+                document = self.library.document(file.id, progress=report)
+            except LibraryError:  # somebody has removed it there, or it is damaged; its bytes are kept here
+                self.library.catalogue.remove([file.id])
+                self._add(file, checked)
+                document = self.library.document(file.id, progress=report)
         except (DocumentError, LibraryError):
             self._check_there(file)
             raise
@@ -276,6 +282,12 @@ class Files:
             self._progress.pop(file.id, None)
         self._check_there(file)
         return document
+
+    def _add(self, file: StoredFile, progress: Progress) -> None:
+        source = open_source(self.path(file))
+        files = tuple(replace(one, name=file.filename, path=None) for one in source.files)
+        self.library.add(replace(source, name=file.id, files=files), progress=progress)
+        self.catalogue.set_status(file.id, "completed")
 
     def _check_there(self, file: StoredFile) -> None:
         """Nothing stays of a file that was removed while it was read."""
@@ -293,8 +305,14 @@ class Files:
 
     def _said(self, file: StoredFile, error: Exception) -> str:
         """An error without the places of this machine."""
-        path = self.path(file)
-        return str(error).replace(str(path), file.filename).replace(path.name, file.filename)
+        path, said = self.path(file), str(error)
+        for place, name in (
+            (str(path), file.filename),
+            (path.name, file.filename),
+            (str(self.library.folder), "the library"),
+        ):
+            said = said.replace(place, name)
+        return said
 
 
 def shown_name(filename: str) -> str:

@@ -76,7 +76,8 @@ def _check_version(request: Request, body: CountRequest) -> None:
         return
     for name in sorted({"temperature", "top_k", "top_p"} & body.model_fields_set):
         raise ApiError(400, f"{name} is not in version {NEW_VERSION}; leave it out, or send {FIRST_VERSION!r}.", name)
-    blocks = (block for turn in body.messages if turn.role == "user" for block in turn.content)
+    turns = (turn for turn in body.messages if turn.role == "user" and isinstance(turn.content, list))
+    blocks = (block for turn in turns for block in turn.content)
     if any(isinstance(block, TextBlock) and block.citations for block in blocks):
         raise ApiError(400, "citations stand in the assistant's text blocks, not in the user's.", "messages")
 

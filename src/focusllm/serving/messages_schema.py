@@ -146,7 +146,7 @@ class CountRequest(Body):
     @property
     def documents(self) -> list[DocumentBlock]:
         """All of them, in order."""
-        blocks = (block for message in self.messages for block in message.content)
+        blocks = (block for one in self.messages if isinstance(one.content, list) for block in one.content)
         return [block for block in blocks if isinstance(block, DocumentBlock)]
 
     @property

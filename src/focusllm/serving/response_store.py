@@ -46,8 +46,8 @@ class ResponseStore:
     def add(
         self, owner: str, body: dict[str, Any], input_items: Sequence[dict[str, Any]], past: Sequence[Item]
     ) -> None:
-        """Keep a response. Items that stand in several conversations are held once."""
-        nbytes = len(json.dumps(body)) + len(json.dumps(input_items))
+        """Keep a response. Its bytes are those of all that was said before, too, which is held as long as it is."""
+        nbytes = len(json.dumps(body)) + len(json.dumps(input_items)) + sum(item.nbytes for item in past)
         answer = [Item.model_validate(item) for item in body["output"]]
         self._found[owner, body["id"]] = StoredResponse(body, input_items, [*past, *answer], nbytes)
         self._nbytes += nbytes

@@ -42,7 +42,11 @@ def routes(service: Service) -> APIRouter:
         items = [*(store.get(owner, before, "previous_response_id").conversation if before else ()), *body.items]
         told = [{"role": "system", "content": body.instructions}] if body.instructions else []
         turns = [item.turn for item in items if item.type == "message"]
-        documents = await service.reading(_documents, service, owner, items, body)
+        if not turns:
+            raise ApiError(400, "input has no message; give at least one.", "input")
+        documents = list[Document | Source]()
+        if body.tools or any(item.files for item in items):
+            documents = await service.reading(_documents, service, owner, items, body)
         prompt = await service.conversation(body.model, [*told, *turns], documents)
 
         names = [document.name for document in prompt.context.documents] if prompt.context is not None else []
@@ -112,7 +116,7 @@ def _input_items(body: ResponsesRequest) -> list[dict[str, Any]]:
         if item.type != "message":
             continue
         content = [{"type": "input_text", "text": item.content}] if isinstance(item.content, str) else None
-        parts = [part.model_dump(exclude_unset=True) for part in item.content if isinstance(part, Part)]
+        parts = [part.model_dump(exclude_unset=True) for part in item.parts]
         head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "status": "completed", "role": item.role}
         listed.append({**head, "content": content or parts})
     return listed

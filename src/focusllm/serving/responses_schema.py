@@ -93,12 +93,23 @@ class Item(Body):
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return {"role": role, "content": self.content}
-        return {"role": role, "content": "".join(part.text or part.refusal for part in self.content)}
+        return {"role": role, "content": "".join(part.text or part.refusal for part in self.parts)}
+
+    @property
+    def parts(self) -> list[Part]:
+        """What it is made of, if that is not a text alone."""
+        return self.content if isinstance(self.content, list) else []
 
     @property
     def files(self) -> list[Part]:
         """Those in it."""
-        return [part for part in self.content if isinstance(part, Part) and part.type == "input_file"]
+        return [part for part in self.parts if part.type == "input_file"]
+
+    @property
+    def nbytes(self) -> int:
+        """About what it holds."""
+        given = self.content if isinstance(self.content, str) else ""
+        return len(given) + sum(len(part.text) + len(part.file_data or "") for part in self.parts)
 
 
 class RankingOptions(Body):
@@ -149,6 +160,8 @@ class ResponsesRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("tool_choice") == "none":
+            data = {**data, "tools": []}
         return of_client(data, IGNORED, UNSUPPORTED)
 
     @model_validator(mode="after")

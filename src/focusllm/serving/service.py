@@ -146,7 +146,7 @@ class Service:
         """
         messages = [message.turn for message in body.messages]
         try:
-            sent = await self.reading(self._documents, body, owner)
+            sent = await self.reading(self._documents, body, owner) if body.has_documents else []
         except FocusError as error:
             raise _refusal(error, "documents") from error
         return await self.conversation(body.model, messages, sent, body.chat_template_kwargs)

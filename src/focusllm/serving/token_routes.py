@@ -67,12 +67,14 @@ def routes(service: Service) -> APIRouter:
                 ids = await run_in_threadpool(prompts.ids_of_text, body.prompt or "", body.add_special_tokens)
         except FocusError as error:
             raise ApiError(400, str(error), "prompt" if body.messages is None else "messages") from error
-        texts = await run_in_threadpool(lambda: [prompts.token_text(token) for token in ids])
+        texts = None
+        if body.return_token_strs:
+            texts = await run_in_threadpool(lambda: [prompts.token_text(token) for token in ids])
         return {
             "count": len(ids),
             "max_model_len": service.settings.max_prompt_tokens,
             "tokens": ids,
-            "token_strs": texts if body.return_token_strs else None,
+            "token_strs": texts,
         }
 
     @router.post("/detokenize")
