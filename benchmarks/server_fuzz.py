@@ -1,5 +1,6 @@
 """Requests that nobody should send, thousands of them: is any answered with a server's error, or not at all?
 
+pip install schemathesis==4.32.5
 python benchmarks/server_fuzz.py --requests 10000
 
 One part is made by schemathesis from the server's own description (fields left out, of other types, out of range),
