@@ -74,9 +74,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield part
         give_usual_modes(part.rglob("*"), part)
         for file in part.iterdir():
-            _to_disk(file)
+            to_disk(file)
         put_in_place(part, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -138,7 +138,8 @@ def part_beside(path: Path) -> Path:
     return path.with_name(f"{PART}{secrets.token_hex(8)}")
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk for good."""
     if path.is_dir() and os.name != "posix":  # Windows syncs no folders
         return
     handle = os.open(path, os.O_RDONLY)

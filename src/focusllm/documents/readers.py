@@ -12,7 +12,7 @@ from focusllm.documents.encodings import decode_text
 from focusllm.documents.extracted import Extracted
 from focusllm.errors import DocumentError, first_line
 
-__all__ = ["DOCUMENT_SUFFIXES", "FORMATS", "Format", "check_text", "decode_text", "read_file", "read_text"]
+__all__ = ["DOCUMENT_SUFFIXES", "FORMATS", "Format", "check_text", "decode_text", "read_data", "read_file", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,15 @@ def read_file(path: str | Path, encoding: str | None = None) -> Extracted:
             damaged or protected document, a package that is not installed, or a file without any text.
     """
     name = str(path)
-    data = _content(name, path)
+    return read_data(name, _content(name, path), encoding)
+
+
+def read_data(name: str, data: bytes, encoding: str | None = None) -> Extracted:
+    """The text of a file's bytes, which its name may say more of.
+
+    Raises:
+        DocumentError: as of `read_file`.
+    """
     try:
         found = format_of(name, data).read(name, data, encoding)
     except (MemoryError, RecursionError) as error:

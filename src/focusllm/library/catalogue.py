@@ -215,6 +215,11 @@ class Catalogue:
         again = f"update it from {entry.source}" if entry.source else "remove it and add it again"
         raise LibraryError(f"what the library keeps of {name} is damaged; {again}.")
 
+    def has(self, name: str) -> bool:
+        """Whether there is a document of that name."""
+        with self._transaction() as database:
+            return database.execute("SELECT 1 FROM documents WHERE name = ?", (name,)).fetchone() is not None
+
     def _document(self, name: str) -> tuple[str, bytes, str]:
         with self._transaction() as database:
             query = "SELECT entry, content, keys FROM documents WHERE name = ?"

@@ -217,7 +217,7 @@ class Library:
             MemoryLimitError: it would not fit; nothing was changed.
         """
         found = _opened_source(source, encoding).named(name)
-        if found.name in {entry.name for entry in self.entries()}:
+        if self.catalogue.has(found.name):
             entry, content = self.catalogue.content(found.name)
             if content.text != found.text:
                 raise LibraryError(
@@ -441,9 +441,8 @@ class Library:
         parts = (entry.name, content.text, ids, self._token_ends(content), chunks, blocks, length)
         document = Document(*parts, time.perf_counter() - start, mark, content.files, is_far=True)
         with self._turn:
-            self._remember(entry.name, entry.version, document)
-            if entry.name not in {known.name for known in self.entries()}:  # it was removed meanwhile
-                del self._open[entry.name]
+            if self.catalogue.has(entry.name):  # else it was removed meanwhile
+                self._remember(entry.name, entry.version, document)
         return document, num_read
 
     def _one_at_a_time(self, work: Callable[[], Result]) -> Result:

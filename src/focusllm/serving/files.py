@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,9 +20,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 from focusllm.documents.document import Document
-from focusllm.documents.sources import Source, open_source
+from focusllm.documents.readers import read_data
+from focusllm.documents.sources import Source, of_extracted, open_source
 from focusllm.errors import DocumentError, FocusError, LibraryError, shown
-from focusllm.files import PART
+from focusllm.files import PART, to_disk
 from focusllm.library.library import Library
 from focusllm.memory.chunks import Progress
 from focusllm.serving.api_errors import ApiError
@@ -104,7 +104,7 @@ class Files:
             if not size:
                 raise ApiError(400, f"The file {name} is empty; upload one with text.", "file")
             part.replace(path)
-            _to_disk(self.folder)
+            to_disk(self.folder)
             file = StoredFile(file_id, owner, name, size, int(time.time()), purpose)
             self.catalogue.add_file(file)
         except LibraryError:
@@ -200,9 +200,9 @@ class Files:
                 ) from error
         return found
 
-    def find(self, document: str) -> StoredFile | None:
-        """The file that a document of the library is; None: it is none of an upload."""
-        return self.catalogue.file(document) if ID.fullmatch(document) else None
+    def find(self, owner: str, document: str) -> StoredFile | None:
+        """An owner's file that a document of the library is; None: it is none."""
+        return self.catalogue.file(document, owner) if ID.fullmatch(document) else None
 
     # In the background
 
@@ -300,7 +300,7 @@ class Files:
         try:
             self.library.remove(file.id)
         except LibraryError:  # it was never read, or another thread has just removed it
-            if file.id in {entry.name for entry in self.library.entries()}:
+            if self.library.catalogue.has(file.id):
                 raise
 
     def _said(self, file: StoredFile, error: Exception) -> str:
@@ -331,13 +331,7 @@ def read_bytes(content: bytes, filename: str) -> Source:
         DocumentError: nothing in it can be read.
     """
     name = shown_name(filename)
-    with tempfile.TemporaryDirectory(prefix="focusllm-") as folder:
-        path = Path(folder) / f"file{_suffix(name)}"
-        path.write_bytes(content)
-        try:
-            return open_source(path).named(name)
-        except DocumentError as error:
-            raise DocumentError(str(error).replace(str(path), name).replace(path.name, name)) from error
+    return of_extracted(read_data(name, content), name)
 
 
 def _suffix(name: str) -> str:
@@ -351,11 +345,3 @@ def _is_stray(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > STRAY_SECONDS
     except FileNotFoundError:  # its server has finished with it
         return False
-
-
-def _to_disk(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -197,8 +197,7 @@ class Service:
 
     def file_named(self, owner: str, document: str) -> StoredFile | None:
         """An owner's file that a document is; None: it is none."""
-        found = self.files.find(document) if self.files is not None else None
-        return found if found is not None and found.owner == owner else None
+        return self.files.find(owner, document) if self.files is not None else None
 
     def _documents(self, body: ChatRequest, owner: str) -> list[Document | Source]:
         """Uploaded files, and what is sent along."""
