@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conftest import byte_tokenizer
 from focusllm import ConfigError, Conversation, DocumentError, FocusLLM
 from focusllm.asking import about, turn_length
 from focusllm.conversation import load_messages
-from focusllm.documents.text import encode_ids, frame_conversation
+from focusllm.documents.text import encode_ids, frame_conversation, frame_ids
 from focusllm.memory.chunks import ChunkBlock
 
 TEXT = "".join(f"Line {i} of the story tells of thing number {i * 7}.\n" for i in range(12))
@@ -179,3 +180,22 @@ def test_a_short_document_is_far_when_turns_are(tiny_llm: FocusLLM) -> None:
         else:
             assert asked.input_ids[-len(turns) :] == turns
     assert far
+
+
+def test_threads_that_tokenize_documents_leave_the_template_alone() -> None:
+    """How a text is split is kept in the tokenizer while it works: one at a time, or `<s>` becomes three tokens."""
+    tokenizer = byte_tokenizer()
+    wanted, is_done = frame_ids(tokenizer), threading.Event()
+
+    def read() -> None:
+        while not is_done.is_set():
+            encode_ids(tokenizer, "<s>a text</s>")
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    found = [frame_ids(tokenizer) for _ in range(1000)]
+    is_done.set()
+    for thread in threads:
+        thread.join()
+    assert found == [wanted] * 1000

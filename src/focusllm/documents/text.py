@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +34,7 @@ USUAL_QUESTIONS = (
 """Of many kinds, about no text in particular: what attention pays to a text when these are asked, it pays anyway."""
 SET_BY_US = {"conversation", "messages", "tokenize", "add_generation_prompt", "return_tensors", "return_dict"}
 """Arguments of a chat template that are no switches of its own."""
+_turn = threading.RLock()
 _plain_twins: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
 
 
@@ -49,13 +51,21 @@ def encode_text(tokenizer: Any, text: str) -> Encoded:
     if not getattr(tokenizer, "is_fast", False):
         ids = encode_ids(tokenizer, text)
         return Encoded(ids, decode_ids(tokenizer, ids)[1])
-    encoding = _plain_twin(tokenizer)(text, return_offsets_mapping=True, **PLAIN)
+    encoding = _encoded(_plain_twin(tokenizer), text, return_offsets_mapping=True, **PLAIN)
     return Encoded(list(encoding.input_ids), [tuple(span) for span in encoding.offset_mapping])
 
 
 def encode_ids(tokenizer: Any, text: str) -> list[int]:
     """`encode_text` without the places."""
-    return list(_plain_twin(tokenizer)(text, **PLAIN).input_ids)
+    return list(_encoded(_plain_twin(tokenizer), text, **PLAIN).input_ids)
+
+
+def _encoded(tokenizer: Any, text: str, **how: Any) -> Any:
+    """What the tokenizer makes of a text. How is kept in the tokenizer itself while it works, so threads take turns:
+    else control tokens of a template could be split as if they were a document's.
+    """
+    with _turn:
+        return tokenizer(text, **how)
 
 
 def _plain_twin(tokenizer: Any) -> Any:
@@ -90,7 +100,7 @@ def _is_control(token: str) -> bool:
 
 def start_tokens(tokenizer: Any) -> list[int]:
     """The token that the tokenizer itself puts in front of a text, if it does."""
-    ids = list(tokenizer("a").input_ids)
+    ids = list(_encoded(tokenizer, "a").input_ids)
     return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
@@ -163,7 +173,8 @@ def frame_ids(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) 
     if before is None:
         return start_tokens(tokenizer), []
     arguments: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-    return list(tokenizer(before, **arguments).input_ids), list(tokenizer(after, **arguments).input_ids)
+    head, tail = (list(_encoded(tokenizer, part, **arguments).input_ids) for part in (before, after))
+    return head, tail
 
 
 def chat_frame(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> tuple[str | None, str]:
@@ -230,5 +241,5 @@ def encode_chat(
             content = messages[int(part)]["content"]
             ids += encode_ids(tokenizer, check_text(content, "a message") if content.strip() else content)
         else:
-            ids += tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+            ids += _encoded(tokenizer, part, add_special_tokens=False, verbose=False).input_ids
     return ids, starts
